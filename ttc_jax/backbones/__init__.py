@@ -1,0 +1,86 @@
+"""Backbones: `module, params = load("vit_s14", weights=PATH, image_size=70)`.
+
+The folder is the registry: a module with `make(name, image_size, **fields)`
+that returns a Linen module for the names it knows, else None.
+"""
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttc_jax import trees
+from ttc_jax.backbones import weights as weights_lib
+from ttc_jax.errors import UserError, check_known
+
+
+def families() -> list:
+  """The modules of this folder that make backbones."""
+  modules = [importlib.import_module(f"{__name__}.{m.name}")
+             for m in pkgutil.iter_modules(__path__)]
+  return [m for m in modules if hasattr(m, "make")]
+
+
+def make(name: str, image_size: int, **fields: Any) -> nn.Module:
+  """Returns the backbone of that name, e.g. "vit_b16", without weights.
+
+  Raises:
+    UserError: no family knows the name, or the patch does not divide the
+      image.
+  """
+  for family in families():
+    module = family.make(name, image_size, **fields)
+    if module is not None:
+      if image_size % module.patch:
+        raise UserError(
+            f"image_size {image_size} is not divisible by the patch "
+            f"{module.patch} of {name}; the nearest sizes are "
+            f"{image_size // module.patch * module.patch} and "
+            f"{-(-image_size // module.patch) * module.patch}")
+      return module
+  check_known("backbone", name, [n for f in families() for n in f.examples()])
+
+
+def init(module: nn.Module, seed: int = 0) -> trees.Tree:
+  """Random parameters of a backbone."""
+  return jax.jit(module.init)(jax.random.key(seed), _images(module))["params"]
+
+
+def shapes(module: nn.Module) -> trees.Tree:
+  """The parameters' shapes, without computing them."""
+  return jax.eval_shape(
+      functools.partial(module.init, jax.random.key(0)),
+      _images(module))["params"]
+
+
+def _images(module):
+  return jnp.zeros((1, module.image_size, module.image_size, 3))
+
+
+def load(name: str, weights: str, image_size: int,
+         **fields: Any) -> tuple[nn.Module, trees.Tree]:
+  """Returns a backbone and its pretrained parameters.
+
+  Args:
+    name: e.g. "vit_b16".
+    weights: path, gs://, https:// or hf:// source of a file, see `sources`,
+      in a format that `weights` knows.
+    image_size: pixels a side; the position embeddings are resized to it.
+    **fields: of the module, to override what the file says, e.g.
+      gelu="tanh", drop_path=0.1, dtype=jnp.bfloat16.
+
+  Returns:
+    The Linen module, for `module.apply({"params": params}, images)` with
+    images (B, S, S, 3) normalised float32 -> features (B, D), and params.
+
+  Raises:
+    UserError: with the one thing to change.
+  """
+  module = make(name, image_size, **fields)  # a wrong name costs no download
+  read = weights_lib.read(weights_lib.locate(weights))
+  weights_lib.check_fields(read, module, name)
+  module = module.clone(**(read.fields | fields))
+  return module, weights_lib.fit(read, shapes(module), name)

@@ -1,0 +1,119 @@
+"""What ViT and Swin share: dense layers with a mask, norms, attention, GELU."""
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
+
+
+class Site(NamedTuple):
+  """A linear layer that every block has.
+
+  Attributes:
+    blocks: L, in how many blocks.
+    width: D_out, the number of output channels (rows, in the paper's words).
+    path: of its parameters below the backbone; "{}" is the block's index.
+  """
+  blocks: int
+  width: int
+  path: str
+
+
+def no_tap(site: str, block: int, y: jax.Array, x: jax.Array) -> jax.Array:
+  """The default tap: y flows on."""
+  del site, block, x
+  return y
+
+
+def at_block(tap: Tap, block: int) -> Callable[..., jax.Array]:
+  """The tap inside block number `block`: `(site, y, x) -> y`."""
+  return lambda site, y, x: tap(site, block, y, x)
+
+
+class Dense(nn.Module):
+  """y = (x @ kernel) * mask + bias.
+
+  Attributes:
+    shape: of the kernel; its first `contract` axes are inputs, the others
+      outputs, so that attention keeps the (D, H, D/H) layout of Big Vision's
+      files while one matrix product does the work.
+  """
+  shape: tuple[int, ...]
+  contract: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, mask=None):
+    inputs, outputs = self.shape[:self.contract], self.shape[self.contract:]
+    init = nn.initializers.xavier_uniform(
+        in_axis=range(self.contract),
+        out_axis=range(self.contract, len(self.shape)))
+    kernel = self.param("kernel", init, self.shape)
+    bias = self.param("bias", nn.initializers.zeros, outputs)
+    kernel = kernel.reshape(math.prod(inputs), math.prod(outputs))
+    y = x @ kernel.astype(self.dtype)
+    if mask is not None:
+      # Bias is no weight of row i (Eq. 10): the mask leaves it alone.
+      y = y * mask.astype(self.dtype)
+    return y + bias.reshape(-1).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Over the last axis; statistics in float32 whatever the dtype."""
+  epsilon: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+    return y.astype(self.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array,
+              heads: int) -> jax.Array:
+  """softmax(q k^T / sqrt(D/H)) v per head, (B, N, D) each; softmax float32."""
+  B, N, D = q.shape
+  q, k, v = (x.reshape(B, N, heads, D // heads) for x in (q, k, v))
+  q = q / math.sqrt(D // heads)
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+  weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
+  return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, N, D)
+
+
+def drop_path(module: nn.Module, branch: jax.Array, rate: float,
+              train: bool) -> jax.Array:
+  """Drops whole examples of a residual branch (Huang et al., 2016)."""
+  if not train or not rate:
+    return branch
+  shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+  keep = jax.random.bernoulli(
+      module.make_rng("drop_path"), 1 - rate, shape)
+  return jnp.where(keep, branch / (1 - rate), 0).astype(branch.dtype)
+
+
+def patches(images: jax.Array, patch: int) -> jax.Array:
+  """(B, S, S, 3) -> (B, N, patch * patch * 3): a convolution's input rows.
+
+  The patch embedding is then a matrix product, on every device at least as
+  fast as the convolution of stride `patch` that it equals.
+  """
+  B, S, _, C = images.shape
+  n = S // patch
+  x = images.reshape(B, n, patch, n, patch, C).swapaxes(2, 3)
+  return x.reshape(B, n * n, patch * patch * C)
+
+
+GELU = {
+    "exact": functools.partial(jax.nn.gelu, approximate=False),
+    "tanh": functools.partial(jax.nn.gelu, approximate=True),
+}

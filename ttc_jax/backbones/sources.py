@@ -1,0 +1,199 @@
+"""Where a weights file comes from: a path, or a local copy of a remote file.
+
+  ViT-B_16.npz                                    a path
+  gs://vit_models/augreg/S_16.npz, https://...    whatever fsspec opens
+  hf://owner/name[@revision][/file]               the Hugging Face Hub
+
+Any of them may end with "#sha256=HEX", the file's expected hash.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ttc_jax.errors import UserError
+
+_BLOCK = 2 ** 22  # bytes of one read while a download resumes
+
+
+def locate(source: str, cache: str | None = None) -> str:
+  """Returns the path of a local file that holds what `source` names.
+
+  Args:
+    source: as in this module's docstring.
+    cache: folder of the downloads, by default $XDG_CACHE_HOME (or ~/.cache)
+      /ttc_jax/weights; for hf://, the Hub's own cache.
+
+  Raises:
+    UserError: no such file, a failed download (the next call resumes it), a
+      hash that differs, or a library that is not installed.
+  """
+  address, _, wanted = source.partition("#sha256=")
+  if "#sha256=" in source and not re.fullmatch("[0-9a-f]{64}", wanted):
+    raise UserError(
+        f"weights '{source}': the hash after '#sha256=' needs 64 lower-case "
+        "hexadecimal digits")
+  if "://" in address and not address.startswith("hf://"):
+    return _download(address, wanted, cache or default_cache())
+  path = _from_hub(address, cache) if "://" in address else address
+  if not os.path.isfile(path):
+    raise UserError(f"weights file '{path}' does not exist")
+  if wanted:
+    _check(address, sha256(path), wanted)
+  return path
+
+
+def default_cache() -> str:
+  """The folder that downloads go to."""
+  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(base, "ttc_jax", "weights")
+
+
+def sha256(path: str) -> str:
+  """Returns the file's SHA-256, hexadecimal, without holding it in memory."""
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _check(address, found, wanted):
+  if found != wanted:
+    raise UserError(
+        f"weights '{address}' have the sha256 {found}, expected {wanted}: "
+        "correct the hash, or the source")
+
+
+@contextlib.contextmanager
+def _remote(address: str) -> Iterator[None]:
+  """Makes a sentence of whatever a remote file system raises."""
+  try:
+    yield
+  except UserError:
+    raise
+  except ImportError as e:
+    raise UserError(
+        f"weights '{address}' need a library that is not installed ({e}): "
+        "pip install ttc_jax[hub]") from e
+  except FileNotFoundError as e:
+    raise UserError(f"weights '{address}' do not exist there") from e
+  except Exception as e:  # Every file system has errors of its own.
+    raise UserError(
+        f"weights '{address}' cannot be fetched ({type(e).__name__}: {e}): "
+        "what has arrived is kept, run again to resume") from e
+
+
+def _download(url: str, wanted: str, cache: str) -> str:
+  """A verified copy of the URL in the cache, fetched if need be."""
+  stem = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1])
+  key = hashlib.sha256(url.encode()).hexdigest()[:16]
+  path = os.path.join(cache, f"{key}-{stem[-100:]}")
+  with _remote(url), _lock(path):
+    record = _read_json(path + ".json")
+    if os.path.isfile(path) and record and record.get("sha256"):
+      found = sha256(path)
+      if found == record["sha256"] and wanted in ("", found):
+        return path
+    part = path + ".part"
+    _fetch(url, part)
+    found = sha256(part)
+    if wanted and found != wanted:
+      os.remove(part)
+      _check(url, found, wanted)
+    _write_json(path + ".json", {"url": url.split("?")[0], "sha256": found})
+    os.replace(part, path)
+  return path
+
+
+@contextlib.contextmanager
+def _lock(path):
+  """One process a file: processes of a host may start at the same time."""
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  try:
+    import fcntl
+  except ImportError:  # Windows: atomic renaming has to do.
+    yield
+    return
+  with open(path + ".lock", "w") as f:
+    fcntl.flock(f, fcntl.LOCK_EX)
+    yield
+
+
+def _fetch(url: str, part: str) -> None:
+  """Completes the file `part`, from where an earlier call left it."""
+  import fsspec
+  fs, path = fsspec.core.url_to_fs(url)
+  info = fs.info(path)
+  # Half a file is worth keeping only if the other half belongs to it.
+  version = {key: str(info[key]) for key in (
+      "size", "ETag", "etag", "generation", "Last-Modified", "created")
+             if info.get(key) is not None}
+  if _read_json(part + ".json") != version:
+    open(part, "wb").close()
+    _write_json(part + ".json", version)
+  size, start = info.get("size"), -1
+  while start != (start := os.path.getsize(part)) and start != size:
+    # An attempt that is cut short after some bytes deserves another one.
+    try:
+      _append(fs, path, part, start)
+    except Exception:
+      if os.path.getsize(part) <= start:
+        raise
+    else:
+      size = size or os.path.getsize(part)
+  if size is not None and os.path.getsize(part) != size:
+    raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
+  os.remove(part + ".json")
+
+
+def _append(fs: Any, path: str, part: str, start: int) -> None:
+  """Fetches the bytes from `start` on; all of them if ranges are refused."""
+  if start:
+    with contextlib.suppress(ValueError, NotImplementedError):
+      with fs.open(path, "rb") as f, open(part, "ab") as out:
+        f.seek(start)
+        while block := f.read(_BLOCK):
+          out.write(block)
+      return
+  fs.get_file(path, part)
+
+
+def _from_hub(address: str, cache: str | None) -> str:
+  match = re.fullmatch(
+      r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", address)
+  if not match:
+    raise UserError(
+        f"weights '{address}' are no hf://owner/name[@revision][/file]")
+  repo, revision, file = match.groups()
+  with _remote(address):
+    import huggingface_hub as hub
+    file = file or _main_file(
+        address, hub.HfApi().list_repo_files(repo, revision=revision))
+    return hub.hf_hub_download(
+        repo, file, revision=revision, cache_dir=cache)
+
+
+def _main_file(address, files):
+  files = [f for f in files if f.endswith((".safetensors", ".npz"))]
+  if "model.safetensors" in files:
+    return "model.safetensors"
+  if len(files) != 1:
+    raise UserError(
+        f"weights '{address}' hold {len(files)} weights files; name one: "
+        f"{', '.join(f'{address}/{f}' for f in files) or 'there is none'}")
+  return files[0]
+
+
+def _read_json(path):
+  try:
+    with open(path, encoding="utf-8") as f:
+      value = json.load(f)
+    return value if isinstance(value, dict) else None
+  except (OSError, ValueError):
+    return None
+
+
+def _write_json(path, value):
+  with open(path, "w", encoding="utf-8") as f:
+    json.dump(value, f)

@@ -1,0 +1,198 @@
+"""The Vision Transformer (Dosovitskiy et al., 2021), with taps and a mask.
+
+Parameters are named as in Big Vision's ViT, so that its `.npz` files, and
+after `weights.py` those of `vision_transformer` and timm, load by name.
+
+Shapes: B batch, N tokens, D width, H heads, L blocks, F hidden width.
+"""
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttc_jax.backbones import layers
+from ttc_jax.backbones.layers import Dense, Site
+
+# name: (width, depth, heads, hidden width)
+SIZES = {
+    "ti": (192, 12, 3, 768),
+    "s": (384, 12, 6, 1536),
+    "b": (768, 12, 12, 3072),
+    "l": (1024, 24, 16, 4096),
+    "h": (1280, 32, 16, 5120),
+}
+
+_BLOCK = "Transformer/encoderblock_{}"
+_ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
+_MLP = f"{_BLOCK}/MlpBlock_0"
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention; softmax in float32."""
+  heads: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, mask, tap):
+    D, H = x.shape[-1], self.heads
+    heads = functools.partial(
+        Dense, (D, H, D // H), contract=1, dtype=self.dtype)
+
+    def project(site, name):
+      return tap(site, heads(name=name)(x, mask.get(site)), x)
+
+    q = project("q", "query")
+    k = project("k", "key")
+    v = project("v", "value")
+    y = layers.attention(q, k, v, H)
+    out = Dense((H, D // H, D), contract=2, dtype=self.dtype, name="out")
+    return tap("proj", out(y, mask.get("proj")), y)
+
+
+class Mlp(nn.Module):
+  hidden: int
+  gelu: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, mask, tap):
+    D = x.shape[-1]
+    dense = functools.partial(Dense, dtype=self.dtype)
+    h = dense((D, self.hidden), name="Dense_0")(x, mask.get("fc1"))
+    h = layers.GELU[self.gelu](tap("fc1", h, x))
+    y = dense((self.hidden, D), name="Dense_1")(h, mask.get("fc2"))
+    return tap("fc2", y, h)
+
+
+class Block(nn.Module):
+  """Pre-LN: x + attention(norm(x)), then x + mlp(norm(x))."""
+  vit: "ViT"
+  drop_path: float
+
+  @nn.compact
+  def __call__(self, x, mask, tap, train):
+    vit, dtype = self.vit, self.vit.dtype
+    norm = functools.partial(
+        layers.LayerNorm, epsilon=vit.epsilon, dtype=dtype)
+
+    def add(x, branch, name):
+      if vit.layer_scale:
+        scale = self.param(name, nn.initializers.constant(1e-5), x.shape[-1:])
+        branch = branch * scale.astype(dtype)
+      return x + layers.drop_path(self, branch, self.drop_path, train)
+
+    y = tap("norm1", norm(name="LayerNorm_0")(x), x)
+    y = Attention(vit.heads, dtype,
+                  name="MultiHeadDotProductAttention_0")(y, mask, tap)
+    x = tap("attention", add(x, y, "layer_scale_0"), x)
+    y = tap("norm2", norm(name="LayerNorm_1")(x), x)
+    y = Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(y, mask, tap)
+    return tap("block", add(x, y, "layer_scale_1"), x)
+
+
+class Encoder(nn.Module):
+  vit: "ViT"
+
+  @nn.compact
+  def __call__(self, x, mask, tap, train):
+    vit = self.vit
+    for i in range(vit.depth):
+      rate = vit.drop_path * i / max(vit.depth - 1, 1)
+      rows = {site: rows[i] for site, rows in mask.items()}
+      x = Block(vit, rate, name=f"encoderblock_{i}")(
+          x, rows, layers.at_block(tap, i), train)
+    if vit.final_norm:
+      norm = layers.LayerNorm(
+          epsilon=vit.epsilon, dtype=vit.dtype, name="encoder_norm")
+      x = layers.at_block(tap, 0)("norm", norm(x), x)
+    return x
+
+
+class ViT(nn.Module):
+  """`apply({"params": p}, images) -> features`.
+
+  Attributes:
+    pool: "cls" (a learnt token) or "gap" (the mean of the patch tokens).
+    gelu: "exact" (timm, DINO) or "tanh" (Big Vision, vision_transformer).
+    epsilon: of every LayerNorm.
+    drop_path: rate of the last block; it rises linearly from 0.
+    dtype: of the computation; parameters, LayerNorm statistics and softmax
+      stay float32.
+  """
+  width: int
+  depth: int
+  heads: int
+  hidden: int
+  patch: int
+  image_size: int
+  pool: str = "cls"
+  layer_scale: bool = False
+  final_norm: bool = True
+  gelu: str = "tanh"
+  epsilon: float = 1e-6
+  drop_path: float = 0.0
+  dtype: Any = jnp.float32
+
+  @property
+  def sites(self) -> dict[str, Site]:
+    """The linear layers by name: what a mask can scale and merging can fold."""
+    L, D = self.depth, self.width
+    return {
+        "q": Site(L, D, f"{_ATTENTION}/query"),
+        "k": Site(L, D, f"{_ATTENTION}/key"),
+        "v": Site(L, D, f"{_ATTENTION}/value"),
+        "proj": Site(L, D, f"{_ATTENTION}/out"),
+        "fc1": Site(L, self.hidden, f"{_MLP}/Dense_0"),
+        "fc2": Site(L, D, f"{_MLP}/Dense_1"),
+    }
+
+  @nn.compact
+  def __call__(self, images, mask=None, tap=None, train=False):
+    """Args:
+      images: (B, S, S, 3), normalised.
+      mask: {site: (L, D_out)}, the factor on each row of the site's kernel.
+      tap: `tap(site, block, y, x) -> y`, see `ttc_jax.taps`.
+      train: drops paths, with the random stream "drop_path".
+
+    Returns:
+      features (B, D), float32.
+    """
+    mask, tap = mask or {}, tap or layers.no_tap
+    here = layers.at_block(tap, 0)
+    B, S, p = images.shape[0], self.image_size, self.patch
+    if images.shape[1:] != (S, S, 3):
+      raise ValueError(
+          f"images have shape {images.shape}, expected (B, {S}, {S}, 3)")
+    x = layers.patches(images.astype(self.dtype), p)
+    embed = Dense((p, p, 3, self.width), contract=3, dtype=self.dtype,
+                  name="embedding")
+    x = here("embedding", embed(x), x)
+    position = self.param("pos_embedding", nn.initializers.normal(0.02),
+                          (1, (S // p) ** 2, self.width))
+    x = x + position.astype(self.dtype)
+    if self.pool == "cls":
+      cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+      cls = jnp.broadcast_to(cls.astype(self.dtype), (B, 1, self.width))
+      x = jnp.concatenate([cls, x], axis=1)
+    x = here("tokens", x, images)
+    x = Encoder(self, name="Transformer")(x, mask, tap, train)
+    x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+    return x.astype(jnp.float32)
+
+
+def make(name: str, image_size: int, **fields) -> ViT | None:
+  """Returns the ViT called e.g. "vit_b16", or None if that is no ViT's name."""
+  match = re.fullmatch(r"vit_(ti|s|b|l|h)(\d+)", name)
+  if not match:
+    return None
+  width, depth, heads, hidden = SIZES[match[1]]
+  return ViT(width, depth, heads, hidden, int(match[2]), image_size, **fields)
+
+
+def examples() -> tuple[str, ...]:
+  """Names to show a user: any size works with any patch."""
+  return ("vit_ti16", "vit_s14", "vit_s16", "vit_b8", "vit_b16", "vit_b32",
+          "vit_l14", "vit_l16", "vit_h14")

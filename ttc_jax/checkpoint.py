@@ -1,0 +1,172 @@
+"""What outlives a process: the state within a stage, and a task's bundle.
+
+Both are written by orbax, whole or not at all: into a temporary folder that
+is renamed when it is complete.
+"""
+from collections.abc import Mapping
+import errno
+import hashlib
+import json
+import os
+import shutil
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ttc_jax import trees
+from ttc_jax.errors import RunError, UserError
+
+Flat = dict[str, np.ndarray]
+
+
+def digest(value: Any) -> str:
+  """A short hash of a JSON value, the same in every process."""
+  text = json.dumps(value, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Saved(NamedTuple):
+  """A stage after `epoch` epochs.
+
+  Attributes:
+    arrays: {"tuned": Flat, "selection": Flat, "opt_state": Flat}.
+    meta: history and seconds so far, JSON.
+  """
+  epoch: int
+  arrays: dict[str, Flat]
+  meta: dict[str, Any]
+
+
+class StageStore:
+  """The newest state of one stage, in a folder of its own.
+
+  The folder's name is a hash of everything that decides the result, so a
+  killed run finds its state, and runs that begin alike (LayerNorm tuning and
+  TTC's stage 1, TTC with another score) share what they have in common.
+  """
+
+  def __init__(self, path: str):
+    self.path = os.path.abspath(path)
+    self._manager = ocp.CheckpointManager(
+        self.path, options=ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False))
+
+  def save(self, saved: Saved) -> None:
+    args = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(_fill(saved.arrays)),
+        meta=ocp.args.JsonSave(saved.meta))
+    with _clear_errors(self.path):
+      self._manager.save(saved.epoch, args=args, force=True)
+
+  def load(self) -> Saved | None:
+    epoch = self._manager.latest_step()
+    if epoch is None:
+      return None
+    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),
+                              meta=ocp.args.JsonRestore())
+    try:
+      got = self._manager.restore(epoch, args=args)
+    except Exception as e:  # orbax and tensorstore raise many kinds
+      raise UserError(
+          f"the saved state '{self.path}' cannot be read "
+          f"({type(e).__name__}); delete that folder to run the stage "
+          "again") from e
+    return Saved(epoch, _unfill(got.arrays), got.meta)
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc):
+    self.close()
+
+
+# Orbax saves no empty dictionary: a marker stands for it.
+def _fill(arrays):
+  return {k: dict(v) or {"_empty": np.zeros(1)} for k, v in arrays.items()}
+
+
+def _unfill(arrays):
+  return {k: {n: np.asarray(x) for n, x in v.items() if n != "_empty"}
+          for k, v in arrays.items()}
+
+
+class _clear_errors:
+  """Turns a full or forbidden disk into one sentence."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if error is None or not isinstance(error, Exception):
+      return
+    full = (getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "RESOURCE_EXHAUSTED" in str(error))
+    if full:
+      raise RunError(
+          f"no space left to save '{self.path}': free some, or choose another "
+          "--workdir, and start the same command again") from error
+    if isinstance(error, OSError):
+      raise RunError(f"cannot save '{self.path}': {error.strerror}") from error
+
+
+class Bundle(NamedTuple):
+  """What one needs beside the base weights to use a tuned model.
+
+  Attributes:
+    tuned: {"backbone/...": array}, every leaf that some stage tuned.
+    selection: {"fc2/channels": array}.
+    meta: method, options, backbone, hash of the base, classes, accuracy, ...
+  """
+  tuned: Flat
+  selection: Flat
+  meta: dict[str, Any]
+
+
+def save_bundle(path: str, bundle: Bundle) -> None:
+  """Writes a bundle to the folder `path`, replacing one that is there."""
+  path = os.path.abspath(path)
+  temporary = path + ".tmp"
+  with _clear_errors(path):
+    shutil.rmtree(temporary, ignore_errors=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+      writer.save(temporary, args=ocp.args.Composite(
+          arrays=ocp.args.StandardSave(_fill(
+              {"tuned": bundle.tuned, "selection": bundle.selection})),
+          meta=ocp.args.JsonSave(bundle.meta)))
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def load_bundle(path: str) -> Bundle:
+  """Reads a bundle's folder.
+
+  Raises:
+    UserError: no bundle there, or not a whole one.
+  """
+  path = os.path.abspath(path)
+  if not os.path.isdir(path):
+    raise UserError(f"bundle '{path}' does not exist; give the folder "
+                    "'bundle' of a finished run")
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      got = reader.restore(path, args=ocp.args.Composite(
+          arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
+  except Exception as e:  # orbax and tensorstore raise many kinds
+    raise UserError(f"'{path}' is not a whole bundle ({type(e).__name__})"
+                    ) from e
+  arrays = _unfill(got.arrays)
+  return Bundle(arrays["tuned"], arrays["selection"], got.meta)
+
+
+def overlay(params: trees.Tree, tuned: Mapping[str, Any]) -> trees.Tree:
+  """The tree with the leaves of those names in place of its own."""
+  # A tree without leaves, an adapter before its stage, has no name to keep.
+  return {**params, **trees.unflatten(trees.flatten(params) | dict(tuned))}

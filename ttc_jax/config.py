@@ -1,0 +1,142 @@
+"""The configuration: every key with its default, and the `:key=value` grammar.
+
+A config file holds `get_config(arg)`; what follows its name after a colon is
+`arg`, as in Big Vision: `--config=configs/vtab.py:task=dtd,method=ttc`.
+"""
+from typing import Any
+
+import ml_collections
+
+from ttc_jax.errors import UserError, check_known
+
+PROTOCOLS = ("val", "final", "select")
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every key there is; config files change values only."""
+  c = ml_collections.ConfigDict()
+
+  # What: the runs are tasks x variants x seeds.
+  c.tasks = ("all",)          # names, or "all" of a folder
+  c.data = ""                 # folder of tasks in the vtab-1k format
+  c.method = "ttc"
+  # {label: {key: value}}: several rows that differ in these keys. Empty: one
+  # row, of `method`.
+  c.variants = ml_collections.ConfigDict()
+  c.seeds = (0,)
+  # val: train on 800, report the 200. final: train on 1000, report the test
+  # set. select: val for every setting of `grid`, then final with the best.
+  c.protocol = "final"
+  c.grid = ml_collections.ConfigDict(dict(lr=(), weight_decay=()))
+
+  c.backbone = "vit_b16"
+  c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
+  c.gelu = ""                 # "exact", "tanh"; empty: what the weights say
+  c.dtype = "float32"         # or "bfloat16": of the computation
+  c.drop_path = 0.0
+
+  c.image_size = 224
+  c.resample = "bicubic"      # or "bilinear"
+  c.normalisation = "half"    # "half", "imagenet", "none"
+  c.flip = False
+  c.smallest_crop = 1.0       # random resized crops of at least that area
+
+  # Per stage.
+  c.epochs = 50
+  c.warmup_epochs = 5.0
+  c.batch_size = 64
+  c.lr = 1e-3
+  c.weight_decay = 1e-4
+  c.decay_all = False         # True: also decay norms and biases
+  c.label_smoothing = 0.0
+
+  # TTC.
+  c.k = 0                     # channels an insertion point; 0: width / 8
+  c.position = "mlp"          # mhsa, both, stream_mlp, stream_mhsa
+  c.blocks = 0                # in the last blocks; 0: in all
+  c.score = "taylor"          # taylor_abs, taylor_square, l2, random
+  c.scale = 1.0
+  c.bias = False
+  c.stage1 = "norm"           # linear, none
+  c.tune_norm = True          # in stage 2
+
+  c.eval_every = 5            # epochs between validations
+  c.save_seconds = 30.0       # least time between two saves within a stage
+  c.limit = 0                 # images of each split, 0: all
+  c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
+  c.cache_gib = 8.0           # larger splits are decoded as they stream
+  return c
+
+
+def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
+  """Parses "task=dtd,eurosat,method=ttc,runlocal" by Big Vision's grammar.
+
+  Args:
+    known: the keys with their defaults; a value gets its default's type. A
+      tuple takes a list: "seeds=0,1,2". A bare key is True.
+
+  Raises:
+    UserError: an unknown key or a value of another type.
+  """
+  values, last = {}, None
+  for piece in filter(None, (arg or "").split(",")):
+    key, equals, value = piece.partition("=")
+    if equals or key in known:
+      last = check_known("config argument", key, known)
+      values[key] = [value] if equals else ["True"]
+    elif last and isinstance(known[last], tuple):
+      values[last].append(piece)  # the list goes on
+    else:
+      check_known("config argument", key, known)
+  return ml_collections.ConfigDict(
+      {k: _convert(k, values[k], v) if k in values else v
+       for k, v in known.items()})
+
+
+def _convert(key, texts, like):
+  if isinstance(like, tuple):
+    return tuple(texts)
+  if len(texts) > 1:
+    raise UserError(f"config argument '{key}' takes one value, got {texts}")
+  try:
+    if isinstance(like, bool):
+      return {"true": True, "false": False, "1": True, "0": False}[
+          texts[0].lower()]
+    return type(like)(texts[0])
+  except (KeyError, ValueError) as e:
+    raise UserError(f"config argument '{key}={texts[0]}': expected "
+                    f"{type(like).__name__}") from e
+
+
+def run_locally(config: ml_collections.ConfigDict) -> None:
+  """Shrinks a configuration so that it runs on a laptop in a minute."""
+  config.update(dict(
+      backbone="vit_ti16", weights="random", image_size=32, limit=64,
+      epochs=2, warmup_epochs=1.0, batch_size=16, seeds=(0,), eval_every=1))
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks what needs no file. Raises UserError with the one thing to fix."""
+  check_known("protocol", config.protocol, PROTOCOLS)
+  check_known("dtype", config.dtype, ("float32", "bfloat16"))
+  check_known("resample", config.resample, ("bicubic", "bilinear"))
+  for key in ("epochs", "batch_size", "image_size", "eval_every"):
+    if config[key] < 1:
+      raise UserError(f"config.{key} is {config[key]}; give 1 or more")
+  for key in ("lr", "weight_decay", "warmup_epochs", "k", "blocks", "limit"):
+    if not config[key] >= 0:
+      raise UserError(f"config.{key} is {config[key]}; give 0 or more")
+  if not config.seeds:
+    raise UserError("config.seeds is empty; give at least one, e.g. 0")
+  if not 0 <= config.drop_path < 1:
+    raise UserError(
+        f"config.drop_path is {config.drop_path}; give 0 to below 1")
+  if not 0 < config.smallest_crop <= 1:
+    raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
+                    "a share of the area above 0, 1 for no crops")
+  if config.protocol == "select" and not any(config.grid.values()):
+    raise UserError("config.protocol is 'select' but config.grid is empty; "
+                    "give e.g. --config.grid.lr=1e-3,1e-2")
+  for label, overrides in config.variants.items():
+    for key in overrides:
+      check_known(f"key of config.variants.{label}", key, config)

@@ -1,0 +1,28 @@
+"""The one error a user can mend: a sentence that names the fix."""
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """Bad input. `str(error)` is one sentence: what, where, what was expected.
+
+  The command lines print it without a traceback and exit with code 2.
+  """
+
+
+class RunError(RuntimeError):
+  """A run that started well and cannot go on (a non-finite loss, a full disk).
+
+  The command lines print it without a traceback and exit with code 1.
+  """
+
+
+def check_known(kind: str, name: str, known: Iterable[str]) -> str:
+  """Returns `name` if it is one of `known`, else raises with the nearest."""
+  known = sorted(known)
+  if name in known:
+    return name
+  near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  hint = f"did you mean {' or '.join(near)}? " if near else ""
+  raise UserError(
+      f"unknown {kind} {name!r}: {hint}known: {', '.join(known) or 'none'}")

@@ -1,0 +1,258 @@
+"""From a configuration to runs, and from a run to its row."""
+import functools
+import itertools
+import os
+import platform
+import time
+from typing import Any, NamedTuple
+import zlib
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from ttc_jax import backbones, checkpoint, evaluate, methods, optim, parallel
+from ttc_jax import tasks, train, trees
+from ttc_jax.backbones import weights as weights_lib
+from ttc_jax.config import check
+from ttc_jax.errors import UserError, check_known
+from ttc_jax.model import Model
+from ttc_jax.tasks.images import NORMALISATIONS
+
+# Keys that choose which runs there are or where things lie, but change no
+# run's result.
+_PLACES = ("tasks", "data", "seeds", "variants", "grid", "weights", "cache",
+           "cache_gib", "save_seconds", "protocol")
+
+
+class Run(NamedTuple):
+  """A row to be: one task, one variant, one setting, one seed."""
+  task: str
+  variant: str
+  config: ml_collections.ConfigDict  # the variant's, with the setting
+  protocol: str                      # "val" or "final"
+  seed: int
+
+  @property
+  def name(self) -> str:
+    """Of its folder; the hash tells settings apart."""
+    task = self.task.replace("/", "-")
+    return (f"{task}-{self.variant}-{self.protocol}-s{self.seed}-"
+            f"{checkpoint.digest(self.identity)[:8]}")
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """JSON of what decides the result, but for the files' contents."""
+    keys = {k: v for k, v in self.config.items() if k not in _PLACES}
+    return {"task": self.task, "protocol": self.protocol, "seed": self.seed,
+            "config": keys}
+
+
+class Base(NamedTuple):
+  """The pretrained backbone that all runs start from."""
+  backbone: Any
+  params: trees.Tree      # on every device
+  file: str
+  sha256: str
+
+
+def variants(config) -> dict[str, ml_collections.ConfigDict]:
+  """{label: configuration} of the rows that are compared."""
+  given = config.variants.to_dict() or {config.method: {}}
+  out = {}
+  for label, overrides in given.items():
+    out[label] = config.copy_and_resolve_references()
+    out[label].update(overrides)
+  return out
+
+
+def settings(config) -> list[dict[str, float]]:
+  """The settings of the grid, smallest values first."""
+  grid = {k: sorted(v) for k, v in config.grid.items() if v}
+  return [dict(zip(grid, values))
+          for values in itertools.product(*grid.values())]
+
+
+def task_names(config) -> tuple[str, ...]:
+  """The tasks that are asked for; "all" means those of the data folder."""
+  if tuple(config.tasks) != ("all",):
+    return tuple(config.tasks)
+  if not config.data:
+    raise UserError("task=all needs a folder of tasks: add data=DIR")
+  names = tuple(n for n in tasks.names(config.data)
+                if n not in tasks.names(None))
+  if not names:
+    raise UserError(f"no task in the folder '{config.data}': a task is a "
+                    "folder with train800.txt")
+  return names
+
+
+def load_task(config, name: str) -> tasks.Task:
+  """A task with every split checked, nothing decoded yet."""
+  return tasks.load(
+      name, size=config.image_size, data=config.data or None,
+      resample=config.resample, cache=config.cache or None,
+      cache_gib=config.cache_gib)
+
+
+def load_base(config) -> Base:
+  """Reads the weights and puts them on every device."""
+  fields = {"drop_path": config.drop_path, "dtype": jnp.dtype(config.dtype)}
+  if config.gelu:
+    fields["gelu"] = check_known("gelu", config.gelu, ("exact", "tanh"))
+  if not config.weights:
+    raise UserError(
+        f"{config.backbone} needs pretrained weights: add weights=FILE (.npz "
+        "or .safetensors), or weights=random to try the machinery")
+  if config.weights == "random":
+    module = backbones.make(config.backbone, config.image_size, **fields)
+    params, sha256 = backbones.init(module), "random"
+  else:
+    module, params = backbones.load(
+        config.backbone, config.weights, config.image_size, **fields)
+    sha256 = weights_lib.sha256(weights_lib.locate(config.weights))
+  return Base(module, parallel.replicate(params),
+              os.path.basename(config.weights), sha256)
+
+
+def check_all(config, base: Base) -> dict[str, tasks.Task]:
+  """Checks, before any long work, all that can be. Returns the tasks."""
+  check(config)
+  check_known("normalisation", config.normalisation, NORMALISATIONS)
+  loaded = {name: load_task(config, name) for name in task_names(config)}
+  devices = len(parallel.devices())
+  for variant in variants(config).values():
+    check(variant)
+    methods.load(variant.method, resolved(variant, base), base.backbone)
+    if variant.batch_size % devices:
+      raise UserError(f"config.batch_size {variant.batch_size} does not divide "
+                      f"among the {devices} devices")
+    for task in loaded.values():
+      count = len(task.labels["train800"])
+      count = min(count, variant.limit or count)
+      if count < variant.batch_size:
+        raise UserError(
+            f"config.batch_size is {variant.batch_size}, but task "
+            f"'{task.name}' has {count} training images; lower it")
+  return loaded
+
+
+def resolved(config, base: Base) -> ml_collections.ConfigDict:
+  """The configuration with K settled: width / 8 unless it is given."""
+  config = config.copy_and_resolve_references()
+  config.k = config.k or base.backbone.width // 8
+  return config
+
+
+def _split(task, name, limit):
+  split = task.split(name)
+  if not limit:
+    return split
+  return tasks.Split(split.images[:limit], split.labels[:limit])
+
+
+def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
+  """Settles everything about a run; decodes its training images."""
+  c = resolved(run.config, base)
+  final = run.protocol == "final"
+  split = "train800val200" if final else "train800"
+  data = _split(task, split, c.limit)
+  # The method's own options enter with the stage that first uses them.
+  shared = {k: v for k, v in run.identity["config"].items()
+            if k not in _METHOD_KEYS and k != "method"}
+  crc = zlib.crc32(np.ascontiguousarray(data.images))
+  identity = {"task": run.task, "split": split, "seed": run.seed,
+              "config": shared, "weights": base.sha256,
+              "data": [crc, zlib.crc32(np.ascontiguousarray(data.labels))]}
+  return train.Job(
+      identity=identity,
+      model=Model(base.backbone, c.normalisation),
+      method=methods.load(c.method, c, base.backbone),
+      plan=train.Plan(c.batch_size, c.label_smoothing, c.flip,
+                      c.smallest_crop, c.decay_all),
+      train=data, val=None if final else _split(task, "val200", c.limit),
+      classes=len(task.classes), seed=run.seed, epochs=c.epochs,
+      warmup_epochs=c.warmup_epochs, lr=c.lr, weight_decay=c.weight_decay,
+      eval_every=c.eval_every, save_seconds=c.save_seconds, report=report)
+
+
+_METHOD_KEYS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
+                "tune_norm")
+
+
+def tuned_rules(method: methods.Method) -> trees.Rules:
+  """Rules for the leaves that any stage tunes: what is counted and saved."""
+  union = tuple(rule for stage in method.stages for rule in stage.rules
+                if rule[1] == "tune")
+  return (*dict.fromkeys(union), optim.FREEZE)
+
+
+def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
+           outcome: train.Outcome, directory: str) -> dict[str, Any]:
+  """Tests, saves the bundle and returns the row."""
+  c, params = resolved(run.config, base), outcome.state.params
+  val = test = seconds_test = None
+  count = 0
+  if job.val:
+    val = outcome.history[-1]["val_top1"]
+  else:
+    test, count, seconds_test = _test(run, task, outcome)
+  host = parallel.unreplicate(params)
+  rules = tuned_rules(job.method)
+  tuned, _ = trees.split(host, trees.label(host, rules), "tune")
+  counts = optim.counts(host, rules)
+  options = job.method.options
+  row = {
+      "task": run.task, "group": task.group, "method": c.method,
+      "variant": run.variant, "protocol": run.protocol, "seed": run.seed,
+      "backbone": c.backbone, "weights": base.file,
+      "weights_sha256": base.sha256, "image_size": c.image_size,
+      "normalisation": c.normalisation, "dtype": c.dtype,
+      "gelu": base.backbone.gelu,
+      "k": options.get("k"), "position": options.get("position"),
+      "score": options.get("score"), "options": options,
+      "lr": c.lr, "weight_decay": c.weight_decay, "epochs": c.epochs,
+      "warmup_epochs": c.warmup_epochs, "batch_size": c.batch_size,
+      "stages": [s.name for s in job.method.stages],
+      "val_top1": val, "test_top1": test, "test_count": count,
+      "train_count": len(job.train.labels),
+      **{f"{part}_params": n for part, n in counts.items()},
+      "seconds_train": outcome.seconds, "seconds_test": seconds_test,
+      "images_per_second": outcome.images_per_second,
+      "compile_seconds": outcome.compile_seconds,
+      "device": f"{len(parallel.devices())} x "
+                f"{parallel.devices()[0].device_kind}",
+      "versions": versions(), "run": run.name,
+  }
+  checkpoint.save_bundle(f"{directory}/bundle", checkpoint.Bundle(
+      trees.flatten(tuned),
+      trees.flatten(parallel.unreplicate(outcome.state.selection)),
+      row | {"classes": list(task.classes), "resample": c.resample,
+             "weights_source": c.weights,
+             "fields": backbone_fields(base.backbone)}))
+  return row
+
+
+def _test(run, task, outcome):
+  split = _split(task, "test", run.config.limit)
+  begin = time.perf_counter()
+  top1 = evaluate.top1(outcome.model, outcome.state.params,
+                       outcome.state.selection, *split)
+  return top1, len(split.labels), time.perf_counter() - begin
+
+
+def backbone_fields(backbone) -> dict[str, Any]:
+  """The fields of the variant that a bundle must repeat to be used again."""
+  names = ("gelu", "epsilon", "pool", "layer_scale", "final_norm")
+  return {name: getattr(backbone, name) for name in names}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+  """Of what a result depends on."""
+  return {"python": platform.python_version(), "jax": jax.__version__,
+          "flax": flax.__version__, "optax": optax.__version__,
+          "numpy": np.__version__}

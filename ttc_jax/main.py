@@ -1,0 +1,150 @@
+"""The command line: for task, for variant, for seed: one run, one row.
+
+  python -m ttc_jax.main --config=configs/demo.py
+  python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
+task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
+"""
+import json
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ttc_jax import checkpoint, jobs, report, train
+from ttc_jax.errors import RunError, UserError
+from ttc_jax.progress import Progress
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configuration, FILE[:key=value,...]", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where results go; default: a folder of checkpoints/runs "
+    "named after the configuration")
+
+# Keys that may change between two starts on one work directory.
+_FREE = ("tasks", "seeds", "data", "cache", "cache_gib", "save_seconds")
+
+
+def open_workdir(config, path: str) -> None:
+  """Creates a work directory, or checks that it is of this configuration."""
+  keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
+          if k not in _FREE}
+  file = os.path.join(path, "config.json")
+  try:
+    os.makedirs(os.path.join(path, "runs"), exist_ok=True)
+    if not os.path.exists(file):
+      report.write(file, json.dumps(keep, indent=2, sort_keys=True) + "\n")
+    with open(file, encoding="utf-8") as f:
+      old = json.load(f)
+  except (OSError, json.JSONDecodeError) as e:
+    raise UserError(f"work directory '{path}' cannot be used: {e}") from e
+  for key in sorted(keep.keys() | old.keys()):
+    if keep.get(key) != old.get(key):
+      raise UserError(
+          f"work directory '{path}' is of another configuration: {key} is "
+          f"{old.get(key)!r} there and {keep.get(key)!r} here; choose another "
+          "--workdir")
+
+
+class Session:
+  """A work directory with what all its runs share."""
+
+  def __init__(self, config, workdir: str):
+    self.config, self.workdir = config, workdir
+    self.base = jobs.load_base(config)
+    self.tasks = jobs.check_all(config, self.base)
+    open_workdir(config, workdir)
+    self.results = os.path.join(workdir, "results.jsonl")
+    self.done = {row["run"]: row for row in report.read(self.results)}
+    self.failed = []
+
+  def row(self, run: jobs.Run) -> dict | None:
+    """The row of a run: from the results if it is there, else by running."""
+    if run.name in self.done:
+      return self.done[run.name]
+    directory = os.path.join(self.workdir, "runs", run.name)
+    os.makedirs(directory, exist_ok=True)
+    task = self.tasks[run.task]
+    with Progress(run.name, os.path.join(directory, "metrics.jsonl")) as bar:
+      job = jobs.make_job(run, self.base, task, bar.update)
+      try:
+        outcome = train.run(job, self.base.params,
+                            os.path.join(self.workdir, "stages"))
+      except RunError as error:
+        self.failed.append(f"{run.name}: {error}")
+        return None
+      row = jobs.finish(run, job, self.base, task, outcome, directory)
+    report.append(self.results, row)
+    self.done[run.name] = row
+    print(_line(row), flush=True)
+    return row
+
+  def run_all(self) -> None:
+    for task in self.tasks:
+      for variant, config in jobs.variants(self.config).items():
+        protocol = config.protocol
+        if protocol == "select":
+          config, protocol = self.select(task, variant, config), "final"
+        for seed in config.seeds if config else ():
+          self.row(jobs.Run(task, variant, config, protocol, int(seed)))
+
+  def select(self, task: str, variant: str, config):
+    """The configuration with the setting that is best on val200."""
+    rows, by_run = [], {}
+    for setting in jobs.settings(config):
+      tried = config.copy_and_resolve_references()
+      tried.update(setting)
+      run = jobs.Run(task, variant, tried, "val", int(config.seeds[0]))
+      row = self.row(run)
+      if row:
+        rows.append(row)
+        by_run[run.name] = tried
+    return by_run[report.best(rows)[0]["run"]] if rows else None
+
+
+def _line(row) -> str:
+  accuracy = (f"test {row['test_top1']:.1f} %" if row["val_top1"] is None
+              else f"val {row['val_top1']:.1f} %")
+  return (f"{row['task']}  {row['variant']}  seed {row['seed']}  "
+          f"lr {row['lr']:g}  {accuracy}  {row['seconds_train']:.0f} s")
+
+
+def default_workdir(config, config_file: str) -> str:
+  stem = os.path.splitext(os.path.basename(config_file.split(":")[0]))[0]
+  key = checkpoint.digest(json.loads(config.to_json_best_effort()))[:8]
+  return os.path.join("checkpoints", "runs", f"{stem}-{key}")
+
+
+def main(argv) -> int:
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  workdir = _WORKDIR.value or default_workdir(
+      config, flags.FLAGS["config"].config_filename)
+  session = Session(config, workdir)
+  session.run_all()
+  rows = list(session.done.values())
+  if rows:
+    text = report.summary(rows)
+    report.write(os.path.join(workdir, "results.md"), text)
+    print(f"\n{text}\nRows, bundles and curves: {workdir}")
+  for failure in session.failed:
+    print(f"failed: {failure}", file=sys.stderr)
+  return 1 if session.failed else 0
+
+
+def cli(main_fn=main) -> None:
+  """Runs a main function; an error of the user is a sentence, not a trace."""
+  try:
+    app.run(main_fn)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except RunError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  cli()

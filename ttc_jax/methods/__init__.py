@@ -1,0 +1,67 @@
+"""Methods: what is tuned, in which stages, and what acts at which site.
+
+The folder is the registry: `methods/NAME.py` with
+`make(config, backbone) -> Method` is the method NAME.
+"""
+from collections.abc import Callable
+import importlib
+import pkgutil
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from ttc_jax import trees
+from ttc_jax.errors import check_known
+from ttc_jax.model import Model
+
+
+class Context(NamedTuple):
+  """What a stage may look at before it starts."""
+  model: Model
+  params: trees.Tree
+  selection: trees.Tree
+  images: np.ndarray
+  labels: np.ndarray
+  seed: int
+
+
+class Stage(NamedTuple):
+  """One optimisation of the leaves that `rules` label "tune".
+
+  Attributes:
+    prepare: `(context) -> (adapter, selection)` before the stage, or None.
+  """
+  name: str
+  rules: trees.Rules
+  prepare: Callable[[Context], tuple[trees.Tree, trees.Tree]] | None = None
+
+
+class Method(NamedTuple):
+  """Attributes:
+    options: what distinguishes this variant, for the results row.
+    handlers: ((site, handler), ...).
+    merge: `(params, selection, backbone) -> backbone params` that give the
+      same features without taps; None where nothing is added.
+    cannot_merge: why not, if it cannot.
+  """
+  stages: tuple[Stage, ...]
+  options: dict[str, Any] = {}
+  handlers: tuple = ()
+  merge: Callable | None = None
+  cannot_merge: str = ""
+
+
+def names() -> tuple[str, ...]:
+  """Every method there is."""
+  return tuple(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def load(name: str, config: Any, backbone: nn.Module) -> Method:
+  """Returns a method, its options checked against the backbone.
+
+  Raises:
+    UserError: unknown method, or an option that does not fit.
+  """
+  check_known("method", name, names())
+  return importlib.import_module(f"{__name__}.{name}").make(config, backbone)

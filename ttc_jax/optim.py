@@ -1,0 +1,62 @@
+"""Path rules -> labels -> optax: who is trained, and how fast."""
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ttc_jax import trees
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+HEAD = (r"head/.*", "tune")
+NORM = (r"backbone/.*[nN]orm.*/(scale|bias)", "tune")
+ADAPTER = (r"adapter/.*", "tune")
+FREEZE = (r".*", "freeze")
+
+
+def warmup_cosine(lr: jax.Array, steps: jax.Array,
+                  warmup: jax.Array) -> Schedule:
+  """Linear to `lr` in `warmup` steps, then half a cosine to 0 at `steps`.
+
+  As optax's, with every argument traceable: runs that differ in them share
+  one compilation. Step 0 already moves, by lr / warmup.
+  """
+  def schedule(step):
+    rise = (step + 1) / jnp.maximum(warmup, 1)
+    share = (step - warmup) / jnp.maximum(steps - warmup, 1)
+    fall = 0.5 * (1 + jnp.cos(jnp.pi * share))
+    return lr * jnp.where(step < warmup, rise, fall)
+  return schedule
+
+
+def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: jax.Array,
+            decay_all: bool = False) -> optax.GradientTransformation:
+  """AdamW on the leaves labelled "tune"; the others stay as they are.
+
+  Args:
+    labels: "tune" or "freeze" for every leaf, see `trees.label`.
+    weight_decay: decoupled, times the learning rate; may be traced.
+    decay_all: also decays biases and norms.
+  """
+  def decayed(params):
+    return trees.map_with_names(
+        lambda name, _: decay_all or not (
+            name.endswith("/bias") or "norm" in name.lower()), params)
+  return optax.multi_transform(
+      {"tune": optax.adamw(schedule, weight_decay=weight_decay, mask=decayed),
+       "freeze": optax.set_to_zero()},
+      labels)
+
+
+def counts(params: trees.Tree, rules: trees.Rules) -> dict[str, int]:
+  """Tuned scalars in three parts: norm, head, and module (all the rest)."""
+  parts = {"module": 0, "norm": 0, "head": 0}
+  labels = trees.flatten(trees.label(params, rules))
+  for name, leaf in trees.flatten(params).items():
+    if labels[name] == "tune":
+      part = ("head" if name.startswith("head/") else
+              "norm" if name.startswith("backbone/") and "norm" in name.lower()
+              else "module")
+      parts[part] += trees.count(leaf)
+  return parts

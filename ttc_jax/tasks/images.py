@@ -1,0 +1,283 @@
+"""Images on their way to the model: decode, resize, cache, normalise.
+
+Pixels follow the PyTorch PEFT repositories: the aspect ratio is not kept and
+the EXIF orientation is not applied. Unlike there, transparency is not dropped
+but composited over white, and 16-bit grey is scaled, not clipped, to 8 bits.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from ttc_jax import errors
+
+RESAMPLES = {"bicubic": Image.Resampling.BICUBIC,
+             "bilinear": Image.Resampling.BILINEAR}
+
+_FORMAT = "1"     # raise it when the same source gives other pixels
+_CHUNK = 256      # rows in memory at a time while the cache is written
+_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+_STD = np.array((0.229, 0.224, 0.225), np.float32)
+
+NORMALISATIONS = {
+    "half": lambda x: (x - 127.5) / 127.5,
+    "imagenet": lambda x: (x / 255 - _MEAN) / _STD,
+    "none": lambda x: x / 255,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+  """Images by number, before they have a size.
+
+  count: N > 0.
+  read: row i -> an RGB PIL image; called from several threads.
+  key: lines that change whenever the images do; None: cheap, do not cache.
+  """
+  count: int
+  read: Callable[[int], Image.Image]
+  key: Callable[[], Iterable[str]] | None = None
+
+
+def normalise(images: Any, how: str) -> Any:
+  """uint8 (..., 3), of numpy or jax, to float32 as the backbone expects it."""
+  errors.check_known("normalisation", how, NORMALISATIONS)
+  return NORMALISATIONS[how](images.astype("float32"))
+
+
+def read(path: str) -> Image.Image:
+  """Decodes a file to RGB; a bad or huge one raises errors.UserError."""
+  try:
+    with Image.open(path) as image:
+      # Pillow only warns up to twice the limit, and warning filters are not
+      # safe under threads: hence our own check.
+      limit = Image.MAX_IMAGE_PIXELS
+      if limit and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels are over the "
+                         f"limit of {limit} (a decompression bomb?)")
+      return to_rgb(image)
+  except Exception as error:  # Pillow's decoders raise nearly every type
+    raise errors.UserError(
+        f"cannot decode image {path} ({error}): replace the file, or take it "
+        "out of the lists") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+  """Any 8- or 16-bit mode to RGB, alpha over white; ValueError for floats."""
+  if image.mode == "F":
+    raise ValueError("float pixels have no known range; store 8-bit ones")
+  if image.mode.startswith("I"):
+    levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    grey = (levels * 255 + 32767) // 65535
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+  if image.has_transparency_data:
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image.convert("RGBA"))
+  return image.convert("RGB")
+
+
+def resize(image: Image.Image, size: int, resample: str) -> np.ndarray:
+  """RGB image to uint8 (size, size, 3), antialiased, aspect not kept."""
+  return np.asarray(image.resize((size, size), RESAMPLES[resample]))
+
+
+def file_key(path: str) -> str:
+  """A line that changes when the file does: path, bytes, time of change."""
+  try:
+    stat = os.stat(path)
+  except OSError as error:
+    raise errors.UserError(
+        f"cannot read image {path} ({error.strerror}): put it back, or take "
+        "it out of the lists") from error
+  return f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}"
+
+
+class Stream:
+  """Rows uint8 (N, S, S, 3) that are decoded when they are indexed.
+
+  Indices are numpy's for the first axis: a row, a slice, an array of rows.
+  Slices asked for in order find the next one decoded in the background.
+  """
+
+  def __init__(self, count: int, size: int, row: Callable[[int], np.ndarray]):
+    self.shape = (count, size, size, 3)
+    self.dtype = np.dtype(np.uint8)
+    self._row = row
+    self._pool = futures.ThreadPoolExecutor(os.cpu_count() or 1)
+    self._end = 0                                 # where the last slice ended
+    self._ahead: tuple[range, list[futures.Future]] = (range(0), [])
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    if not isinstance(index, slice):
+      rows = np.arange(len(self))[index]
+      if rows.ndim == 0:
+        return self._row(int(rows))
+      return self._gather(self._submit(rows))
+    rows = range(len(self))[index]
+    expected, pending = self._ahead
+    if rows != expected:
+      _cancel(pending)
+      pending = self._submit(rows)
+    in_order, self._end = rows.start == self._end, rows.stop
+    after = range(rows.stop, min(rows.stop + len(rows), len(self)))
+    if not (in_order and rows.step == 1):
+      after = range(0)
+    self._ahead = after, self._submit(after)
+    return self._gather(pending)
+
+  def close(self) -> None:
+    """Drops what is being decoded ahead and stops the threads."""
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def _submit(self, rows: Iterable[int]) -> list[futures.Future]:
+    return [self._pool.submit(self._row, int(i)) for i in rows]
+
+  def _gather(self, pending: list[futures.Future]) -> np.ndarray:
+    try:
+      out = [p.result() for p in pending]
+    except BaseException:
+      _cancel(pending)
+      raise
+    return np.stack(out) if out else np.empty((0, *self.shape[1:]), np.uint8)
+
+
+def make_decoder(size: int, resample: str, cache: str | None,
+                 cache_gib: float) -> Callable[[Source], np.ndarray | Stream]:
+  """Checks the settings of `tasks.load` and returns source -> images.
+
+  The result is a memmap of the cache; or an array, where the source is cheap;
+  or a Stream, where the images would take more than `cache_gib`.
+  """
+  errors.check_known("resample", resample, RESAMPLES)
+  if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    raise errors.UserError(f"image size must be a whole number >= 1: {size!r}")
+  if not cache_gib >= 0:
+    raise errors.UserError(f"cache_gib must be >= 0 (GiB): {cache_gib!r}")
+
+  def decode(source: Source) -> np.ndarray | Stream:
+    stream = Stream(source.count, size,
+                    lambda i: resize(source.read(i), size, resample))
+    if math.prod(stream.shape) > cache_gib * 2**30:
+      return stream
+    with contextlib.closing(stream):
+      if source.key is None:
+        array = stream[:]
+        array.setflags(write=False)
+        return array
+      lines = (_FORMAT, PIL.__version__, str(size), resample, *source.key())
+      name = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+      return _cached(os.path.join(_folder(cache), f"{name}.npy"), stream)
+
+  return decode
+
+
+def _folder(cache: str | None) -> str:
+  if cache:
+    return os.path.expanduser(cache)
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(home, "ttc_jax", "images")
+
+
+def _cached(path: str, stream: Stream) -> np.ndarray:
+  """Opens the cache file of `stream`, after writing it where needed."""
+  folder = os.path.dirname(path)
+  try:
+    array = _open_cache(path, stream.shape)
+    if array is None:
+      os.makedirs(folder, exist_ok=True)
+      _write_cache(path, stream)
+      array = _open_cache(path, stream.shape)
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise errors.RunError(
+          f"no space left for the image cache in {folder}: free some, or "
+          "choose another folder with config.cache") from error
+    raise errors.UserError(
+        f"cannot use the image cache folder {folder} ({error.strerror}): "
+        "choose a writable one with config.cache") from error
+  if array is None:
+    raise errors.RunError(f"the image cache {path} was written but cannot be "
+                          "read back: choose another disk with config.cache")
+  return array
+
+
+def _open_cache(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
+  """The memmap, or None if there is none; a damaged file is deleted."""
+  if not os.path.exists(path):
+    return None
+  try:
+    with open(f"{path}.json", encoding="utf-8") as file:
+      crc = json.load(file)["crc32"]
+    array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
+    whole = array.shape == shape and array.dtype == np.uint8
+    if whole and _crc(array) == crc:
+      return array
+  except PermissionError:
+    raise
+  except Exception:  # a damaged file can make the readers raise anything
+    pass
+  _log.warning("the image cache %s is damaged: decoding again", path)
+  for damaged in (path, f"{path}.json"):
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(damaged)
+  return None
+
+
+def _write_cache(path: str, stream: Stream) -> None:
+  """Decodes all rows into an .npy file and notes their checksum beside it.
+
+  Plain writes, since a memory map on a full disk kills the process by SIGBUS.
+  """
+  header = {"descr": "|u1", "fortran_order": False, "shape": stream.shape}
+  crc = 0
+  with _replacing(path) as file:
+    np.lib.format.write_array_header_1_0(file, header)
+    for start in range(0, len(stream), _CHUNK):
+      rows = stream[start:start + _CHUNK]
+      file.write(rows)
+      crc = zlib.crc32(rows, crc)
+    file.flush()
+    with _replacing(f"{path}.json") as note:  # in place before the images are
+      note.write(json.dumps({"crc32": crc, "shape": stream.shape}).encode())
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+  """A file that appears at `path` whole, or not at all."""
+  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+  try:
+    with open(temporary, "xb") as file:
+      yield file
+    os.replace(temporary, path)
+  except BaseException:  # Ctrl-C too
+    with contextlib.suppress(OSError):
+      os.remove(temporary)
+    raise
+
+
+def _crc(array: np.ndarray) -> int:
+  crc = 0
+  for start in range(0, len(array), _CHUNK):
+    crc = zlib.crc32(array[start:start + _CHUNK], crc)
+  return crc
+
+
+def _cancel(pending: list[futures.Future]) -> None:
+  for future in pending:
+    future.cancel()

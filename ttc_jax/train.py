@@ -1,0 +1,330 @@
+"""One run: a method's stages in order, each an optimisation of its leaves."""
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ttc_jax import augment, checkpoint, evaluate, optim, parallel, trees
+from ttc_jax.errors import RunError
+from ttc_jax.methods import Context, Method, Stage
+from ttc_jax.model import Model, init_head
+from ttc_jax.tasks import Split
+
+
+class Plan(NamedTuple):
+  """What is compiled into an epoch; all else is an argument of it."""
+  batch_size: int
+  label_smoothing: float
+  flip: bool
+  smallest_crop: float
+  decay_all: bool
+
+
+class Hyper(NamedTuple):
+  """Numbers that runs differ in without another compilation."""
+  lr: float
+  weight_decay: float
+  warmup: int
+  steps: int
+
+
+class State(NamedTuple):
+  """A run between two stages; every array is on every device."""
+  params: trees.Tree
+  selection: trees.Tree
+
+
+class Outcome(NamedTuple):
+  """What a run ends with."""
+  state: State
+  model: Model
+  history: list[dict[str, Any]]
+  seconds: float
+  compile_seconds: float
+  images_per_second: float
+
+
+def loss_fn(params, model, plan, selection, images, labels, key):
+  """Mean cross-entropy of a batch, with label smoothing and augmentation."""
+  crop_key, flip_key, path_key = jax.random.split(key, 3)
+  if plan.smallest_crop < 1:
+    images = augment.random_crop(
+        images, crop_key, images.shape[1], plan.smallest_crop)
+  if plan.flip:
+    images = augment.random_flip(images, flip_key)
+  drops = model.backbone is not None and model.backbone.drop_path > 0
+  logits = model.logits(params, images, selection,
+                        **({"key": path_key} if drops else {}))
+  targets = optax.smooth_labels(
+      jax.nn.one_hot(labels, logits.shape[-1]), plan.label_smoothing)
+  return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def make_update_fn(model, rules, plan):
+  """`update_fn(tuned, opt_state, frozen, ...)`: one step on one device.
+
+  Only the tuned leaves go round; the gradients of the others are computed by
+  nobody, since nothing reads them.
+  """
+  def update_fn(tuned, opt_state, frozen, selection, hyper, images, labels,
+                key):
+    params = trees.join(tuned, frozen)
+    names = trees.label(params, rules)
+    tx = optim.make_tx(
+        names, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup),
+        hyper.weight_decay, plan.decay_all)
+    key = jax.random.fold_in(key, parallel.device_index())
+    loss, grads = jax.value_and_grad(loss_fn)(
+        params, model, plan, selection, images, labels, key)
+    grads = parallel.pmean(grads)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    tuned, _ = trees.split(params, names, "tune")
+    return tuned, opt_state, parallel.pmean(loss)
+  return update_fn
+
+
+@functools.lru_cache(maxsize=None)
+def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan):
+  """The pmapped epoch: shuffling and all its steps in one dispatch.
+
+  The training set (uint8, or features) lies whole on every device; the last
+  N mod B images of an epoch's order are left out, others each epoch.
+  """
+  update_fn = make_update_fn(model, rules, plan)
+
+  def epoch_fn(tuned, opt_state, frozen, selection, data, hyper, key, epoch):
+    images, labels = data
+    key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
+    shuffle_key, steps_key = jax.random.split(key)
+    steps = len(labels) // plan.batch_size
+    order = jax.random.permutation(shuffle_key, len(labels))
+    order = order[:steps * plan.batch_size].reshape(
+        steps, len(parallel.devices()), -1)
+    order = order[:, parallel.device_index()]
+
+    def step(carry, inputs):
+      rows, i = inputs
+      *carry, loss = update_fn(
+          *carry, frozen, selection, hyper, images[rows], labels[rows],
+          jax.random.fold_in(steps_key, i))
+      return tuple(carry), loss
+    (tuned, opt_state), losses = jax.lax.scan(
+        step, (tuned, opt_state), (order, jnp.arange(steps)))
+    return tuned, opt_state, losses
+  return parallel.pmap(epoch_fn, donate=(0, 1))
+
+
+_COMPILED = {}
+
+
+def compiled_epoch_fn(model, rules, plan, args):
+  """Returns (the compiled epoch, seconds spent compiling it, 0 if known)."""
+  avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
+  key = (model, rules, plan, str(avals))
+  if key in _COMPILED:
+    return _COMPILED[key], 0.0
+  start = time.perf_counter()
+  _COMPILED[key] = make_epoch_fn(model, rules, plan).lower(*args).compile()
+  return _COMPILED[key], time.perf_counter() - start
+
+
+class Job(NamedTuple):
+  """One run, everything settled.
+
+  Attributes:
+    identity: JSON of all that decides the result, for the stages' names.
+    model: without handlers.
+    val: None where the validation images are trained on.
+    report: called as `report(stage, epoch, epochs, record)` after each epoch.
+  """
+  identity: dict[str, Any]
+  model: Model
+  method: Method
+  plan: Plan
+  train: Split
+  val: Split | None
+  classes: int
+  seed: int
+  epochs: int
+  warmup_epochs: int
+  lr: float
+  weight_decay: float
+  eval_every: int
+  save_seconds: float
+  report: Any
+
+
+def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
+  """Runs the stages of a method, resuming what `directory` has of them.
+
+  Args:
+    base: pretrained backbone parameters, on every device.
+    directory: where the states of stages are kept.
+
+  Raises:
+    RunError: the loss or a score is not finite, or the disk is full.
+  """
+  head = init_head(job.model.backbone.width, job.classes, job.seed)
+  params = {"backbone": base, "adapter": {},
+            "head": parallel.replicate(head)}
+  state, history, total = State(params, {}), [], _Clock()
+  for index, stage in enumerate(job.method.stages):
+    key = checkpoint.digest([job.identity, [
+        (s.name, s.rules, job.method.options if s.prepare else None)
+        for s in job.method.stages[:index + 1]]])
+    with checkpoint.StageStore(f"{directory}/{key}") as store:
+      state, records, clock = _run_stage(job, index, stage, state, store)
+    history += [{"stage": stage.name, **r} for r in records]
+    total = total.plus(clock)
+  return Outcome(state, _with_handlers(job, state), history, total.seconds,
+                 total.compile_seconds,
+                 total.images / total.seconds if total.seconds else 0.0)
+
+
+class _Clock(NamedTuple):
+  seconds: float = 0.0
+  compile_seconds: float = 0.0
+  images: int = 0
+
+  def plus(self, other):
+    return _Clock(*(a + b for a, b in zip(self, other)))
+
+
+def _with_handlers(job, state):
+  """Without an adapter the handlers are left out, and compilations shared."""
+  handlers = job.method.handlers if state.params["adapter"] else ()
+  return job.model._replace(handlers=handlers)
+
+
+def _run_stage(job, index, stage, state, store):
+  """Returns (state, records of the epochs, clock)."""
+  saved = store.load()
+  state, seconds = _prepare(job, stage, state, saved)
+  model, params, selection, data, val = _inputs(job, stage, state)
+  names = trees.label(params, stage.rules)
+  tuned, frozen = trees.split(params, names, "tune")
+  # The epoch donates its inputs; the base weights must survive it.
+  tuned = jax.tree.map(jnp.copy, tuned)
+  opt_state = _init_opt_state(tuned, frozen, names)
+  clock, records, start = _Clock(seconds), [], 0
+  if saved:
+    start, records = saved.epoch, saved.meta["records"]
+    clock = _Clock(*saved.meta["clock"])
+    opt_state = _restore_opt_state(opt_state, saved.arrays["opt_state"])
+  steps = len(job.train.labels) // job.plan.batch_size
+  hyper = Hyper(np.float32(job.lr), np.float32(job.weight_decay),
+                np.int32(round(job.warmup_epochs * steps)),
+                np.int32(job.epochs * steps))
+  key = jax.random.fold_in(jax.random.key(job.seed), index)
+  fixed = parallel.replicate((hyper, jax.random.key_data(key)))
+  for record in records:
+    job.report(stage.name, record["epoch"], job.epochs, record)
+  last_save = time.perf_counter()
+  for epoch in range(start, job.epochs):
+    args = (tuned, opt_state, frozen, selection, data, *fixed,
+            parallel.replicate(np.int32(epoch)))
+    fn, compile_seconds = compiled_epoch_fn(
+        model, stage.rules, job.plan, args)
+    begin = time.perf_counter()
+    tuned, opt_state, losses = fn(*args)
+    losses = np.asarray(losses[0])
+    clock = clock.plus(_Clock(time.perf_counter() - begin, compile_seconds,
+                              steps * job.plan.batch_size))
+    if not np.isfinite(losses).all():
+      raise RunError(
+          f"the loss became {losses[~np.isfinite(losses)][0]} in stage "
+          f"'{stage.name}', epoch {epoch + 1} of {job.epochs}: lower "
+          f"config.lr (now {job.lr:g}); the last good state is kept in "
+          f"'{store.path}'")
+    done = epoch + 1
+    record = {"epoch": done, "loss": float(losses.mean()),
+              "images_per_second": clock.images / clock.seconds}
+    params = trees.join(tuned, frozen)
+    if val and (done % job.eval_every == 0 or done == job.epochs):
+      record["val_top1"] = evaluate.top1(model, params, selection, *val)
+    records = records + [record]
+    job.report(stage.name, done, job.epochs, record)
+    if (done == job.epochs
+        or time.perf_counter() - last_save >= job.save_seconds):
+      _save(store, job, done, tuned, selection, opt_state, records, clock)
+      last_save = time.perf_counter()
+  params = {**state.params, **trees.join(tuned, frozen)}
+  return State(params, state.selection), records, clock
+
+
+def _prepare(job, stage, state, saved):
+  """The state that the stage starts from, and the seconds it took."""
+  if saved:
+    arrays = {k: parallel.replicate(trees.unflatten(v) if k == "selection"
+                                    else v)
+              for k, v in saved.arrays.items() if k != "opt_state"}
+    return State(checkpoint.overlay(state.params, arrays["tuned"]),
+                 arrays["selection"]), 0.0
+  if not stage.prepare:
+    return state, 0.0
+  begin = time.perf_counter()
+  adapter, selection = stage.prepare(Context(
+      _with_handlers(job, state), state.params, state.selection,
+      job.train.images, job.train.labels, job.seed))
+  params = {**state.params, "adapter": parallel.replicate(adapter)}
+  return (State(params, parallel.replicate(selection)),
+          time.perf_counter() - begin)
+
+
+def _inputs(job, stage, state):
+  """(model, params, selection, data, val) of a stage.
+
+  Where only the head is tuned and nothing is random before it, the backbone
+  runs once and the stage trains on its features: the same numbers, sooner.
+  """
+  model, params, selection = _with_handlers(job, state), *state
+  names = trees.flatten(trees.label(params, stage.rules))
+  head_only = all(name.startswith("head/")
+                  for name, label in names.items() if label == "tune")
+  random = (job.plan.flip or job.plan.smallest_crop < 1
+            or job.model.backbone.drop_path > 0)
+  train, val = job.train, job.val
+  if head_only and not random:
+    def cached(split):
+      return split and Split(evaluate.features(
+          model, params, selection, split.images), split.labels)
+    train, val = cached(train), cached(val)
+    model = Model(None, "none")
+    params, selection = {"adapter": {}, "head": params["head"]}, {}
+  data = parallel.replicate((np.asarray(train.images), train.labels))
+  return model, params, selection, data, val
+
+
+def _init_opt_state(tuned, frozen, names):
+  """The optimiser's state, on every device."""
+  @parallel.pmap
+  def init(tuned, frozen):
+    tx = optim.make_tx(names, lambda step: 0.0, 0.0)
+    return tx.init(trees.join(tuned, frozen))
+  return init(tuned, frozen)
+
+
+def _restore_opt_state(template, flat):
+  if not flat:  # a finished stage keeps none
+    return template
+  leaves, treedef = jax.tree.flatten(template)
+  arrays = [flat[f"{i:04d}"] for i in range(len(leaves))]
+  return jax.tree.unflatten(treedef, parallel.replicate(arrays))
+
+
+def _save(store, job, done, tuned, selection, opt_state, records, clock):
+  opt = {}
+  if done < job.epochs:
+    leaves = parallel.unreplicate(jax.tree.leaves(opt_state))
+    opt = {f"{i:04d}": x for i, x in enumerate(leaves)}
+  arrays = {
+      "tuned": trees.flatten(parallel.unreplicate(tuned)),
+      "selection": trees.flatten(parallel.unreplicate(selection)),
+      "opt_state": opt}
+  store.save(checkpoint.Saved(
+      done, arrays, {"records": records, "clock": list(clock)}))
