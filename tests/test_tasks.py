@@ -70,7 +70,7 @@ def test_names_lists_built_in_tasks_and_folders(data):
 
 
 @pytest.mark.parametrize("name, where, words", [
-    ("digit", None, ["unknown task 'digit'", "did you mean digits", "data=DIR"]),
+    ("digit", None, ["task 'digit'", "did you mean digits", "data=DIR"]),
     ("toy", None, ["data=DIR"]),
     ("half", "data", ["half holds no train800.txt"]),
     ("toy", "data/toy", ["is itself a task"]),

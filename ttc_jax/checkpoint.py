@@ -59,8 +59,11 @@ class StageStore:
     with _clear_errors(self.path):
       self._manager.save(saved.epoch, args=args, force=True)
 
+  def latest_epoch(self) -> int | None:
+    return self._manager.latest_step()
+
   def load(self) -> Saved | None:
-    epoch = self._manager.latest_step()
+    epoch = self.latest_epoch()
     if epoch is None:
       return None
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),

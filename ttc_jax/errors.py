@@ -3,10 +3,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class UserError(Exception):
   """Bad input. `str(error)` is one sentence: what, where, what was expected.
 
-  The command lines print it without a traceback and exit with code 2.
+  The command lines print it without a traceback and exit with code 2. It is
+  no ValueError: libraries that wrap those would bury the sentence.
   """
 
 

@@ -16,7 +16,7 @@ import optax
 
 from ttc_jax import backbones, checkpoint, evaluate, methods, optim, parallel
 from ttc_jax import tasks, train, trees
-from ttc_jax.backbones import weights as weights_lib
+from ttc_jax.backbones import sources
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model
@@ -113,7 +113,7 @@ def load_base(config) -> Base:
   else:
     module, params = backbones.load(
         config.backbone, config.weights, config.image_size, **fields)
-    sha256 = weights_lib.sha256(weights_lib.locate(config.weights))
+    sha256 = sources.sha256(sources.locate(config.weights))
   return Base(module, parallel.replicate(params),
               os.path.basename(config.weights), sha256)
 

@@ -8,10 +8,10 @@ import json
 import os
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from ttc_jax import checkpoint, jobs, report, train
+from ttc_jax import checkpoint, cli, jobs, report, train
 from ttc_jax.errors import RunError, UserError
 from ttc_jax.progress import Progress
 
@@ -117,7 +117,6 @@ def default_workdir(config, config_file: str) -> str:
 
 def main(argv) -> int:
   del argv
-  logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   workdir = _WORKDIR.value or default_workdir(
       config, flags.FLAGS["config"].config_filename)
@@ -133,18 +132,6 @@ def main(argv) -> int:
   return 1 if session.failed else 0
 
 
-def cli(main_fn=main) -> None:
-  """Runs a main function; an error of the user is a sentence, not a trace."""
-  try:
-    app.run(main_fn)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except RunError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
-
-
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  cli()
+  cli.run(main)

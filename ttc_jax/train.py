@@ -201,60 +201,122 @@ def _with_handlers(job, state):
   return job.model._replace(handlers=handlers)
 
 
+class _Inputs(NamedTuple):
+  """What a stage trains on; a head alone trains on the backbone's features."""
+  model: Model
+  params: trees.Tree
+  selection: trees.Tree
+  data: trees.Tree       # (images or features, labels), on every device
+  val: Split | None
+
+
+class _Progress(NamedTuple):
+  """What changes from epoch to epoch."""
+  tuned: trees.Tree
+  opt_state: trees.Tree
+  records: list[dict[str, Any]]
+  clock: _Clock
+
+
 def _run_stage(job, index, stage, state, store):
   """Returns (state, records of the epochs, clock)."""
   saved = store.load()
   state, seconds = _prepare(job, stage, state, saved)
-  model, params, selection, data, val = _inputs(job, stage, state)
-  names = trees.label(params, stage.rules)
-  tuned, frozen = trees.split(params, names, "tune")
-  # The epoch donates its inputs; the base weights must survive it.
-  tuned = jax.tree.map(jnp.copy, tuned)
+  inputs = _inputs(job, stage, state)
+  names = trees.label(inputs.params, stage.rules)
+  tuned, frozen = trees.split(inputs.params, names, "tune")
+  now = _start(tuned, frozen, names, saved, seconds)
+  for record in now.records:
+    job.report(stage.name, record["epoch"], job.epochs, record)
+  fixed = _fixed(job, index)
+  last_save = time.perf_counter()
+  for epoch in range(saved.epoch if saved else 0, job.epochs):
+    now, losses = _epoch(job, stage, inputs, frozen, fixed, epoch, now)
+    _check_finite(job, stage, epoch, losses, store)
+    now = _record(job, inputs, frozen, epoch + 1, losses, now)
+    job.report(stage.name, epoch + 1, job.epochs, now.records[-1])
+    last = epoch + 1 == job.epochs
+    if last or time.perf_counter() - last_save >= job.save_seconds:
+      store.save(_saved(epoch + 1, inputs.selection, now, last))
+      last_save = time.perf_counter()
+  params = {**state.params, **trees.join(now.tuned, frozen)}
+  return State(params, state.selection), now.records, now.clock
+
+
+def _start(tuned, frozen, names, saved, seconds):
   opt_state = _init_opt_state(tuned, frozen, names)
-  clock, records, start = _Clock(seconds), [], 0
-  if saved:
-    start, records = saved.epoch, saved.meta["records"]
-    clock = _Clock(*saved.meta["clock"])
-    opt_state = _restore_opt_state(opt_state, saved.arrays["opt_state"])
+  # The epoch donates its inputs; the base weights must survive it.
+  now = _Progress(jax.tree.map(jnp.copy, tuned), opt_state, [],
+                  _Clock(seconds))
+  if not saved:
+    return now
+  flat = saved.arrays["opt_state"]
+  if flat:  # a finished stage keeps none
+    leaves, treedef = jax.tree.flatten(opt_state)
+    arrays = [flat[f"{i:04d}"] for i in range(len(leaves))]
+    opt_state = jax.tree.unflatten(treedef, parallel.replicate(arrays))
+  return now._replace(opt_state=opt_state, records=saved.meta["records"],
+                      clock=_Clock(*saved.meta["clock"]))
+
+
+def _fixed(job, index):
+  """The hyper-parameters and the key of a stage, on every device."""
   steps = len(job.train.labels) // job.plan.batch_size
   hyper = Hyper(np.float32(job.lr), np.float32(job.weight_decay),
                 np.int32(round(job.warmup_epochs * steps)),
                 np.int32(job.epochs * steps))
   key = jax.random.fold_in(jax.random.key(job.seed), index)
-  fixed = parallel.replicate((hyper, jax.random.key_data(key)))
-  for record in records:
-    job.report(stage.name, record["epoch"], job.epochs, record)
-  last_save = time.perf_counter()
-  for epoch in range(start, job.epochs):
-    args = (tuned, opt_state, frozen, selection, data, *fixed,
-            parallel.replicate(np.int32(epoch)))
-    fn, compile_seconds = compiled_epoch_fn(
-        model, stage.rules, job.plan, args)
-    begin = time.perf_counter()
-    tuned, opt_state, losses = fn(*args)
-    losses = np.asarray(losses[0])
-    clock = clock.plus(_Clock(time.perf_counter() - begin, compile_seconds,
-                              steps * job.plan.batch_size))
-    if not np.isfinite(losses).all():
-      raise RunError(
-          f"the loss became {losses[~np.isfinite(losses)][0]} in stage "
-          f"'{stage.name}', epoch {epoch + 1} of {job.epochs}: lower "
-          f"config.lr (now {job.lr:g}); the last good state is kept in "
-          f"'{store.path}'")
-    done = epoch + 1
-    record = {"epoch": done, "loss": float(losses.mean()),
-              "images_per_second": clock.images / clock.seconds}
-    params = trees.join(tuned, frozen)
-    if val and (done % job.eval_every == 0 or done == job.epochs):
-      record["val_top1"] = evaluate.top1(model, params, selection, *val)
-    records = records + [record]
-    job.report(stage.name, done, job.epochs, record)
-    if (done == job.epochs
-        or time.perf_counter() - last_save >= job.save_seconds):
-      _save(store, job, done, tuned, selection, opt_state, records, clock)
-      last_save = time.perf_counter()
-  params = {**state.params, **trees.join(tuned, frozen)}
-  return State(params, state.selection), records, clock
+  return parallel.replicate((hyper, jax.random.key_data(key)))
+
+
+def _epoch(job, stage, inputs, frozen, fixed, epoch, now):
+  """Dispatches an epoch and waits for its losses."""
+  args = (now.tuned, now.opt_state, frozen, inputs.selection, inputs.data,
+          *fixed, parallel.replicate(np.int32(epoch)))
+  fn, compile_seconds = compiled_epoch_fn(
+      inputs.model, stage.rules, job.plan, args)
+  begin = time.perf_counter()
+  tuned, opt_state, losses = fn(*args)
+  losses = np.asarray(losses[0])
+  clock = now.clock.plus(_Clock(
+      time.perf_counter() - begin, compile_seconds,
+      len(losses) * job.plan.batch_size))
+  return now._replace(tuned=tuned, opt_state=opt_state, clock=clock), losses
+
+
+def _check_finite(job, stage, epoch, losses, store):
+  bad = losses[~np.isfinite(losses)]
+  if not bad.size:
+    return
+  kept = store.latest_epoch()
+  kept = (f"the state after epoch {kept} is kept in '{store.path}'" if kept
+          else "no epoch of this stage had been saved")
+  raise RunError(
+      f"the loss became {bad[0]} in stage '{stage.name}', epoch {epoch + 1} "
+      f"of {job.epochs}: lower config.lr (now {job.lr:g}); {kept}")
+
+
+def _record(job, inputs, frozen, done, losses, now):
+  """Adds the epoch's record, with the validation accuracy where it is due."""
+  record = {"epoch": done, "loss": float(losses.mean()),
+            "images_per_second": now.clock.images / now.clock.seconds}
+  if inputs.val and (done % job.eval_every == 0 or done == job.epochs):
+    record["val_top1"] = evaluate.top1(
+        inputs.model, trees.join(now.tuned, frozen), inputs.selection,
+        *inputs.val)
+  return now._replace(records=[*now.records, record])
+
+
+def _saved(done, selection, now, finished):
+  leaves = [] if finished else jax.tree.leaves(now.opt_state)
+  opt_state = {f"{i:04d}": x
+               for i, x in enumerate(parallel.unreplicate(leaves))}
+  arrays = {
+      "tuned": trees.flatten(parallel.unreplicate(now.tuned)),
+      "selection": trees.flatten(parallel.unreplicate(selection)),
+      "opt_state": opt_state}
+  return checkpoint.Saved(done, arrays, {
+      "records": now.records, "clock": list(now.clock)})
 
 
 def _prepare(job, stage, state, saved):
@@ -277,9 +339,7 @@ def _prepare(job, stage, state, saved):
 
 
 def _inputs(job, stage, state):
-  """(model, params, selection, data, val) of a stage.
-
-  Where only the head is tuned and nothing is random before it, the backbone
+  """Where only the head is tuned and nothing is random before it, the backbone
   runs once and the stage trains on its features: the same numbers, sooner.
   """
   model, params, selection = _with_handlers(job, state), *state
@@ -297,7 +357,7 @@ def _inputs(job, stage, state):
     model = Model(None, "none")
     params, selection = {"adapter": {}, "head": params["head"]}, {}
   data = parallel.replicate((np.asarray(train.images), train.labels))
-  return model, params, selection, data, val
+  return _Inputs(model, params, selection, data, val)
 
 
 def _init_opt_state(tuned, frozen, names):
@@ -307,24 +367,3 @@ def _init_opt_state(tuned, frozen, names):
     tx = optim.make_tx(names, lambda step: 0.0, 0.0)
     return tx.init(trees.join(tuned, frozen))
   return init(tuned, frozen)
-
-
-def _restore_opt_state(template, flat):
-  if not flat:  # a finished stage keeps none
-    return template
-  leaves, treedef = jax.tree.flatten(template)
-  arrays = [flat[f"{i:04d}"] for i in range(len(leaves))]
-  return jax.tree.unflatten(treedef, parallel.replicate(arrays))
-
-
-def _save(store, job, done, tuned, selection, opt_state, records, clock):
-  opt = {}
-  if done < job.epochs:
-    leaves = parallel.unreplicate(jax.tree.leaves(opt_state))
-    opt = {f"{i:04d}": x for i, x in enumerate(leaves)}
-  arrays = {
-      "tuned": trees.flatten(parallel.unreplicate(tuned)),
-      "selection": trees.flatten(parallel.unreplicate(selection)),
-      "opt_state": opt}
-  store.save(checkpoint.Saved(
-      done, arrays, {"records": records, "clock": list(clock)}))

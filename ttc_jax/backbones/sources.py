@@ -129,21 +129,23 @@ def _fetch(url: str, part: str) -> None:
   version = {key: str(info[key]) for key in (
       "size", "ETag", "etag", "generation", "Last-Modified", "created")
              if info.get(key) is not None}
-  if _read_json(part + ".json") != version:
+  if not version or _read_json(part + ".json") != version:
     open(part, "wb").close()
     _write_json(part + ".json", version)
-  size, start = info.get("size"), -1
-  while start != (start := os.path.getsize(part)) and start != size:
-    # An attempt that is cut short after some bytes deserves another one.
+  size = info.get("size")
+  while (start := os.path.getsize(part)) != size:
     try:
       _append(fs, path, part, start)
+      break
     except Exception:
+      # Cut short after some bytes: that deserves another attempt.
       if os.path.getsize(part) <= start:
         raise
-    else:
-      size = size or os.path.getsize(part)
-  if size is not None and os.path.getsize(part) != size:
-    raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
+  arrived = os.path.getsize(part)
+  if size is not None and arrived != size:
+    if arrived > size:
+      os.remove(part)
+    raise OSError(f"{arrived} of {size} bytes arrived")
   os.remove(part + ".json")
 
 

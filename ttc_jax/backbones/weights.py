@@ -480,9 +480,9 @@ def _check_variant(weights, want, name):
   file = file._replace(heads=file.heads or mine.heads)
   if file == mine:
     return
-  odd = [f for f in file._fields[3:] if getattr(file, f) != getattr(mine, f)]
+  shown = file._fields[:3] if file[:3] != mine[:3] else file._fields
   def text(v):
-    return ", ".join(f"{f} {getattr(v, f)}" for f in [*v._fields[:3], *odd])
+    return ", ".join(f"{field} {getattr(v, field)}" for field in shown)
   size = next((size for size, (width, layers, heads, hidden)
                in vit.SIZES.items() if (width, layers, hidden) == (
                    file.width, file.depth, file.hidden)
