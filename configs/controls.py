@@ -14,7 +14,7 @@ task=digits,sprites_location --workdir=DIR
 """
 import os
 
-from ttc_jax.config import default, parse_arg
+from ttc_jax.config import default, parse_arg, variants
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -33,7 +33,7 @@ def get_config(arg=None):
   config.grid.lr = (2e-3, 6e-3)
   config.seeds = (0, 1, 2)
   config.epochs, config.warmup_epochs = arg.epochs, 1.0
-  config.variants = dict(
+  config.variants = variants(
       linear=dict(method="linear", epochs=100),
       layernorm=dict(method="layernorm"),
       layernorm_2x=dict(method="layernorm", epochs=2 * arg.epochs),

@@ -5,7 +5,7 @@ val200 (train on 800), never on the test set; see the README.
 """
 import os
 
-from ttc_jax.config import default, parse_arg
+from ttc_jax.config import default, parse_arg, variants
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -19,7 +19,7 @@ def get_config(arg=None):
   config.image_size, config.normalisation = 64, "half"
   config.epochs, config.warmup_epochs = 8, 1.0
   config.lr = 4e-3
-  config.variants = dict(
+  config.variants = variants(
       linear=dict(method="linear", epochs=50, lr=1e-2),
       layernorm=dict(method="layernorm"),
       ttc=dict(method="ttc"))

@@ -9,7 +9,6 @@ down slows all of them. The share of the ceiling counts the work that is
 needed (`flops_needed`) per second of the median, whatever the program did.
 """
 from collections.abc import Callable, Iterable
-import functools
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import backbones, config as config_lib, jobs, main as main_lib
+from ttc_jax import backbones, cli, config as config_lib, jobs
 from ttc_jax import methods, optim, parallel, train, trees
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
@@ -145,13 +144,28 @@ def product(size: int, dtype: Any) -> Program:
                   2 * size ** 3 * len(parallel.devices()))
 
 
-def programs(config: Any, batch: int) -> tuple[methods.Method, dict]:
-  """The backbone's programs by name: forward, stage 1, stage 2."""
+def settings() -> Any:
+  """The configuration of a TTC run, with the flags' values; checked."""
+  config = config_lib.default()
+  config.update(dict(
+      backbone=_BACKBONE.value, image_size=_SIZE.value, batch_size=_BATCH.value,
+      dtype=_DTYPE.value, gelu=_GELU.value, score="random"))
+  config_lib.check(config)
+  check_known("gelu", config.gelu, ("exact", "tanh"))
+  if config.batch_size % len(parallel.devices()):
+    raise UserError(f"--batch={config.batch_size} does not divide among the "
+                    f"{len(parallel.devices())} devices")
+  return config
+
+
+def programs(config: Any) -> dict[str, Program]:
+  """The backbone's: forward, stage 1, stage 2."""
   vit = backbones.make(config.backbone, config.image_size, gelu=config.gelu,
                        dtype=jnp.dtype(config.dtype))
-  config.k = config.k or vit.width // 8
+  config.k = vit.width // 8
   method = methods.load("ttc", config, vit)
   align, adapt = method.stages
+  batch = config.batch_size
   plan = train.Plan(batch, 0.0, False, 1.0, False)
   model = Model(vit, config.normalisation)
   work = {name: batch * flops
@@ -164,7 +178,7 @@ def programs(config: Any, batch: int) -> tuple[methods.Method, dict]:
   out["stage 2"] = compiled(
       step_fn(model, adapt.rules, plan), stage_args(model, adapt, batch),
       work["stage 2"])
-  return vit, out
+  return out
 
 
 def timings(programs: dict[str, Program],
@@ -181,3 +195,129 @@ def timings(programs: dict[str, Program],
         program.run()
         times[name][-1].append(time.perf_counter() - begin)
   return times
+
+
+def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
+  """Everything that is printed: {machine, versions, settings, ceiling, rows}.
+
+  Rates are FLOP/s, times seconds; a row without a number has None there.
+  """
+  ours = programs(config)
+  sizes = _CEILINGS.get(jax.default_backend(), (4096, 8192))
+  products = {f"product {n}": product(n, config.dtype) for n in sizes}
+  theirs = {}
+  if against:
+    from ttc_jax import bench_torch  # torch is an extra
+    theirs = {"stage 2, torch": Program(
+        bench_torch.make_step(config, CLASSES), ours["stage 2"].work)}
+  everything = products | ours | theirs
+  times = timings(everything, seconds)
+  ceiling, by_turn = _ceiling(products, times)
+  rows = [_row(name, everything[name], times[name], config.batch_size, ceiling)
+          for name in ours | theirs]
+  ratio = None
+  if theirs:
+    ratio = rows[-1]["median_seconds"] / rows[-2]["median_seconds"]
+  return {"machine": _machine(), "versions": _versions(against),
+          "settings": config.to_dict() | {"against": against},
+          "ceiling": ceiling, "ceiling_by_turn": by_turn, "rows": rows,
+          "times_as_fast": ratio}
+
+
+def _ceiling(products, times):
+  """The best rate of any product, over all turns and in each."""
+  def best(pick):
+    return max(p.work / statistics.median(pick(times[name]))
+               for name, p in products.items())
+  return (best(lambda turns: sum(turns, [])),
+          [best(lambda turns: turns[i]) for i in range(TURNS)])
+
+
+def _row(name, program, turns, batch, ceiling):
+  runs = sum(turns, [])
+  median = statistics.median(runs)
+  return {"name": name, "images_per_second": batch / median,
+          "median_seconds": median, "min_seconds": min(runs),
+          "runs": len(runs), "compile_seconds": program.compile_seconds,
+          "temp_bytes": program.temp_bytes, "flops_compiled": program.flops,
+          "flops_needed": program.work,
+          "share_of_ceiling": program.work / median / ceiling}
+
+
+def _machine():
+  device = parallel.devices()[0]
+  return {"devices": len(parallel.devices()), "kind": device.device_kind,
+          "platform": device.platform, "cores": os.cpu_count(),
+          "processor": platform.processor() or platform.machine()}
+
+
+def _versions(against):
+  versions = dict(jobs.versions())
+  if against:
+    import torch
+    versions["torch"] = torch.__version__
+  return versions
+
+
+_COLUMNS = (  # title, key, unit, decimals
+    ("images/s", "images_per_second", 1, 1),
+    ("median ms", "median_seconds", 1e-3, 1),
+    ("min ms", "min_seconds", 1e-3, 1),
+    ("compile s", "compile_seconds", 1, 1),
+    ("temp MiB", "temp_bytes", 2 ** 20, 1),
+    ("GFLOP compiled", "flops_compiled", 1e9, 2),
+    ("GFLOP needed", "flops_needed", 1e9, 2),
+    ("% of ceiling", "share_of_ceiling", 1e-2, 1),
+)
+
+
+def table(result: dict[str, Any]) -> str:
+  """What is printed of `measure`'s result."""
+  def cell(row, key, unit, decimals):
+    value = row[key]
+    return "n/a" if value is None else f"{value / unit:.{decimals}f}"
+  cells = [["", *(title for title, *_ in _COLUMNS)]]
+  cells += [[row["name"], *(cell(row, *column) for _, *column in _COLUMNS)]
+            for row in result["rows"]]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  lines = ["  ".join([line[0].ljust(widths[0]),
+                      *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+           for line in cells]
+  return "\n".join([*_heading(result), "", *lines, *_verdict(result)])
+
+
+def _heading(result):
+  s, m, turns = (result[k] for k in ("settings", "machine", "ceiling_by_turn"))
+  return [
+      f"{s['backbone']} at {s['image_size']} px, batch {s['batch_size']}, "
+      f"{s['dtype']}, {s['gelu']} GELU, K = {s['k']}; {m['devices']} x "
+      f"{m['kind']}, {m['cores']} cores",
+      f"ceiling: {result['ceiling'] / 1e9:.1f} GFLOP/s, the best matrix "
+      f"product; {min(turns) / 1e9:.1f} to {max(turns) / 1e9:.1f} from turn to "
+      "turn"]
+
+
+def _verdict(result):
+  if not result["times_as_fast"]:
+    return []
+  return ["", f"stage 2 is {result['times_as_fast']:.2f} times as fast as "
+          f"eager PyTorch {result['versions']['torch']}"]
+
+
+def main(argv: list[str]) -> int:
+  del argv
+  if _AGAINST.value:
+    check_known("--against", _AGAINST.value, ("torch",))
+  result = measure(settings(), _AGAINST.value, _SECONDS.value)
+  print(table(result))
+  if _JSON.value:
+    try:
+      with open(_JSON.value, "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=2)
+    except OSError as e:
+      raise UserError(f"--json={_JSON.value} cannot be written: {e}") from e
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

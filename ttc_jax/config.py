@@ -22,7 +22,7 @@ def default() -> ml_collections.ConfigDict:
   c.method = "ttc"
   # {label: {key: value}}: several rows that differ in these keys. Empty: one
   # row, of `method`.
-  c.variants = ml_collections.ConfigDict()
+  c.variants = variants()
   c.seeds = (0,)
   # val: train on 800, report the 200. final: train on 1000, report the test
   # set. select: val for every setting of `grid`, then final with the best.
@@ -66,6 +66,11 @@ def default() -> ml_collections.ConfigDict:
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
   c.cache_gib = 8.0           # larger splits are decoded as they stream
   return c
+
+
+def variants(**labelled: dict[str, Any]) -> ml_collections.ConfigDict:
+  """{label: {key: value}}, kept in the order given: that of the table."""
+  return ml_collections.ConfigDict(labelled, sort_keys=False)
 
 
 def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:

@@ -61,7 +61,7 @@ class Base(NamedTuple):
 
 def variants(config) -> dict[str, ml_collections.ConfigDict]:
   """{label: configuration} of the rows that are compared."""
-  given = config.variants.to_dict() or {config.method: {}}
+  given = dict(config.variants.items()) or {config.method: {}}
   out = {}
   for label, overrides in given.items():
     out[label] = config.copy_and_resolve_references()

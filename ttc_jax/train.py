@@ -115,7 +115,9 @@ def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan):
       return tuple(carry), loss
     (tuned, opt_state), losses = jax.lax.scan(
         step, (tuned, opt_state), (order, jnp.arange(steps)))
-    return tuned, opt_state, losses
+    # The last step's loss is older than its parameters.
+    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tuned)])
+    return tuned, opt_state, jnp.where(finite.all(), losses, jnp.nan)
   return parallel.pmap(epoch_fn, donate=(0, 1))
 
 
@@ -292,8 +294,9 @@ def _check_finite(job, stage, epoch, losses, store):
   kept = (f"the state after epoch {kept} is kept in '{store.path}'" if kept
           else "no epoch of this stage had been saved")
   raise RunError(
-      f"the loss became {bad[0]} in stage '{stage.name}', epoch {epoch + 1} "
-      f"of {job.epochs}: lower config.lr (now {job.lr:g}); {kept}")
+      f"training diverged in stage '{stage.name}', epoch {epoch + 1} of "
+      f"{job.epochs}: the loss or a parameter became {bad[0]}; lower config.lr "
+      f"(now {job.lr:g}); {kept}")
 
 
 def _record(job, inputs, frozen, done, losses, now):

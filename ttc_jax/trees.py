@@ -1,10 +1,10 @@
 """Names for the leaves of a pytree: "a/b/c", split and join by label."""
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 Tree = Any
 Rules = tuple[tuple[str, str], ...]
@@ -80,4 +80,4 @@ def join(tree: Tree, other: Tree) -> Tree:
 
 def count(tree: Tree) -> int:
   """Number of scalars in the tree."""
-  return sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(tree))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -76,12 +76,13 @@ def _remote(address: str) -> Iterator[None]:
     raise UserError(
         f"weights '{address}' need a library that is not installed ({e}): "
         "pip install ttc_jax[hub]") from e
-  except FileNotFoundError as e:
-    raise UserError(f"weights '{address}' do not exist there") from e
   except Exception as e:  # Every file system has errors of its own.
+    # fsspec calls a silent server a missing file; its cause knows better.
+    cause = e.__cause__ or e
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
     raise UserError(
-        f"weights '{address}' cannot be fetched ({type(e).__name__}: {e}): "
-        "what has arrived is kept, run again to resume") from e
+        f"weights '{address}' cannot be fetched ({reason}): check the "
+        "address, or run again; a broken download resumes") from e
 
 
 def _download(url: str, wanted: str, cache: str) -> str:
@@ -153,7 +154,8 @@ def _append(fs: Any, path: str, part: str, start: int) -> None:
   """Fetches the bytes from `start` on; all of them if ranges are refused."""
   if start:
     with contextlib.suppress(ValueError, NotImplementedError):
-      with fs.open(path, "rb") as f, open(part, "ab") as out:
+      with (fs.open(path, "rb", block_size=_BLOCK) as f,
+            open(part, "ab") as out):
         f.seek(start)
         while block := f.read(_BLOCK):
           out.write(block)

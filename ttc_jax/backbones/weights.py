@@ -30,7 +30,7 @@ import safetensors.numpy
 
 from ttc_jax import trees
 from ttc_jax.backbones import vit
-from ttc_jax.backbones.sources import locate, sha256  # pylint: disable=unused-import
+from ttc_jax.backbones.sources import locate, sha256  # for our callers
 from ttc_jax.errors import UserError
 
 # As the containers spell them; "|V2" is how numpy stores bfloat16.
@@ -256,15 +256,14 @@ def read(path: str) -> Weights:
 def _readable(path: str) -> Iterator[None]:
   try:
     yield
-  except UserError:
-    raise
   except FileNotFoundError as e:
     raise UserError(f"weights file '{path}' does not exist") from e
   except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
           zipfile.BadZipFile, zlib.error, safetensors.SafetensorError) as e:
+    reason = " ".join(str(e).split())[:200]  # Some quote the whole header.
     raise UserError(
-        f"weights file '{path}' cannot be read ({e}): is it truncated, or no "
-        ".npz or .safetensors file? fetch it again") from e
+        f"weights file '{path}' cannot be read ({reason}): is it truncated, "
+        "or no .npz or .safetensors file? fetch it again") from e
 
 
 def _open_safetensors(path):
@@ -372,7 +371,8 @@ def _find(weights, name):
 def _shape(weights, name):
   """The shape in our layout of our parameter, from the header alone."""
   shape = weights.tensors[_find(weights, name)].shape
-  return weights.format.view(name, np.broadcast_to(0, shape)).shape
+  with _readable(weights.path):  # numpy refuses to imagine some shapes
+    return weights.format.view(name, np.broadcast_to(0, shape)).shape
 
 
 def _tensor(weights, name, shape):
@@ -456,11 +456,13 @@ class _Variant(NamedTuple):
 
 
 def _variant(shape: Callable[[str], tuple[int, ...]], depth: int):
-  """Reads a ViT's sizes from the shapes of its parameters."""
-  block = _BLOCK.format(0)
-  patch, _, _, width = shape("embedding/kernel")
+  """Reads a ViT's sizes off shapes; ValueError if they contradict."""
+  patch, rows, channels, width = shape("embedding/kernel")
   out = shape(f"{_ATTENTION.format(0)}/out/kernel")
-  _, hidden = shape(f"{block}/MlpBlock_0/Dense_0/kernel")
+  inputs, hidden = shape(f"{_BLOCK.format(0)}/MlpBlock_0/Dense_0/kernel")
+  if (patch, width, width, 3, width) != (
+      rows, math.prod(out[:-1]), out[-1], channels, inputs):
+    raise ValueError("no shapes of a ViT")
   return _Variant(
       width, patch, depth, out[0] if len(out) == 3 else None, hidden)
 

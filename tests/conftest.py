@@ -1,0 +1,69 @@
+"""Two fake CPU devices for every test, and a tiny problem."""
+import os
+
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
+                           " --xla_force_host_platform_device_count=2")
+
+import jax
+import numpy as np
+import pytest
+
+from ttc_jax import backbones, trees
+from ttc_jax.backbones.vit import ViT
+from ttc_jax.config import default
+from ttc_jax.model import Model, init_head
+from ttc_jax.tasks import Split
+
+WIDTH, DEPTH, CLASSES, SIZE = 16, 3, 4, 8
+
+
+@pytest.fixture
+def vit():
+  return ViT(width=WIDTH, depth=DEPTH, heads=2, hidden=32, patch=4,
+             image_size=SIZE)
+
+
+@pytest.fixture
+def params(vit):
+  """Random parameters, norms and biases included, none at a special value."""
+  tree = {"backbone": backbones.shapes(vit), "adapter": {},
+          "head": jax.eval_shape(lambda: init_head(WIDTH, CLASSES, 0))}
+  rng = np.random.default_rng(1)
+
+  def draw(name, leaf):
+    fan_in = max(1, leaf.size // leaf.shape[-1])
+    spread = 0.1 if len(leaf.shape) == 1 else fan_in ** -0.5
+    mean = 1.0 if name.endswith("scale") else 0.0
+    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
+  return trees.map_with_names(draw, tree)
+
+
+@pytest.fixture
+def model(vit):
+  return Model(vit, "half")
+
+
+@pytest.fixture
+def split():
+  """37 images: no multiple of any batch or device count."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (37, SIZE, SIZE, 3), dtype=np.uint8)
+  return Split(images, rng.integers(0, CLASSES, 37).astype(np.int32))
+
+
+@pytest.fixture
+def config():
+  c = default()
+  c.k = 4
+  return c
+
+
+def numpy_tree(tree):
+  return jax.tree.map(np.asarray, tree)
+
+
+def random_adapter(adapter, seed=7):
+  """The adapter with values that do something."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+      lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), adapter)

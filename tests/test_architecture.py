@@ -1,0 +1,72 @@
+"""The README's picture of the structure, held against the imports."""
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent / "ttc_jax"
+
+# Lower imports higher never; a module may import those of smaller level.
+LEVELS = {
+    "errors": 0, "tasks": 1, "trees": 1, "parallel": 1, "augment": 1,
+    "config": 1, "cli": 1, "backbones": 2, "optim": 2, "taps": 3, "model": 4,
+    "evaluate": 5, "importance": 5, "checkpoint": 5, "methods": 6,
+    "report": 1, "progress": 2, "train": 7, "jobs": 8, "predict": 9,
+    "main": 9,
+}
+
+
+def files():
+  return sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py"
+                or p.parent != ROOT)
+
+
+def unit(path):
+  return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+  """(module, name) pairs that a file imports."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from ((a.name, None) for a in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from ((node.module, a.name) for a in node.names)
+
+
+def own_imports(path):
+  """Names of the units of this package that a file imports."""
+  for module, name in imports(path):
+    parts = module.split(".")
+    if parts[0] == "ttc_jax":
+      yield parts[1] if len(parts) > 1 else name
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.stem)
+def test_imports_go_down_only(path):
+  here = unit(path)
+  if here not in LEVELS:
+    assert here in ("bench", "bench_torch"), f"give {here} a level"
+    return
+  for other in own_imports(path):
+    assert other == here or LEVELS[other] < LEVELS[here], (
+        f"{path.name} imports {other}")
+
+
+def test_methods_and_backbones_ignore_each_other():
+  for path in (ROOT / "backbones").glob("*.py"):
+    assert "methods" not in set(own_imports(path)), path
+  for path in (ROOT / "methods").glob("*.py"):
+    assert "backbones" not in set(own_imports(path)), path
+
+
+def test_tasks_do_not_import_jax():
+  for path in (ROOT / "tasks").glob("*.py"):
+    names = {module.split(".")[0] for module, _ in imports(path)}
+    assert not names & {"jax", "flax"}, path
+
+
+def test_only_parallel_calls_jax_pmap():
+  for path in files():
+    if path.name != "parallel.py":
+      assert "jax.pmap" not in path.read_text(), path

@@ -1,0 +1,241 @@
+"""A run of stages: what moves, what does not, and to which bits."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ttc_jax import methods, model as model_lib, optim, parallel, train, trees
+from ttc_jax.errors import RunError
+from ttc_jax.tasks import Split
+from tests.conftest import CLASSES, WIDTH, numpy_tree
+
+PLAN = train.Plan(batch_size=16, label_smoothing=0.0, flip=False,
+                  smallest_crop=1.0, decay_all=False)
+
+
+def ignore(*_):
+  pass
+
+
+def make_job(config, model, split, name="ttc", **changes):
+  method = methods.load(name, config, model.backbone)
+  job = train.Job(
+      identity={"test": name}, model=model, method=method, plan=PLAN,
+      train=split, val=split, classes=CLASSES, seed=0, epochs=2,
+      warmup_epochs=1.0, lr=1e-2, weight_decay=0.1, eval_every=1,
+      save_seconds=1e9, report=ignore)
+  return job._replace(**changes)
+
+
+def run(job, params, directory):
+  outcome = train.run(job, parallel.replicate(params["backbone"]),
+                      str(directory))
+  flat = trees.flatten(parallel.unreplicate(outcome.state.params))
+  return outcome, flat
+
+
+@pytest.mark.parametrize("name,moved", [
+    ("linear", r"head/.*"),
+    ("layernorm", r"head/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
+    ("ttc", r"head/.*|adapter/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
+    ("full", r".*"),
+])
+def test_frozen_leaves_keep_their_bits_and_tuned_ones_move(
+    config, model, params, split, tmp_path, name, moved):
+  _, flat = run(make_job(config, model, split, name), params, tmp_path)
+  before = {**trees.flatten(params), **{
+      f"head/{k}": np.asarray(v)
+      for k, v in model_lib.init_head(WIDTH, CLASSES, 0).items()}}
+  labels = trees.flatten(trees.label(
+      trees.unflatten(flat), [(moved, "tune"), (".*", "freeze")]))
+  for leaf, value in flat.items():
+    if leaf.startswith("adapter/"):
+      assert np.abs(value).max() > 0, leaf
+    elif labels[leaf] == "freeze":
+      assert (value == before[leaf]).all(), leaf
+    elif not leaf.endswith("key/bias"):  # softmax does not feel a key's bias
+      assert (value != before[leaf]).any(), leaf
+
+
+def test_the_same_seed_gives_the_same_bits(
+    config, model, params, split, tmp_path):
+  job = make_job(config, model, split)
+  _, one = run(job, params, tmp_path / "a")
+  _, two = run(job, params, tmp_path / "b")
+  _, other = run(job._replace(seed=1), params, tmp_path / "c")
+  assert all((one[k] == two[k]).all() for k in one)
+  assert any((one[k] != other[k]).any() for k in one)
+
+
+def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
+    config, model, params, split):
+  """Against optax on one device, written without the product's train code."""
+  rules = (optim.NORM, optim.HEAD, optim.FREEZE)
+  labels = trees.label(params, rules)
+  tuned, frozen = trees.split(params, labels, "tune")
+  images, y = split.images[:16], split.labels[:16]
+  hyper = train.Hyper(np.float32(1e-2), np.float32(0.1), np.int32(0),
+                      np.int32(10))
+  opt_state = train._init_opt_state(
+      parallel.replicate(tuned), parallel.replicate(frozen), labels)
+  update_fn = parallel.pmap(train.make_update_fn(model, rules, PLAN))
+  got, _, loss = update_fn(
+      *(parallel.replicate(t) for t in (tuned,)), opt_state,
+      *(parallel.replicate(t) for t in (frozen, {}, hyper)),
+      parallel.shard(images), parallel.shard(y),
+      jnp.stack([jax.random.key(0)] * 2))
+
+  def loss_fn(tuned):
+    logits = model.logits(trees.join(tuned, frozen), images, {})
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+  want_loss, grads = jax.value_and_grad(loss_fn)(tuned)
+  matrices = jax.tree.map(lambda x: x.ndim > 1, tuned)
+  tx = optax.adamw(1e-2, weight_decay=0.1, mask=matrices)
+  updates, _ = tx.update(grads, tx.init(tuned), tuned)
+  want = trees.flatten(optax.apply_updates(tuned, updates))
+  np.testing.assert_allclose(loss[0], want_loss, rtol=1e-5)
+  flat = trees.flatten(parallel.unreplicate(got))
+  assert flat.keys() == want.keys()
+  for name, value in flat.items():
+    np.testing.assert_allclose(value, want[name], atol=2e-5, err_msg=name)
+
+
+def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
+  ours = optim.warmup_cosine(0.5, 20, 4)
+  theirs = optax.warmup_cosine_decay_schedule(0, 0.5, 4, 20)
+  for step in range(20):
+    want = theirs(step + 1) if step < 4 else theirs(step)
+    np.testing.assert_allclose(ours(step), want, rtol=1e-5, atol=1e-8)
+
+
+def test_weight_decay_spares_norms_and_biases():
+  params = {"head": {"kernel": jnp.ones(3), "bias": jnp.ones(3)},
+            "backbone": {"LayerNorm_0": {"scale": jnp.ones(3)}}}
+  labels = jax.tree.map(lambda _: "tune", params)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  for decay_all, spared in ((False, True), (True, False)):
+    tx = optim.make_tx(labels, lambda _: 0.1, 0.5, decay_all)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    assert (updates["head"]["kernel"] != 0).all()
+    for leaf in (updates["head"]["bias"],
+                 updates["backbone"]["LayerNorm_0"]["scale"]):
+      assert bool((leaf == 0).all()) == spared
+
+
+def test_cached_features_give_the_head_that_the_whole_model_gives(
+    config, model, params, split, tmp_path):
+  """Linear with a drop-path of almost nothing takes the uncached way."""
+  job = make_job(config, model, split, "linear", epochs=4)
+  cached, flat = run(job, params, tmp_path / "cached")
+  slow_model = model._replace(
+      backbone=model.backbone.clone(drop_path=1e-9))
+  slow, want = run(job._replace(model=slow_model), params, tmp_path / "slow")
+  for name in ("head/kernel", "head/bias"):
+    np.testing.assert_allclose(flat[name], want[name], atol=1e-4)
+  assert cached.history[-1]["val_top1"] == slow.history[-1]["val_top1"]
+
+
+class Killed(Exception):
+  pass
+
+
+@pytest.mark.parametrize("stage,epoch", [
+    ("align", 1), ("align", 3), ("adapt", 1), ("adapt", 2)])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    config, model, params, split, tmp_path, stage, epoch):
+  job = make_job(config, model, split, epochs=3, save_seconds=0)
+  undisturbed, want = run(job, params, tmp_path / "a")
+
+  def kill(name, done, epochs, record):
+    if (name, done) == (stage, epoch):
+      raise Killed
+  with pytest.raises(Killed):
+    run(job._replace(report=kill), params, tmp_path / "b")
+  seen = []
+  resumed, got = run(job._replace(report=lambda *r: seen.append(r[:2])),
+                     params, tmp_path / "b")
+  assert got.keys() == want.keys()
+  assert all((got[k] == want[k]).all() for k in got)
+  assert [r["loss"] for r in resumed.history] == [
+      r["loss"] for r in undisturbed.history]
+  assert seen == [(s, e) for s in ("align", "adapt") for e in (1, 2, 3)]
+
+
+def test_runs_that_begin_alike_share_their_first_stage(
+    config, model, params, split, tmp_path):
+  """LayerNorm, then TTC: its stage 1 is there already, to the bit."""
+  same = {"test": "shared"}
+  alone = make_job(config, model, split, identity=same)
+  _, want = run(alone, params, tmp_path / "alone")
+  shared = tmp_path / "shared"
+  run(make_job(config, model, split, "layernorm", identity=same), params,
+      shared)
+  before = set(shared.iterdir())
+  _, got = run(alone, params, shared)
+  assert len(set(shared.iterdir()) - before) == 1
+  assert all((got[k] == want[k]).all() for k in got)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
+    config, model, params, split, tmp_path):
+  job = make_job(config, model, split, "layernorm", lr=1e-3, save_seconds=0)
+  run(job._replace(epochs=1), params, tmp_path)  # a good epoch to come back to
+  job = job._replace(lr=np.float32(3e38), epochs=3)
+  with pytest.raises(RunError, match="lower config.lr") as error:
+    run(job, params, tmp_path)
+  from ttc_jax import checkpoint
+  kept, = tmp_path.iterdir()
+  with checkpoint.StageStore(str(kept)) as store:
+    saved = store.load()
+  assert f"the state after epoch {saved.epoch} is kept in" in str(error.value)
+  assert all(np.isfinite(x).all() for x in saved.arrays["tuned"].values())
+
+
+def test_an_epoch_visits_each_image_at_most_once_and_differs(
+    config, vit, split):
+  """With features of one-hot rows the head's gradient tells who was there."""
+  n = len(split.labels)
+  data = Split(np.eye(n, dtype=np.float32), np.zeros(n, np.int32))
+  rules = (optim.HEAD, optim.FREEZE)
+  params = {"adapter": {}, "head": {
+      "kernel": np.zeros((n, 2), np.float32),
+      "bias": np.zeros(2, np.float32)}}
+  labels = trees.label(params, rules)
+  tuned, frozen = trees.split(params, labels, "tune")
+  fn = train.make_epoch_fn(model_lib.Model(None, "none"), rules, PLAN)
+  hyper = train.Hyper(np.float32(1e-3), np.float32(0), np.int32(0),
+                      np.int32(100))
+  visited = []
+  for epoch in range(2):
+    device = parallel.replicate((tuned, frozen, {}, tuple(data), hyper))
+    t, f, s, d, h = device
+    opt_state = train._init_opt_state(t, f, labels)
+    out, _, losses = fn(
+        t, opt_state, f, s, d, h,
+        parallel.replicate(jax.random.key_data(jax.random.key(3))),
+        parallel.replicate(np.int32(epoch)))
+    moved = np.abs(parallel.unreplicate(out)["head"]["kernel"]).sum(1) > 0
+    assert losses.shape == (2, n // 16)
+    assert moved.sum() == n // 16 * 16  # 32 of 37, none twice
+    visited.append(moved)
+  assert (visited[0] != visited[1]).any()
+
+
+def test_label_smoothing_is_optax_on_smoothed_targets(
+    model, params, split):
+  plan = PLAN._replace(label_smoothing=0.2)
+  got = train.loss_fn(params, model, plan, {}, split.images, split.labels,
+                      jax.random.key(0))
+  log_p = jax.nn.log_softmax(model.logits(params, split.images, {}))
+  target = np.full((len(split.labels), CLASSES), 0.2 / CLASSES)
+  target[np.arange(len(target)), split.labels] += 0.8
+  np.testing.assert_allclose(got, -(target * log_p).sum(-1).mean(), rtol=1e-5)
+
+
+def test_norm_parameters_are_float32_numpy_after_the_run(
+    config, model, params, split, tmp_path):
+  outcome, flat = run(make_job(config, model, split), params, tmp_path)
+  assert {str(v.dtype) for v in flat.values()} == {"float32"}
+  channels = numpy_tree(parallel.unreplicate(outcome.state.selection))
+  assert channels["fc2"]["channels"].dtype == np.int32

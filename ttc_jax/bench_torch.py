@@ -1,0 +1,113 @@
+"""What `bench --against=torch` times: eager PyTorch doing the stage-2 step.
+
+A plain ViT as timm writes it: fused q, k, v, scaled_dot_product_attention,
+nn.GELU, nn.LayerNorm. Trained are, as by TTC, the norms, a K x K map on
+selected channels after every MLP, and the head.
+"""
+from collections.abc import Callable
+import os
+from typing import Any
+
+import numpy as np
+
+from ttc_jax import backbones
+from ttc_jax.errors import UserError
+
+try:
+  import torch
+  from torch import nn
+  from torch.nn import functional as F
+except ImportError as e:
+  raise UserError("--against=torch needs PyTorch: pip install torch") from e
+
+
+class Block(nn.Module):
+  """Pre-LN, with TTC's map on the output of the MLP."""
+
+  def __init__(self, width, heads, hidden, gelu, channels):
+    super().__init__()
+    self.heads = heads
+    self.norm1 = nn.LayerNorm(width, eps=1e-6)
+    self.qkv = nn.Linear(width, 3 * width)
+    self.proj = nn.Linear(width, width)
+    self.norm2 = nn.LayerNorm(width, eps=1e-6)
+    self.fc1 = nn.Linear(width, hidden)
+    self.act = nn.GELU("tanh" if gelu == "tanh" else "none")
+    self.fc2 = nn.Linear(hidden, width)
+    self.adapter = nn.Parameter(torch.zeros(len(channels), len(channels)))
+    self.register_buffer("channels", channels)
+
+  def forward(self, x):
+    B, N, D = x.shape
+    qkv = self.qkv(self.norm1(x)).reshape(B, N, 3, self.heads, D // self.heads)
+    y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    x = x + self.proj(y.transpose(1, 2).reshape(B, N, D))
+    y = self.fc2(self.act(self.fc1(self.norm2(x))))
+    change = y.index_select(-1, self.channels) @ self.adapter.to(y.dtype)
+    return x + y.index_add(-1, self.channels, change)
+
+
+class ViT(nn.Module):
+  """(B, 3, S, S) -> logits (B, classes)."""
+
+  def __init__(self, vit, k, classes):
+    super().__init__()
+    D, n = vit.width, (vit.image_size // vit.patch) ** 2
+    self.pool = vit.pool
+    self.embed = nn.Conv2d(3, D, vit.patch, vit.patch)
+    self.cls = nn.Parameter(torch.zeros(1, 1, D))
+    self.position = nn.Parameter(0.02 * torch.randn(1, n, D))
+    self.blocks = nn.Sequential(*(
+        Block(D, vit.heads, vit.hidden, vit.gelu,
+              torch.randperm(D)[:k].sort().values) for _ in range(vit.depth)))
+    self.norm = nn.LayerNorm(D, eps=1e-6)
+    self.head = nn.Linear(D, classes)
+
+  def forward(self, images):
+    x = self.embed(images).flatten(2).transpose(1, 2) + self.position
+    if self.pool == "cls":
+      x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+    x = self.norm(self.blocks(x))
+    return self.head(x[:, 0] if self.pool == "cls" else x.mean(1))
+
+
+def make_model(config: Any, classes: int) -> nn.Module:
+  """The model, its parameters frozen but for what TTC's stage 2 tunes."""
+  vit = backbones.make(config.backbone, config.image_size, gelu=config.gelu)
+  model = ViT(vit, config.k, classes)
+  for name, parameter in model.named_parameters():
+    parameter.requires_grad_(
+        "norm" in name or "adapter" in name or name.startswith("head"))
+  return model
+
+
+def make_step(config: Any, classes: int) -> Callable[[], None]:
+  """Returns a function that takes one step and waits for it.
+
+  bfloat16 is autocast, as PyTorch users do it: parameters stay float32.
+  """
+  torch.manual_seed(0)
+  torch.set_num_threads(os.cpu_count())
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA's default
+  model = make_model(config, classes).to(device)
+  tx = torch.optim.AdamW(
+      [p for p in model.parameters() if p.requires_grad], 1e-3)
+  rng = np.random.default_rng(0)
+  shape = (config.batch_size, 3, config.image_size, config.image_size)
+  images = torch.from_numpy(
+      rng.integers(0, 256, shape, dtype=np.uint8)).to(device)
+  labels = torch.from_numpy(
+      rng.integers(0, classes, config.batch_size)).to(device)
+  dtype = getattr(torch, config.dtype)
+
+  def step():
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+      logits = model((images.float() - 127.5) / 127.5)
+    loss = F.cross_entropy(logits.float(), labels)
+    tx.zero_grad()
+    loss.backward()
+    tx.step()
+    if device == "cuda":
+      torch.cuda.synchronize()
+  return step
