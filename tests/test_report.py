@@ -55,8 +55,8 @@ def test_a_line_cut_short_is_skipped_and_the_next_row_is_whole(tmp_path):
     f.write('{"n": 2, "tes')
   report.append(path, {"n": 3})
   assert report.read(path) == [{"n": 1}, {"n": 3}]
-  lines = open(path).read().split("\n")
-  assert json.loads(lines[2]) == {"n": 3}
+  with open(path) as f:
+    assert json.loads(f.read().split("\n")[2]) == {"n": 3}
 
 
 def test_no_file_is_no_row(tmp_path):

@@ -31,12 +31,13 @@ def read(path: str) -> list[Row]:
 
 def append(path: str, row: Row) -> None:
   """Adds a row and waits until the disk has it."""
+  line = json.dumps(row).encode() + b"\n"
   with open(path, "ab+") as f:
     if f.tell():
       f.seek(-1, os.SEEK_END)
       if f.read(1) != b"\n":  # the line before was cut short
-        f.write(b"\n")
-    f.write(json.dumps(row).encode() + b"\n")
+        line = b"\n" + line
+    f.write(line)
     f.flush()
     os.fsync(f.fileno())
 
