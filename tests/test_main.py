@@ -1,0 +1,303 @@
+"""The command line end to end, as a user starts it."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from ttc_jax import backbones, checkpoint, jobs, main, predict, trees
+from ttc_jax.backbones import weights as weights_lib
+from ttc_jax.config import default, run_locally
+from ttc_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Outside checks read these.
+CONTRACT = """task group method backbone weights_sha256 seed k position lr
+weight_decay epochs val_top1 test_top1 test_count module_params norm_params
+head_params seconds_train seconds_test images_per_second compile_seconds
+device versions""".split()
+
+
+def command(module, *args):
+  return [sys.executable, "-m", f"ttc_jax.{module}", *map(str, args)]
+
+
+def call(module, *args):
+  return subprocess.run(command(module, *args), cwd=ROOT, text=True,
+                        capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A real folder task: red and green pictures, told apart by colour."""
+  folder = tmp_path_factory.mktemp("data") / "colours"
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for name, count in (("train800", 32), ("val200", 16), ("test", 24)):
+    lines = []
+    for i in range(count):
+      pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
+      pixels[..., i % 2] += 150
+      Image.fromarray(pixels).save(folder / f"{name}_{i}.png")
+      lines.append(f"{name}_{i}.png {i % 2}\n")
+    (folder / f"{name}.txt").write_text("".join(lines))
+  both = [(folder / f"{n}.txt").read_text() for n in ("train800", "val200")]
+  (folder / "train800val200.txt").write_text("".join(both))
+  (folder / "classes.txt").write_text("red\ngreen\n")
+  return folder.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """A real weights file in our own format."""
+  path = tmp_path_factory.mktemp("weights") / "ti16.safetensors"
+  module = backbones.make("vit_ti16", 32)
+  weights_lib.write(str(path), backbones.init(module),
+                    {"gelu": "tanh", "epsilon": 1e-6})
+  return path
+
+
+def arguments(data, weights, cache, workdir, method="ttc", **config):
+  options = dict(epochs=2, batch_size=16, lr=2e-3, warmup_epochs=1.0,
+                 cache=cache, eval_every=1) | config
+  return (f"--config=configs/vtab.py:task=colours,method={method},"
+          f"backbone=vit_ti16,data={data},weights={weights},size=32",
+          f"--workdir={workdir}",
+          *(f"--config.{k}={v}" for k, v in options.items()))
+
+
+@pytest.fixture(scope="module")
+def finished(data, weights, tmp_path_factory):
+  """A work directory after one command, and what it printed."""
+  folder = tmp_path_factory.mktemp("run")
+  args = arguments(data, weights, folder / "cache", folder / "work")
+  return folder / "work", args, call("main", *args)
+
+
+def rows(workdir):
+  return [json.loads(line)
+          for line in (workdir / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_a_row_and_a_table(finished, weights):
+  workdir, _, done = finished
+  assert done.returncode == 0, done.stderr
+  row, = rows(workdir)
+  assert not set(CONTRACT) - row.keys()
+  assert row["weights_sha256"] == weights_lib.sha256(str(weights))
+  assert (row["test_count"], row["train_count"]) == (24, 48)
+  assert row["module_params"] == 12 * 24 * 24  # L K K, K = 192 / 8
+  assert row["norm_params"] == 25 * 2 * 192
+  assert row["head_params"] == 192 * 2 + 2
+  assert row["k"] == 24 and row["position"] == "mlp" and row["epochs"] == 2
+  assert 0 <= row["test_top1"] <= 100 and row["val_top1"] is None
+  table = (workdir / "results.md").read_text()
+  assert f"{row['test_top1']:.1f}" in table and table in done.stdout
+  curve = (workdir / "runs" / row["run"] / "metrics.jsonl").read_text()
+  assert [(r["stage"], r["epoch"]) for r in map(
+      json.loads, curve.splitlines())] == [
+          ("align", 1), ("align", 2), ("adapt", 1), ("adapt", 2)]
+
+
+def test_the_same_command_again_does_nothing_twice(finished):
+  workdir, args, _ = finished
+  before = rows(workdir)
+  stages = sorted(os.listdir(workdir / "stages"))
+  again = call("main", *args)
+  assert again.returncode == 0
+  assert rows(workdir) == before
+  assert sorted(os.listdir(workdir / "stages")) == stages
+
+
+def test_another_configuration_needs_another_work_directory(finished):
+  workdir, args, _ = finished
+  refused = call("main", *args, "--config.weight_decay=0.5")
+  assert refused.returncode == 2
+  assert "another configuration: weight_decay is 0.0001 there and 0.5" in (
+      refused.stderr)
+  assert "Traceback" not in refused.stderr
+
+
+def test_predict_agrees_with_the_test_accuracy(finished, data):
+  workdir, _, _ = finished
+  row, = rows(workdir)
+  bundle = workdir / "runs" / row["run"] / "bundle"
+  paths = [data / "colours" / f"test_{i}.png" for i in range(24)]
+  done = call("predict", f"--bundle={bundle}", *paths)
+  assert done.returncode == 0, done.stderr
+  lines = [line.split("\t") for line in done.stdout.splitlines()]
+  assert [line[0] for line in lines] == [str(p) for p in paths]
+  right = [line[1] == ("red", "green")[i % 2] for i, line in enumerate(lines)]
+  assert 100 * np.mean(right) == pytest.approx(row["test_top1"])
+  assert all(0.5 <= float(line[2]) <= 1 for line in lines)
+
+
+def test_a_bundle_refuses_other_base_weights(finished, tmp_path):
+  workdir, _, _ = finished
+  row, = rows(workdir)
+  other = tmp_path / "other.safetensors"
+  module = backbones.make("vit_ti16", 32)
+  weights_lib.write(str(other), backbones.init(module, seed=5),
+                    {"gelu": "tanh", "epsilon": 1e-6})
+  bundle = str(workdir / "runs" / row["run"] / "bundle")
+  with pytest.raises(UserError) as error:
+    predict.load(bundle, str(other))
+  assert row["weights_sha256"] in str(error.value)
+  assert weights_lib.sha256(str(other)) in str(error.value)
+
+
+def test_a_bundle_holds_every_tuned_leaf_and_no_other(finished):
+  workdir, _, _ = finished
+  row, = rows(workdir)
+  bundle = checkpoint.load_bundle(
+      str(workdir / "runs" / row["run"] / "bundle"))
+  count = sum(x.size for x in bundle.tuned.values())
+  assert count == sum(row[f"{p}_params"] for p in ("module", "norm", "head"))
+  assert bundle.meta["classes"] == ["red", "green"]
+
+
+def test_a_run_killed_in_stage_2_ends_with_the_same_bits(
+    data, weights, tmp_path):
+  """SIGKILL, and the same command again, against an undisturbed run."""
+  def start(name):
+    return arguments(data, weights, tmp_path / "cache", tmp_path / name,
+                     epochs=4, save_seconds=0.0)
+  assert call("main", *start("whole")).returncode == 0
+  process = subprocess.Popen(
+      command("main", *start("killed")), cwd=ROOT,
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  curve = None
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline and process.poll() is None:
+    found = list((tmp_path / "killed").glob("runs/*/metrics.jsonl"))
+    curve = found[0].read_text() if found else ""
+    if '"adapt"' in curve:
+      break
+    time.sleep(0.002)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+  assert not (tmp_path / "killed" / "results.jsonl").exists()
+  assert call("main", *start("killed")).returncode == 0
+
+  def bundle(name):
+    row, = rows(tmp_path / name)
+    return row, checkpoint.load_bundle(
+        str(tmp_path / name / "runs" / row["run"] / "bundle"))
+  (want_row, want), (got_row, got) = bundle("whole"), bundle("killed")
+  assert got_row["test_top1"] == want_row["test_top1"]
+  assert got.tuned.keys() == want.tuned.keys()
+  assert all((got.tuned[k] == want.tuned[k]).all() for k in got.tuned)
+  assert all((got.selection[k] == want.selection[k]).all()
+             for k in got.selection)
+
+
+def session(folder, weights_file, workdir, **changes):
+  c = default()
+  c.tasks, c.data = ("colours",), str(folder)
+  c.weights = str(weights_file)
+  c.backbone, c.image_size, c.batch_size = "vit_ti16", 32, 16
+  c.cache = str(workdir / "cache")
+  c.grid.lr = changes.pop("grid_lr", ())
+  for key, value in changes.items():
+    c[key] = value
+  return main.Session(c, str(workdir / "work"))
+
+
+def test_select_tests_the_setting_that_is_best_on_val200(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, method="linear", protocol="select",
+              epochs=3, seeds=(0, 1), grid_lr=(1e-5, 1e-2))
+  s.run_all()
+  val = [r for r in rows(tmp_path / "work") if r["protocol"] == "val"]
+  final = [r for r in rows(tmp_path / "work") if r["protocol"] == "final"]
+  assert [r["lr"] for r in val] == [1e-5, 1e-2]
+  assert all(r["test_top1"] is None and r["train_count"] == 32 for r in val)
+  best = max(val, key=lambda r: (r["val_top1"], -r["lr"]))
+  assert [(r["seed"], r["lr"]) for r in final] == [
+      (0, best["lr"]), (1, best["lr"])]
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, epochs=1)
+  s.config.variants = dict(
+      broken=dict(method="linear", lr=3e38), linear=dict(method="linear"))
+  s.run_all()
+  assert len(s.failed) == 1 and "training diverged" in s.failed[0]
+  assert [r["variant"] for r in rows(tmp_path / "work")] == ["linear"]
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(tasks=("colour",)), "unknown task 'colour': did you mean colours"),
+    (dict(method="tcc"), "unknown method 'tcc': did you mean ttc"),
+    (dict(backbone="vit_tj16"), "unknown backbone 'vit_tj16': did you mean"),
+    (dict(backbone="vit_s16"), "192"),
+    (dict(k=193), "config.k is 193; it selects among the 192 channels"),
+    (dict(image_size=40), "not divisible by the patch 16"),
+    (dict(weights=""), "needs pretrained weights"),
+    (dict(weights="nowhere.npz"), "nowhere.npz"),
+    (dict(batch_size=64), "has 32 training images; lower it"),
+    (dict(batch_size=15), "does not divide among the 2 devices"),
+    (dict(normalisation="imagnet"), "did you mean imagenet"),
+    (dict(data="nowhere"), "nowhere"),
+])
+def test_bad_input_is_refused_before_any_work(
+    data, weights, tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    session(data, weights, tmp_path, **changes)
+  assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("args,message", [
+    (["--config=configs/none.py"], "configuration 'configs/none.py' does not"),
+    (["--config=configs/vtab.py:taks=a"], "did you mean task"),
+    (["--config=configs/vtab.py", "--config.lrr=1"], "lrr"),
+    (["--config=configs/vtab.py", "--config.epochs=x"], "config.epochs"),
+])
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(args, message):
+  done = call("main", *args)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_runlocal_shrinks_everything():
+  c = default()
+  run_locally(c)
+  assert c.epochs <= 2 and c.limit <= 64 and c.weights == "random"
+
+
+def test_run_names_tell_settings_apart(config):
+  def name(**changes):
+    c = config.copy_and_resolve_references()
+    c.update(changes)
+    return jobs.Run("a/b", "ttc", c, "val", 0).name
+  assert name() == name() and "/" not in name()
+  assert len({name(), name(lr=0.5), name(k=5), name(score="l2")}) == 4
+  assert name() == name(cache="elsewhere", seeds=(1, 2))
+
+
+def test_the_demo_s_tasks_need_no_file():
+  from ttc_jax import tasks
+  for name in ("sprites_location", "sprites_orientation", "scene_count",
+               "scene_distance", "digits"):
+    task = tasks.load(name, size=32)
+    assert len(task.labels["train800val200"]) == 1000
+    assert len(task.labels["test"]) >= 797
+
+
+def test_load_from_python_in_two_lines(weights):
+  module, params = backbones.load("vit_ti16", weights=str(weights),
+                                  image_size=48)
+  features = module.apply(
+      {"params": params}, np.zeros((2, 48, 48, 3), np.float32))
+  assert features.shape == (2, 192) and features.dtype == "float32"
+  assert trees.count(params) == trees.count(jax.eval_shape(
+      module.init, jax.random.key(0), np.zeros((1, 48, 48, 3)))["params"])
