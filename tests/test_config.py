@@ -65,7 +65,8 @@ def test_settings_are_the_grid_smallest_first():
     ("drop_path", 1.0, "config.drop_path"),
     ("smallest_crop", 0.0, "config.smallest_crop"),
     ("dtype", "float16", "unknown dtype"),
-    ("seeds", (), "config.seeds is empty"),
+    ("seeds", (), "at least one integer"),
+    ("seeds", ("a",), "at least one integer"),
     ("protocol", "select", "config.grid is empty"),
 ])
 def test_values_that_cannot_be_are_refused(key, value, message):

@@ -3,6 +3,7 @@
 2: the user can mend it (`UserError`, a wrong flag). 1: a run cannot go on.
 """
 from collections.abc import Callable
+import errno
 import os
 import sys
 
@@ -10,6 +11,9 @@ from absl import app, flags, logging
 import jax
 
 from ttc_jax.errors import RunError, UserError
+
+# A disk that is full, over quota, read-only or forbidden is no bug of ours.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -45,6 +49,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     _exit(error, 2)
   except RunError as error:
     _exit(error, 1)
+  except OSError as error:
+    if error.errno not in _DISK:
+      raise
+    _exit(f"'{error.filename}': {error.strerror}; mend that and start the "
+          "same command again, nothing finished is lost", 1)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

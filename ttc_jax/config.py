@@ -131,8 +131,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in ("lr", "weight_decay", "warmup_epochs", "k", "blocks", "limit"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
-  if not config.seeds:
-    raise UserError("config.seeds is empty; give at least one, e.g. 0")
+  if not config.seeds or not all(isinstance(s, int) for s in config.seeds):
+    raise UserError(f"config.seeds is {config.seeds}; give at least one "
+                    "integer, e.g. --config.seeds=0,1,2")
+  for key, values in config.grid.items():
+    if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
+      raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "
+                      f"e.g. --config.grid.{key}=1e-3,1e-2")
   if not 0 <= config.drop_path < 1:
     raise UserError(
         f"config.drop_path is {config.drop_path}; give 0 to below 1")

@@ -155,11 +155,16 @@ def _split(task, name, limit):
 
 
 def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
-  """Settles everything about a run; decodes its training images."""
+  """Settles everything about a run and decodes all images that it needs.
+
+  A corrupt test image is found here, before the training, not after it.
+  """
   c = resolved(run.config, base)
   final = run.protocol == "final"
   split = "train800val200" if final else "train800"
   data = _split(task, split, c.limit)
+  if final:
+    task.split("test")
   # The method's own options enter with the stage that first uses them.
   shared = {k: v for k, v in run.identity["config"].items()
             if k not in _METHOD_KEYS and k != "method"}
