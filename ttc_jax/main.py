@@ -22,13 +22,15 @@ _WORKDIR = flags.DEFINE_string(
     "named after the configuration")
 
 # Keys that may change between two starts on one work directory.
-_FREE = ("tasks", "seeds", "data", "cache", "cache_gib", "save_seconds")
+_FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
+         "save_seconds")
 
 
-def open_workdir(config, path: str) -> None:
+def open_workdir(config, weights_sha256: str, path: str) -> None:
   """Creates a work directory, or checks that it is of this configuration."""
   keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
           if k not in _FREE}
+  keep["weights_sha256"] = weights_sha256
   file = os.path.join(path, "config.json")
   try:
     os.makedirs(os.path.join(path, "runs"), exist_ok=True)
@@ -53,7 +55,7 @@ class Session:
     self.config, self.workdir = config, workdir
     self.base = jobs.load_base(config)
     self.tasks = jobs.check_all(config, self.base)
-    open_workdir(config, workdir)
+    open_workdir(config, self.base.sha256, workdir)
     self.results = os.path.join(workdir, "results.jsonl")
     self.done = {row["run"]: row for row in report.read(self.results)}
     self.failed = []
@@ -67,6 +69,7 @@ class Session:
     task = self.tasks[run.task]
     with Progress(run.name, os.path.join(directory, "metrics.jsonl")) as bar:
       job = jobs.make_job(run, self.base, task, bar.update)
+      bar.expect(len(job.method.stages) * job.epochs)
       try:
         outcome = train.run(job, self.base.params,
                             os.path.join(self.workdir, "stages"))

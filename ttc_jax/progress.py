@@ -18,16 +18,18 @@ class Progress:
   def __init__(self, title: str, path: str):
     self._path, self._records = path, []
     self._bar = tqdm.tqdm(
-        desc=title, total=0, unit="epoch", leave=False,
+        desc=title, unit="epoch", leave=False,
         disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+  def expect(self, epochs: int) -> None:
+    """Tells how many epochs all stages have together."""
+    self._bar.reset(epochs)
 
   def update(self, stage: str, epoch: int, epochs: int,
              record: dict[str, Any]) -> None:
     self._records.append({"stage": stage, **record})
     report.write(self._path, "".join(
         json.dumps(r) + "\n" for r in self._records))
-    self._bar.total = max(self._bar.total, epochs * len(
-        {r["stage"] for r in self._records}))
     values = {"loss": f"{record['loss']:.3f}",
               "images/s": f"{record['images_per_second']:.0f}"}
     if "val_top1" in record:
@@ -35,6 +37,7 @@ class Progress:
     self._bar.set_description(f"{stage} {epoch}/{epochs}", refresh=False)
     self._bar.set_postfix(values, refresh=False)
     self._bar.update()
+    self._bar.refresh()
 
   def __enter__(self):
     return self

@@ -6,6 +6,7 @@ Stage 2 adapts them: a K x K linear map on the selected channels (Eq. 11).
 """
 import functools
 
+from absl import logging
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,6 +54,11 @@ def select_channels(context, *, sites, score, k, blocks, scale, bias):
       context.images, context.labels, scored, context.seed)
   adapter, selection = {}, {}
   for site, at in zip(sites, scored):
+    tied = importance.ties(scores[at], k)
+    if tied:
+      logging.warning(
+          "equal %s scores at the cut in %d blocks of '%s': the lower index "
+          "was taken", score, tied, at)
     channels = importance.top_k(scores[at], k)[-blocks:]
     selection[site] = {"channels": channels,
                        "scale": np.full(blocks, scale, np.float32)}

@@ -1,0 +1,38 @@
+import json
+import os
+import pty
+import sys
+
+from ttc_jax.progress import Progress
+
+
+def update(progress):
+  progress.expect(4)
+  for epoch in (1, 2):
+    progress.update("align", epoch, 2, {
+        "epoch": epoch, "loss": 0.5, "images_per_second": 12.0,
+        "val_top1": 70.0})
+
+
+def test_quiet_without_a_terminal_and_the_curve_is_written(tmp_path, capfd):
+  path = tmp_path / "metrics.jsonl"
+  with Progress("run", str(path)) as progress:
+    update(progress)
+  assert capfd.readouterr() == ("", "")
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [(r["stage"], r["epoch"]) for r in lines] == [
+      ("align", 1), ("align", 2)]
+
+
+def test_a_terminal_sees_stage_epoch_loss_accuracy_and_time_left(
+    tmp_path, monkeypatch):
+  leader, follower = pty.openpty()
+  with os.fdopen(follower, "w") as terminal:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("run", str(tmp_path / "metrics.jsonl")) as progress:
+      update(progress)
+    terminal.flush()
+    seen = os.read(leader, 65536).decode()
+  os.close(leader)
+  for part in ("align 2/2", "2/4", "loss=0.500", "images/s=12", "val=70.0"):
+    assert part in seen, seen
