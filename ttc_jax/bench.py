@@ -4,9 +4,10 @@
 
 Times the forward pass and the steps of TTC's two stages as `train` compiles
 them, on random weights and images, and the matrix products of the same dtype
-that set the ceiling. All take turns in one process, so a machine that slows
-down slows all of them. The share of the ceiling counts the work that is
-needed (`flops_needed`) per second of the median, whatever the program did.
+that set the ceiling. All take turns in one process, and what is compared is
+compared within a turn, so that a machine which slows down slows both sides.
+The share of the ceiling counts the work that is needed (`flops_needed`), not
+what the compiled program does, which is printed beside it.
 """
 from collections.abc import Callable, Iterable
 import json
@@ -23,6 +24,7 @@ import numpy as np
 
 from ttc_jax import backbones, cli, config as config_lib, jobs
 from ttc_jax import methods, optim, parallel, train, trees
+from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
 
@@ -57,7 +59,7 @@ class Program(NamedTuple):
   flops: float | None = None
 
 
-def flops_needed(vit: Any, k: int, classes: int) -> dict[str, float]:
+def flops_needed(vit: ViT, k: int, classes: int) -> dict[str, float]:
   """FLOPs an image: {"forward", "stage 1", "stage 2"}.
 
   Twice the multiply-adds of the matrix products. With P patches of M = 3 p^2
@@ -158,10 +160,13 @@ def settings() -> Any:
   return config
 
 
-def programs(config: Any) -> dict[str, Program]:
-  """The backbone's: forward, stage 1, stage 2."""
+def backbone_programs(config: Any) -> dict[str, Program]:
+  """{"forward", "stage 1", "stage 2"}, compiled; settles `config.k`."""
   vit = backbones.make(config.backbone, config.image_size, gelu=config.gelu,
                        dtype=jnp.dtype(config.dtype))
+  if not isinstance(vit, ViT):
+    raise UserError(f"the benchmark counts the FLOPs of ViTs only; "
+                    f"{config.backbone} is none, try --backbone=vit_s14")
   config.k = vit.width // 8
   method = methods.load("ttc", config, vit)
   align, adapt = method.stages
@@ -198,11 +203,12 @@ def timings(programs: dict[str, Program],
 
 
 def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
-  """Everything that is printed: {machine, versions, settings, ceiling, rows}.
+  """Everything that is printed, as JSON.
 
-  Rates are FLOP/s, times seconds; a row without a number has None there.
+  The ceiling is in FLOP/s and, like a row's share of it, the median over the
+  turns; a number that there is not is None.
   """
-  ours = programs(config)
+  ours = backbone_programs(config)
   sizes = _CEILINGS.get(jax.default_backend(), (4096, 8192))
   products = {f"product {n}": product(n, config.dtype) for n in sizes}
   theirs = {}
@@ -212,36 +218,39 @@ def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
         bench_torch.make_step(config, CLASSES), ours["stage 2"].work)}
   everything = products | ours | theirs
   times = timings(everything, seconds)
-  ceiling, by_turn = _ceiling(products, times)
-  rows = [_row(name, everything[name], times[name], config.batch_size, ceiling)
-          for name in ours | theirs]
-  ratio = None
-  if theirs:
-    ratio = rows[-1]["median_seconds"] / rows[-2]["median_seconds"]
+  ceilings = [max(rates) for rates in zip(*(
+      _rates(p, times[name]) for name, p in products.items()))]
+  rows = [_row(name, everything[name], times[name], config.batch_size,
+               ceilings) for name in ours | theirs]
   return {"machine": _machine(), "versions": _versions(against),
           "settings": config.to_dict() | {"against": against},
-          "ceiling": ceiling, "ceiling_by_turn": by_turn, "rows": rows,
-          "times_as_fast": ratio}
+          "ceiling_by_turn": ceilings, "ceiling": statistics.median(ceilings),
+          "rows": rows,
+          "times_as_fast": theirs and _times_as_fast(
+              times["stage 2"], times["stage 2, torch"]) or None}
 
 
-def _ceiling(products, times):
-  """The best rate of any product, over all turns and in each."""
-  def best(pick):
-    return max(p.work / statistics.median(pick(times[name]))
-               for name, p in products.items())
-  return (best(lambda turns: sum(turns, [])),
-          [best(lambda turns: turns[i]) for i in range(TURNS)])
+def _rates(program, turns):
+  """FLOP/s of the needed work, turn by turn."""
+  return [program.work / statistics.median(runs) for runs in turns]
 
 
-def _row(name, program, turns, batch, ceiling):
+def _times_as_fast(ours, theirs):
+  """Median over the turns of how much less time our median run takes."""
+  return statistics.median(
+      statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs))
+
+
+def _row(name, program, turns, batch, ceilings):
   runs = sum(turns, [])
   median = statistics.median(runs)
+  shares = [r / c for r, c in zip(_rates(program, turns), ceilings)]
   return {"name": name, "images_per_second": batch / median,
           "median_seconds": median, "min_seconds": min(runs),
           "runs": len(runs), "compile_seconds": program.compile_seconds,
           "temp_bytes": program.temp_bytes, "flops_compiled": program.flops,
           "flops_needed": program.work,
-          "share_of_ceiling": program.work / median / ceiling}
+          "share_of_ceiling": statistics.median(shares)}
 
 
 def _machine():
