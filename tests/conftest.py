@@ -1,6 +1,7 @@
 """Two fake CPU devices for every test, and a tiny problem."""
 import os
 
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_force_host_platform_device_count=2")
 

@@ -65,6 +65,9 @@ def test_settings_are_the_grid_smallest_first():
     ("drop_path", 1.0, "config.drop_path"),
     ("smallest_crop", 0.0, "config.smallest_crop"),
     ("dtype", "float16", "unknown dtype"),
+    ("warmup_epochs", 50.0, "config.warmup_epochs is 50.0"),
+    ("label_smoothing", 1.0, "config.label_smoothing"),
+    ("seeds", (-1,), "at least one integer"),
     ("seeds", (), "at least one integer"),
     ("seeds", ("a",), "at least one integer"),
     ("protocol", "select", "config.grid is empty"),
@@ -74,6 +77,25 @@ def test_values_that_cannot_be_are_refused(key, value, message):
   c[key] = value
   with pytest.raises(UserError, match=message):
     config_lib.check(c)
+
+
+def test_variants_cannot_set_what_all_share():
+  c = config_lib.default()
+  c.variants = config_lib.variants(ttc=dict(drop_path=0.1))
+  with pytest.raises(UserError, match="sets drop_path, which all"):
+    config_lib.check(c)
+
+
+def test_the_compute_matched_control_follows_the_epochs():
+  import importlib.util
+  spec = importlib.util.spec_from_file_location(
+      "controls", "configs/controls.py")
+  controls = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(controls)
+  c = controls.get_config("epochs=5")
+  c.epochs = 9
+  got = jobs.variants(c)
+  assert got["layernorm_2x"].epochs == 18 == 2 * got["ttc"].epochs
 
 
 def test_an_unknown_key_of_a_variant_is_refused():

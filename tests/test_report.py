@@ -50,13 +50,13 @@ def test_best_takes_the_smaller_value_of_equals():
 
 def test_a_line_cut_short_is_skipped_and_the_next_row_is_whole(tmp_path):
   path = str(tmp_path / "results.jsonl")
-  report.append(path, {"n": 1})
+  report.append(path, {"run": 1})
   with open(path, "a") as f:
-    f.write('{"n": 2, "tes')
-  report.append(path, {"n": 3})
-  assert report.read(path) == [{"n": 1}, {"n": 3}]
+    f.write('{"run": 2, "tes')
+  report.append(path, {"run": 3})
+  assert report.read(path) == [{"run": 1}, {"run": 3}]
   with open(path) as f:
-    assert json.loads(f.read().split("\n")[2]) == {"n": 3}
+    assert json.loads(f.read().split("\n")[2]) == {"run": 3}
 
 
 def test_no_file_is_no_row(tmp_path):

@@ -14,6 +14,10 @@ PLAN = train.Plan(batch_size=16, label_smoothing=0.0, flip=False,
                   smallest_crop=1.0, decay_all=False)
 
 
+class Killed(Exception):
+  pass
+
+
 def ignore(*_):
   pass
 
@@ -77,8 +81,8 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   images, y = split.images[:16], split.labels[:16]
   hyper = train.Hyper(np.float32(1e-2), np.float32(0.1), np.int32(0),
                       np.int32(10))
-  opt_state = train._init_opt_state(
-      parallel.replicate(tuned), parallel.replicate(frozen), labels)
+  opt_state = train._make_init_fn(rules)(
+      parallel.replicate(tuned), parallel.replicate(frozen))
   update_fn = parallel.pmap(train.make_update_fn(model, rules, PLAN))
   got, _, loss = update_fn(
       *(parallel.replicate(t) for t in (tuned,)), opt_state,
@@ -136,10 +140,6 @@ def test_cached_features_give_the_head_that_the_whole_model_gives(
   assert cached.history[-1]["val_top1"] == slow.history[-1]["val_top1"]
 
 
-class Killed(Exception):
-  pass
-
-
 @pytest.mark.parametrize("stage,epoch", [
     ("align", 1), ("align", 3), ("adapt", 1), ("adapt", 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(
@@ -179,9 +179,14 @@ def test_runs_that_begin_alike_share_their_first_stage(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     config, model, params, split, tmp_path):
-  job = make_job(config, model, split, "layernorm", lr=1e-3, save_seconds=0)
-  run(job._replace(epochs=1), params, tmp_path)  # a good epoch to come back to
-  job = job._replace(lr=np.float32(3e38), epochs=3)
+  job = make_job(config, model, split, "layernorm", epochs=3, save_seconds=0)
+
+  def kill(name, done, epochs, record):
+    if done == 2:
+      raise Killed
+  with pytest.raises(Killed):  # a good epoch to come back to
+    run(job._replace(report=kill), params, tmp_path)
+  job = job._replace(lr=np.float32(3e38))
   with pytest.raises(RunError, match="lower config.lr") as error:
     run(job, params, tmp_path)
   from ttc_jax import checkpoint
@@ -198,7 +203,7 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
   n = len(split.labels)
   data = Split(np.eye(n, dtype=np.float32), np.zeros(n, np.int32))
   rules = (optim.HEAD, optim.FREEZE)
-  params = {"adapter": {}, "head": {
+  params = {"head": {
       "kernel": np.zeros((n, 2), np.float32),
       "bias": np.zeros(2, np.float32)}}
   labels = trees.label(params, rules)
@@ -210,7 +215,7 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
   for epoch in range(2):
     device = parallel.replicate((tuned, frozen, {}, tuple(data), hyper))
     t, f, s, d, h = device
-    opt_state = train._init_opt_state(t, f, labels)
+    opt_state = train._make_init_fn(rules)(t, f)
     out, _, losses = fn(
         t, opt_state, f, s, d, h,
         parallel.replicate(jax.random.key_data(jax.random.key(3))),

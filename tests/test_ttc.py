@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttc_jax import backbones, methods, optim, parallel
+from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
 from ttc_jax.jobs import tuned_rules
 from ttc_jax.methods import ttc
@@ -126,7 +126,8 @@ def counts(config, name, classes=100):
                                  "bias": jnp.zeros(classes)})
   params = {"backbone": backbones.shapes(vit_b), "adapter": adapter,
             "head": head}
-  return optim.counts(params, tuned_rules(method))
+  labels = trees.label(params, tuned_rules(method))
+  return optim.counts(trees.split(params, labels, "tune")[0])
 
 
 def test_published_counts_on_vit_b16(config):

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ttc_jax import trees
-from ttc_jax.errors import RunError, UserError
+from ttc_jax.errors import UserError
 
 Flat = dict[str, np.ndarray]
 
@@ -113,11 +113,11 @@ class _clear_errors:
             or "No space left" in str(error)
             or "RESOURCE_EXHAUSTED" in str(error))
     if full:
-      raise RunError(
+      raise UserError(
           f"no space left to save '{self.path}': free some, or choose another "
           "--workdir, and start the same command again") from error
     if isinstance(error, OSError):
-      raise RunError(f"cannot save '{self.path}': {error.strerror}") from error
+      raise UserError(f"cannot save '{self.path}': {error.strerror}") from error
 
 
 class Bundle(NamedTuple):

@@ -6,10 +6,15 @@ A config file holds `get_config(arg)`; what follows its name after a colon is
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from ttc_jax.errors import UserError, check_known
 
 PROTOCOLS = ("val", "final", "select")
+# Loaded once for all variants.
+SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "dtype",
+          "matmul_precision", "drop_path", "image_size", "resample", "cache",
+          "cache_gib")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -33,6 +38,9 @@ def default() -> ml_collections.ConfigDict:
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
   c.gelu = ""                 # "exact", "tanh"; empty: what the weights say
   c.dtype = "float32"         # or "bfloat16": of the computation
+  # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
+  # bfloat16 on TPUs), "high" or "highest", true float32.
+  c.matmul_precision = ""
   c.drop_path = 0.0
 
   c.image_size = 224
@@ -43,7 +51,7 @@ def default() -> ml_collections.ConfigDict:
 
   # Per stage.
   c.epochs = 50
-  c.warmup_epochs = 5.0
+  c.warmup_epochs = config_dict.placeholder(float)  # None: a tenth
   c.batch_size = 64
   c.lr = 1e-3
   c.weight_decay = 1e-4
@@ -125,15 +133,26 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("protocol", config.protocol, PROTOCOLS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
   check_known("resample", config.resample, ("bicubic", "bilinear"))
+  check_known("gelu", config.gelu, ("", "exact", "tanh"))
+  check_known("matmul_precision", config.matmul_precision,
+              ("", "high", "highest"))
   for key in ("epochs", "batch_size", "image_size", "eval_every"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
-  for key in ("lr", "weight_decay", "warmup_epochs", "k", "blocks", "limit"):
+  for key in ("lr", "weight_decay", "k", "blocks", "limit", "cache_gib"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
-  if not config.seeds or not all(isinstance(s, int) for s in config.seeds):
+  warmup = config.warmup_epochs
+  if warmup is not None and not 0 <= warmup < config.epochs:
+    raise UserError(f"config.warmup_epochs is {warmup}; give 0 to below "
+                    f"config.epochs ({config.epochs}), or None for a tenth")
+  if not 0 <= config.label_smoothing < 1:
+    raise UserError(f"config.label_smoothing is {config.label_smoothing}; "
+                    "give 0 to below 1")
+  if not config.seeds or not all(
+      isinstance(s, int) and s >= 0 for s in config.seeds):
     raise UserError(f"config.seeds is {config.seeds}; give at least one "
-                    "integer, e.g. --config.seeds=0,1,2")
+                    "integer >= 0, e.g. --config.seeds=0,1,2")
   for key, values in config.grid.items():
     if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
       raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "
@@ -150,3 +169,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   for label, overrides in config.variants.items():
     for key in overrides:
       check_known(f"key of config.variants.{label}", key, config)
+      if key in SHARED:
+        raise UserError(f"config.variants.{label} sets {key}, which all "
+                        f"variants share; set config.{key}")

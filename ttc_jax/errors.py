@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class RunError(RuntimeError):
-  """A run that started well and cannot go on (a non-finite loss, a full disk).
+  """A run that started well and cannot go on: it diverged.
 
   The command lines print it without a traceback and exit with code 1.
   """

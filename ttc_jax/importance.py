@@ -44,6 +44,8 @@ def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
   if name == "random":
     rng = np.random.default_rng(seed)
     return {s: rng.random(shape, np.float32) for s, shape in shapes.items()}
+  # A bfloat16 sum over a batch would reorder the channels.
+  model = model._replace(backbone=model.backbone.clone(dtype=jnp.float32))
   batch_size = parallel.round_up(min(batch_size, len(images)))
   step = _accumulate(SCORES[name], model, sites)
   total = None

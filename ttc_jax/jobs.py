@@ -20,6 +20,7 @@ from ttc_jax.backbones import sources
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model
+from ttc_jax.tasks import folder
 from ttc_jax.tasks.images import NORMALISATIONS
 
 # Keys that choose which runs there are or where things lie, but change no
@@ -35,6 +36,7 @@ class Run(NamedTuple):
   config: ml_collections.ConfigDict  # the variant's, with the setting
   protocol: str                      # "val" or "final"
   seed: int
+  data: str                          # the task's digest
 
   @property
   def name(self) -> str:
@@ -47,8 +49,8 @@ class Run(NamedTuple):
   def identity(self) -> dict[str, Any]:
     """JSON of what decides the result, but for the files' contents."""
     keys = {k: v for k, v in self.config.items() if k not in _PLACES}
-    return {"task": self.task, "protocol": self.protocol, "seed": self.seed,
-            "config": keys}
+    return {"task": self.task, "data": self.data, "protocol": self.protocol,
+            "seed": self.seed, "config": keys}
 
 
 class Base(NamedTuple):
@@ -82,8 +84,7 @@ def task_names(config) -> tuple[str, ...]:
     return tuple(config.tasks)
   if not config.data:
     raise UserError("task=all needs a folder of tasks: add data=DIR")
-  names = tuple(n for n in tasks.names(config.data)
-                if n not in tasks.names(None))
+  names = folder.names(config.data)
   if not names:
     raise UserError(f"no task in the folder '{config.data}': a task is a "
                     "folder with train800.txt")
@@ -102,7 +103,10 @@ def load_base(config) -> Base:
   """Reads the weights and puts them on every device."""
   fields = {"drop_path": config.drop_path, "dtype": jnp.dtype(config.dtype)}
   if config.gelu:
-    fields["gelu"] = check_known("gelu", config.gelu, ("exact", "tanh"))
+    fields["gelu"] = config.gelu
+  if config.matmul_precision:
+    jax.config.update(
+        "jax_default_matmul_precision", config.matmul_precision)
   if not config.weights:
     raise UserError(
         f"{config.backbone} needs pretrained weights: add weights=FILE (.npz "
@@ -118,14 +122,22 @@ def load_base(config) -> Base:
               os.path.basename(config.weights), sha256)
 
 
-def check_all(config, base: Base) -> dict[str, tasks.Task]:
-  """Checks, before any long work, all that can be. Returns the tasks."""
-  check(config)
-  check_known("normalisation", config.normalisation, NORMALISATIONS)
-  loaded = {name: load_task(config, name) for name in task_names(config)}
+def check_config(config) -> None:
+  """Checks all values that need no file."""
+  for c in (config, *variants(config).values()):
+    check(c)
+    check_known("normalisation", c.normalisation, NORMALISATIONS)
+    check_known("method", c.method, methods.names())
+
+
+def load_tasks(config) -> dict[str, tasks.Task]:
+  return {name: load_task(config, name) for name in task_names(config)}
+
+
+def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
+  """Checks, before any long work, that backbone, tasks and values fit."""
   devices = len(parallel.devices())
   for variant in variants(config).values():
-    check(variant)
     methods.load(variant.method, resolved(variant, base), base.backbone)
     if variant.batch_size % devices:
       raise UserError(f"config.batch_size {variant.batch_size} does not divide "
@@ -137,13 +149,14 @@ def check_all(config, base: Base) -> dict[str, tasks.Task]:
         raise UserError(
             f"config.batch_size is {variant.batch_size}, but task "
             f"'{task.name}' has {count} training images; lower it")
-  return loaded
 
 
 def resolved(config, base: Base) -> ml_collections.ConfigDict:
-  """The configuration with K settled: width / 8 unless it is given."""
+  """The configuration with what depends on the rest settled."""
   config = config.copy_and_resolve_references()
   config.k = config.k or base.backbone.width // 8
+  if config.warmup_epochs is None:
+    config.warmup_epochs = 0.1 * config.epochs
   return config
 
 
@@ -167,11 +180,12 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
   if final:
     task.split("test")
   # The method's own options enter with the stage that first uses them.
-  shared = {k: v for k, v in run.identity["config"].items()
-            if k not in _METHOD_KEYS and k != "method"}
-  identity = {"task": run.task, "split": split, "seed": run.seed,
-              "config": shared, "weights": base.sha256,
-              "data": [zlib.crc32(data.images), zlib.crc32(data.labels)]}
+  own = methods.option_keys() | {"method"}
+  identity = run.identity | {
+      "config": {k: v for k, v in run.identity["config"].items()
+                 if k not in own},
+      "weights": base.sha256, "devices": len(parallel.devices()),
+      "images": zlib.crc32(data.images), "classes": len(task.classes)}
   return train.Job(
       identity=identity,
       model=Model(base.backbone, c.normalisation),
@@ -182,10 +196,6 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
       classes=len(task.classes), seed=run.seed, epochs=c.epochs,
       warmup_epochs=c.warmup_epochs, lr=c.lr, weight_decay=c.weight_decay,
       eval_every=c.eval_every, save_seconds=c.save_seconds, report=report)
-
-
-_METHOD_KEYS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
-                "tune_norm")
 
 
 def tuned_rules(method: methods.Method) -> trees.Rules:
@@ -205,10 +215,10 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
     val = outcome.history[-1]["val_top1"]
   else:
     test, count, seconds_test = _test(run, task, outcome)
-  host = parallel.unreplicate(params)
   rules = tuned_rules(job.method)
-  tuned, _ = trees.split(host, trees.label(host, rules), "tune")
-  counts = optim.counts(host, rules)
+  tuned, _ = trees.split(params, trees.label(params, rules), "tune")
+  tuned = parallel.unreplicate(tuned)
+  counts = optim.counts(tuned)
   options = job.method.options
   row = {
       "task": run.task, "group": task.group, "method": c.method,
@@ -216,7 +226,8 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
       "backbone": c.backbone, "weights": base.file,
       "weights_sha256": base.sha256, "image_size": c.image_size,
       "normalisation": c.normalisation, "dtype": c.dtype,
-      "gelu": base.backbone.gelu,
+      "matmul_precision": c.matmul_precision or "default",
+      "data_digest": task.digest,
       "k": options.get("k"), "position": options.get("position"),
       "score": options.get("score"), "options": options,
       "lr": c.lr, "weight_decay": c.weight_decay, "epochs": c.epochs,
@@ -236,8 +247,8 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
       trees.flatten(tuned),
       trees.flatten(parallel.unreplicate(outcome.state.selection)),
       row | {"classes": list(task.classes), "resample": c.resample,
-             "weights_source": c.weights,
-             "fields": backbone_fields(base.backbone)}))
+             "weights_source": _source(c.weights),
+             "fields": base.backbone.fields}))
   return row
 
 
@@ -249,10 +260,9 @@ def _test(run, task, outcome):
   return top1, len(split.labels), time.perf_counter() - begin
 
 
-def backbone_fields(backbone) -> dict[str, Any]:
-  """The fields of the variant that a bundle must repeat to be used again."""
-  names = ("gelu", "epsilon", "pool", "layer_scale", "final_norm")
-  return {name: getattr(backbone, name) for name in names}
+def _source(weights: str) -> str:
+  """Where the weights are, from wherever the bundle is used."""
+  return os.path.abspath(weights) if os.path.exists(weights) else weights
 
 
 @functools.cache

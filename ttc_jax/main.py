@@ -4,14 +4,16 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
 task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 """
+import fcntl
 import json
 import os
 import sys
+from typing import IO
 
 from absl import flags
 from ml_collections import config_flags
 
-from ttc_jax import checkpoint, cli, jobs, report, train
+from ttc_jax import checkpoint, cli, files, jobs, report, train
 from ttc_jax.errors import RunError, UserError
 from ttc_jax.progress import Progress
 
@@ -26,16 +28,21 @@ _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
          "save_seconds")
 
 
-def open_workdir(config, weights_sha256: str, path: str) -> None:
-  """Creates a work directory, or checks that it is of this configuration."""
+def open_workdir(config, weights_sha256: str, path: str) -> IO[str]:
+  """Creates a work directory, or checks that it is of this configuration.
+
+  Returns:
+    The open lock file: while it lives, no other process may work there.
+  """
   keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
           if k not in _FREE}
   keep["weights_sha256"] = weights_sha256
   file = os.path.join(path, "config.json")
   try:
     os.makedirs(os.path.join(path, "runs"), exist_ok=True)
+    lock = _lock(os.path.join(path, ".lock"))
     if not os.path.exists(file):
-      report.write(file, json.dumps(keep, indent=2, sort_keys=True) + "\n")
+      files.write_text(file, json.dumps(keep, indent=2, sort_keys=True) + "\n")
     with open(file, encoding="utf-8") as f:
       old = json.load(f)
   except (OSError, json.JSONDecodeError) as e:
@@ -46,6 +53,18 @@ def open_workdir(config, weights_sha256: str, path: str) -> None:
           f"work directory '{path}' is of another configuration: {key} is "
           f"{old.get(key)!r} there and {keep.get(key)!r} here; choose another "
           "--workdir")
+  return lock
+
+
+def _lock(path: str):
+  file = open(path, "w")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise UserError(f"another process is at work in '{os.path.dirname(path)}'; "
+                    "wait for it, or choose another --workdir") from None
+  return file
 
 
 class Session:
@@ -53,12 +72,18 @@ class Session:
 
   def __init__(self, config, workdir: str):
     self.config, self.workdir = config, workdir
+    jobs.check_config(config)
+    self.tasks = jobs.load_tasks(config)
     self.base = jobs.load_base(config)
-    self.tasks = jobs.check_all(config, self.base)
-    open_workdir(config, self.base.sha256, workdir)
+    jobs.check_runs(config, self.base, self.tasks)
+    self._lock = open_workdir(config, self.base.sha256, workdir)
     self.results = os.path.join(workdir, "results.jsonl")
     self.done = {row["run"]: row for row in report.read(self.results)}
     self.failed = []
+
+  def close(self) -> None:
+    """Lets another process work in the directory."""
+    self._lock.close()
 
   def row(self, run: jobs.Run) -> dict | None:
     """The row of a run: from the results if it is there, else by running."""
@@ -89,7 +114,11 @@ class Session:
         if protocol == "select":
           config, protocol = self.select(task, variant, config), "final"
         for seed in config.seeds if config else ():
-          self.row(jobs.Run(task, variant, config, protocol, int(seed)))
+          self.row(self.make_run(task, variant, config, protocol, seed))
+
+  def make_run(self, task, variant, config, protocol, seed) -> jobs.Run:
+    return jobs.Run(task, variant, config, protocol, seed,
+                    self.tasks[task].digest)
 
   def select(self, task: str, variant: str, config):
     """The configuration with the setting that is best on val200."""
@@ -97,7 +126,7 @@ class Session:
     for setting in jobs.settings(config):
       tried = config.copy_and_resolve_references()
       tried.update(setting)
-      run = jobs.Run(task, variant, tried, "val", int(config.seeds[0]))
+      run = self.make_run(task, variant, tried, "val", config.seeds[0])
       row = self.row(run)
       if row:
         rows.append(row)
@@ -119,16 +148,19 @@ def default_workdir(config, config_file: str) -> str:
 
 
 def main(argv) -> int:
-  del argv
+  if argv[1:]:
+    raise UserError(f"unexpected argument {argv[1]!r}; after --config=FILE: "
+                    "there must be no blanks")
   config = _CONFIG.value
   workdir = _WORKDIR.value or default_workdir(
       config, flags.FLAGS["config"].config_filename)
   session = Session(config, workdir)
   session.run_all()
+  session.close()
   rows = list(session.done.values())
   if rows:
     text = report.summary(rows)
-    report.write(os.path.join(workdir, "results.md"), text)
+    files.write_text(os.path.join(workdir, "results.md"), text)
     print(f"\n{text}\nRows, bundles and curves: {workdir}")
   for failure in session.failed:
     print(f"failed: {failure}", file=sys.stderr)

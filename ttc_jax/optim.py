@@ -1,5 +1,6 @@
 """Path rules -> labels -> optax: who is trained, and how fast."""
 from collections.abc import Callable
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +50,11 @@ def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: jax.Array,
       labels)
 
 
-def counts(params: trees.Tree, rules: trees.Rules) -> dict[str, int]:
-  """Tuned scalars in three parts: norm, head, and module (all the rest)."""
+def counts(tuned: trees.Tree) -> dict[str, int]:
+  """Scalars of the tuned leaves: norm, head, and module (all the rest)."""
   parts = {"module": 0, "norm": 0, "head": 0}
-  labels = trees.flatten(trees.label(params, rules))
-  for name, leaf in trees.flatten(params).items():
-    if labels[name] == "tune":
-      part = ("head" if name.startswith("head/") else
-              "norm" if name.startswith("backbone/") and "norm" in name.lower()
-              else "module")
-      parts[part] += trees.count(leaf)
+  for name, leaf in trees.flatten(tuned).items():
+    part = ("head" if name.startswith("head/") else
+            "norm" if re.fullmatch(NORM[0], name) else "module")
+    parts[part] += trees.count(leaf)
   return parts

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -15,12 +16,6 @@ from ttc_jax.backbones import sources
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
 from ttc_jax.tasks import images as images_lib
-
-_BUNDLE = flags.DEFINE_string("bundle", None, "folder of a finished run")
-_WEIGHTS = flags.DEFINE_string(
-    "weights", None, "the base weights, if they moved since")
-_TOP = flags.DEFINE_integer("top", 1, "classes an image", lower_bound=1)
-
 
 class Tuned(NamedTuple):
   """A tuned model: `tuned.predict(images)`.
@@ -40,40 +35,54 @@ class Tuned(NamedTuple):
     return np.asarray(jax.nn.softmax(logits))
 
 
-def load(bundle: str, weights: str | None = None) -> Tuned:
+def load(bundle: str, weights: str | None = None,
+         merge: bool = True) -> Tuned:
   """Puts a bundle on its base weights.
 
   Args:
     bundle: the folder that a run wrote.
     weights: source of the base weights; None: where the run found them.
+    merge: folds the adapter into the backbone where that is exact, so that
+      inference costs what it did before tuning.
 
   Raises:
     UserError: no such bundle, or other base weights than the run's.
   """
   saved = checkpoint.load_bundle(bundle)
   meta = saved.meta
-  source = weights or meta["weights_source"]
-  if source == "random":
-    module = backbones.make(
-        meta["backbone"], meta["image_size"], **meta["fields"])
-    params = backbones.init(module)
-  else:
-    sha256 = sources.sha256(sources.locate(source))
-    if sha256 != meta["weights_sha256"]:
-      raise UserError(
-          f"bundle '{bundle}' was tuned on weights with sha256 "
-          f"{meta['weights_sha256']}, but '{source}' has {sha256}; give the "
-          "right file with --weights")
-    module, params = backbones.load(
-        meta["backbone"], source, meta["image_size"], **meta["fields"])
+  module, params = _base(bundle, meta, weights or meta["weights_source"])
   method = methods.load(
       meta["method"], ml_collections.ConfigDict(meta["options"]), module)
   params = checkpoint.overlay(
       {"backbone": params, "adapter": {}, "head": {}}, saved.tuned)
-  model = Model(module, meta["normalisation"],
-                method.handlers if params["adapter"] else ())
-  return Tuned(model, parallel.replicate(params),
-               parallel.replicate(trees.unflatten(saved.selection)), meta)
+  selection, handlers = trees.unflatten(saved.selection), method.handlers
+  if not params["adapter"]:
+    handlers = ()
+  elif merge and method.merge:
+    backbone = method.merge(params, selection, module)
+    params = params | {"backbone": backbone, "adapter": {}}
+    selection, handlers = {}, ()
+  return Tuned(Model(module, meta["normalisation"], handlers),
+               parallel.replicate(params), parallel.replicate(selection), meta)
+
+
+def _base(bundle, meta, source):
+  """The backbone that a bundle was tuned on, and its pretrained parameters."""
+  fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
+  if source == "random":
+    module = backbones.make(meta["backbone"], meta["image_size"], **fields)
+    return module, backbones.init(module)
+  try:
+    sha256 = sources.sha256(sources.locate(source))
+  except UserError as error:
+    raise UserError(f"{error}; give the base weights with --weights") from error
+  if sha256 != meta["weights_sha256"]:
+    raise UserError(
+        f"bundle '{bundle}' was tuned on weights with sha256 "
+        f"{meta['weights_sha256']}, but '{source}' has {sha256}; give the "
+        "right file with --weights")
+  return backbones.load(
+      meta["backbone"], source, meta["image_size"], **fields)
 
 
 def main(argv) -> None:
@@ -90,5 +99,9 @@ def main(argv) -> None:
       print(f"{path}\t{meta['classes'][i]}\t{probabilities[i]:.4f}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # no flags for those who import `load`
+  _BUNDLE = flags.DEFINE_string("bundle", None, "folder of a finished run")
+  _WEIGHTS = flags.DEFINE_string(
+      "weights", None, "the base weights, if they moved since")
+  _TOP = flags.DEFINE_integer("top", 1, "classes an image", lower_bound=1)
   cli.run(main)

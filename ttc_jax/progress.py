@@ -5,7 +5,7 @@ from typing import Any
 
 import tqdm
 
-from ttc_jax import report
+from ttc_jax import files
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
   def update(self, stage: str, epoch: int, epochs: int,
              record: dict[str, Any]) -> None:
     self._records.append({"stage": stage, **record})
-    report.write(self._path, "".join(
+    files.write_text(self._path, "".join(
         json.dumps(r) + "\n" for r in self._records))
     values = {"loss": f"{record['loss']:.3f}",
               "images/s": f"{record['images_per_second']:.0f}"}

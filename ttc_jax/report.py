@@ -22,8 +22,10 @@ def read(path: str) -> list[Row]:
   with open(path, encoding="utf-8") as f:
     for number, line in enumerate(f, 1):
       try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
+        row = json.loads(line)
+        row["run"]  # every row names its run
+        rows.append(row)
+      except (json.JSONDecodeError, KeyError, TypeError):
         logging.warning("%s:%d is not a whole row; its run will be done "
                         "again", path, number)
   return rows
@@ -138,10 +140,3 @@ def best(rows: Sequence[Row]) -> list[Row]:
     chosen.setdefault((row["task"], row["variant"], row["seed"]), row)
   order = dict.fromkeys((r["task"], r["variant"], r["seed"]) for r in rows)
   return [chosen[key] for key in order]
-
-
-def write(path: str, text: str) -> None:
-  """Writes a text file, whole or not at all."""
-  with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-    f.write(text)
-  os.replace(f"{path}.tmp", path)

@@ -177,19 +177,22 @@ def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
   state, history, total = State(params, {}), [], _Clock()
   for index, stage in enumerate(job.method.stages):
     key = checkpoint.digest([job.identity, [
-        (s.name, s.rules, job.method.options if s.prepare else None)
+        (s.name, s.rules,
+         (job.method.name, job.method.options) if s.prepare else None)
         for s in job.method.stages[:index + 1]]])
     with checkpoint.StageStore(f"{directory}/{key}") as store:
       state, records, clock = _run_stage(job, index, stage, state, store)
     history += [{"stage": stage.name, **r} for r in records]
     total = total.plus(clock)
-  return Outcome(state, _with_handlers(job, state), history, total.seconds,
-                 total.compile_seconds,
-                 total.images / total.seconds if total.seconds else 0.0)
+  return Outcome(state, _with_handlers(job, state), history,
+                 total.prepare_seconds + total.seconds, total.compile_seconds,
+                 total.images / total.seconds)
 
 
 class _Clock(NamedTuple):
+  """Seconds: of epochs; of scores and cached features before them."""
   seconds: float = 0.0
+  prepare_seconds: float = 0.0
   compile_seconds: float = 0.0
   images: int = 0
 
@@ -222,14 +225,17 @@ class _Progress(NamedTuple):
 
 def _run_stage(job, index, stage, state, store):
   """Returns (state, records of the epochs, clock)."""
+  begin = time.perf_counter()
   saved = store.load()
-  state, seconds = _prepare(job, stage, state, saved)
+  state = _prepare(job, stage, state, saved)
+  for record in saved.meta["records"] if saved else ():
+    job.report(stage.name, record["epoch"], job.epochs, record)
+  if saved and saved.epoch == job.epochs:
+    return state, saved.meta["records"], _Clock(*saved.meta["clock"])
   inputs = _inputs(job, stage, state)
   names = trees.label(inputs.params, stage.rules)
   tuned, frozen = trees.split(inputs.params, names, "tune")
-  now = _start(tuned, frozen, names, saved, seconds)
-  for record in now.records:
-    job.report(stage.name, record["epoch"], job.epochs, record)
+  now = _start(stage, tuned, frozen, saved, time.perf_counter() - begin)
   fixed = _fixed(job, index)
   last_save = time.perf_counter()
   for epoch in range(saved.epoch if saved else 0, job.epochs):
@@ -239,24 +245,23 @@ def _run_stage(job, index, stage, state, store):
     job.report(stage.name, epoch + 1, job.epochs, now.records[-1])
     last = epoch + 1 == job.epochs
     if last or time.perf_counter() - last_save >= job.save_seconds:
-      store.save(_saved(epoch + 1, inputs.selection, now, last))
+      store.save(_saved(epoch + 1, state.selection, now, last))
       last_save = time.perf_counter()
   params = {**state.params, **trees.join(now.tuned, frozen)}
   return State(params, state.selection), now.records, now.clock
 
 
-def _start(tuned, frozen, names, saved, seconds):
-  opt_state = _init_opt_state(tuned, frozen, names)
+def _start(stage, tuned, frozen, saved, seconds):
+  opt_state = _make_init_fn(stage.rules)(tuned, frozen)
   # The epoch donates its inputs; the base weights must survive it.
   now = _Progress(jax.tree.map(jnp.copy, tuned), opt_state, [],
-                  _Clock(seconds))
+                  _Clock(prepare_seconds=seconds))
   if not saved:
     return now
   flat = saved.arrays["opt_state"]
-  if flat:  # a finished stage keeps none
-    leaves, treedef = jax.tree.flatten(opt_state)
-    arrays = [flat[f"{i:04d}"] for i in range(len(leaves))]
-    opt_state = jax.tree.unflatten(treedef, parallel.replicate(arrays))
+  leaves, treedef = jax.tree.flatten(opt_state)
+  arrays = [flat[f"{i:04d}"] for i in range(len(leaves))]
+  opt_state = jax.tree.unflatten(treedef, parallel.replicate(arrays))
   return now._replace(opt_state=opt_state, records=saved.meta["records"],
                       clock=_Clock(*saved.meta["clock"]))
 
@@ -281,7 +286,7 @@ def _epoch(job, stage, inputs, frozen, fixed, epoch, now):
   tuned, opt_state, losses = fn(*args)
   losses = np.asarray(losses[0])
   clock = now.clock.plus(_Clock(
-      time.perf_counter() - begin, compile_seconds,
+      time.perf_counter() - begin, 0.0, compile_seconds,
       len(losses) * job.plan.batch_size))
   return now._replace(tuned=tuned, opt_state=opt_state, clock=clock), losses
 
@@ -323,22 +328,20 @@ def _saved(done, selection, now, finished):
 
 
 def _prepare(job, stage, state, saved):
-  """The state that the stage starts from, and the seconds it took."""
+  """The state that the stage starts from."""
   if saved:
     arrays = {k: parallel.replicate(trees.unflatten(v) if k == "selection"
                                     else v)
               for k, v in saved.arrays.items() if k != "opt_state"}
     return State(checkpoint.overlay(state.params, arrays["tuned"]),
-                 arrays["selection"]), 0.0
+                 arrays["selection"])
   if not stage.prepare:
-    return state, 0.0
-  begin = time.perf_counter()
+    return state
   adapter, selection = stage.prepare(Context(
       _with_handlers(job, state), state.params, state.selection,
       job.train.images, job.train.labels, job.seed))
   params = {**state.params, "adapter": parallel.replicate(adapter)}
-  return (State(params, parallel.replicate(selection)),
-          time.perf_counter() - begin)
+  return State(params, parallel.replicate(selection))
 
 
 def _inputs(job, stage, state):
@@ -358,15 +361,16 @@ def _inputs(job, stage, state):
           model, params, selection, split.images), split.labels)
     train, val = cached(train), cached(val)
     model = Model(None, "none")
-    params, selection = {"adapter": {}, "head": params["head"]}, {}
+    params, selection = {"head": params["head"]}, {}
   data = parallel.replicate((np.asarray(train.images), train.labels))
   return _Inputs(model, params, selection, data, val)
 
 
-def _init_opt_state(tuned, frozen, names):
-  """The optimiser's state, on every device."""
-  @parallel.pmap
-  def init(tuned, frozen):
-    tx = optim.make_tx(names, lambda step: 0.0, 0.0)
-    return tx.init(trees.join(tuned, frozen))
-  return init(tuned, frozen)
+@functools.lru_cache(maxsize=None)
+def _make_init_fn(rules):
+  """`(tuned, frozen) -> opt_state`, on every device."""
+  def init_fn(tuned, frozen):
+    params = trees.join(tuned, frozen)
+    return optim.make_tx(
+        trees.label(params, rules), lambda step: 0.0, 0.0).init(params)
+  return parallel.pmap(init_fn)

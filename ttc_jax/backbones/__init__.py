@@ -34,7 +34,7 @@ def make(name: str, image_size: int, **fields: Any) -> nn.Module:
   for family in families():
     module = family.make(name, image_size, **fields)
     if module is not None:
-      if image_size % module.patch:
+      if image_size < 1 or image_size % module.patch:
         raise UserError(
             f"image_size {image_size} is not divisible by the patch "
             f"{module.patch} of {name}; the nearest sizes are "

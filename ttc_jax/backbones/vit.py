@@ -137,6 +137,13 @@ class ViT(nn.Module):
   dtype: Any = jnp.float32
 
   @property
+  def fields(self) -> dict[str, Any]:
+    """What belongs to the weights: files and bundles repeat it."""
+    return {"pool": self.pool, "layer_scale": self.layer_scale,
+            "final_norm": self.final_norm, "gelu": self.gelu,
+            "epsilon": self.epsilon}
+
+  @property
   def sites(self) -> dict[str, Site]:
     """The linear layers by name: what a mask can scale and merging can fold."""
     L, D = self.depth, self.width
@@ -185,7 +192,7 @@ class ViT(nn.Module):
 
 def make(name: str, image_size: int, **fields) -> ViT | None:
   """Returns the ViT called e.g. "vit_b16", or None if that is no ViT's name."""
-  match = re.fullmatch(r"vit_(ti|s|b|l|h)(\d+)", name)
+  match = re.fullmatch(r"vit_(ti|s|b|l|h)([1-9]\d*)", name)
   if not match:
     return None
   width, depth, heads, hidden = SIZES[match[1]]

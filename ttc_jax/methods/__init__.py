@@ -14,6 +14,7 @@ import numpy as np
 from ttc_jax import trees
 from ttc_jax.errors import check_known
 from ttc_jax.model import Model
+from ttc_jax.optim import FREEZE, HEAD, NORM
 
 
 class Context(NamedTuple):
@@ -37,6 +38,11 @@ class Stage(NamedTuple):
   prepare: Callable[[Context], tuple[trees.Tree, trees.Tree]] | None = None
 
 
+# Runs share a stage that is the same in name, rules and all before it.
+TUNE_HEAD = Stage("head", (HEAD, FREEZE))
+ALIGN = Stage("align", (NORM, HEAD, FREEZE))  # Eq. 4
+
+
 class Method(NamedTuple):
   """Attributes:
     options: what distinguishes this variant, for the results row.
@@ -46,6 +52,7 @@ class Method(NamedTuple):
     cannot_merge: why not, if it cannot.
   """
   stages: tuple[Stage, ...]
+  name: str = ""  # set by `load`
   options: dict[str, Any] = {}
   handlers: tuple = ()
   merge: Callable | None = None
@@ -57,6 +64,12 @@ def names() -> tuple[str, ...]:
   return tuple(m.name for m in pkgutil.iter_modules(__path__))
 
 
+def option_keys() -> set[str]:
+  """Keys of the configuration that belong to some method: its `OPTIONS`."""
+  modules = (importlib.import_module(f"{__name__}.{n}") for n in names())
+  return {key for m in modules for key in getattr(m, "OPTIONS", ())}
+
+
 def load(name: str, config: Any, backbone: nn.Module) -> Method:
   """Returns a method, its options checked against the backbone.
 
@@ -64,4 +77,5 @@ def load(name: str, config: Any, backbone: nn.Module) -> Method:
     UserError: unknown method, or an option that does not fit.
   """
   check_known("method", name, names())
-  return importlib.import_module(f"{__name__}.{name}").make(config, backbone)
+  module = importlib.import_module(f"{__name__}.{name}")
+  return module.make(config, backbone)._replace(name=name)

@@ -2,10 +2,7 @@
 
 Scale and shift of every LayerNorm, and the head.
 """
-from ttc_jax.methods import Method, Stage
-from ttc_jax.optim import FREEZE, HEAD, NORM
-
-ALIGN = Stage("align", (NORM, HEAD, FREEZE))
+from ttc_jax.methods import ALIGN, Method
 
 
 def make(config, backbone) -> Method:

@@ -1,10 +1,7 @@
 """Linear probing: the head alone, on frozen features."""
-from ttc_jax.methods import Method, Stage
-from ttc_jax.optim import FREEZE, HEAD
-
-ALIGN_HEAD = Stage("head", (HEAD, FREEZE))
+from ttc_jax.methods import TUNE_HEAD, Method
 
 
 def make(config, backbone) -> Method:
   del config, backbone
-  return Method((ALIGN_HEAD,))
+  return Method((TUNE_HEAD,))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ttc_jax import importance, trees
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.methods import Method, Stage
+from ttc_jax.methods import ALIGN, TUNE_HEAD, Method, Stage
 from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
 
 # Where the map acts, as in Table 5c: on the output of a branch, before the
@@ -28,15 +28,15 @@ POSITIONS = {
 # The linear layer that last wrote to the feature map at a site.
 SCORED_AT = {"fc2": "fc2", "proj": "proj", "block": "fc2", "attention": "proj"}
 
-STAGE_1 = {
-    "norm": (Stage("align", (NORM, HEAD, FREEZE)),),
-    "linear": (Stage("head", (HEAD, FREEZE)),),
-    "none": (),
-}
+STAGE_1 = {"norm": (ALIGN,), "linear": (TUNE_HEAD,), "none": ()}
+
+# Keys of the configuration that this method reads.
+OPTIONS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
+           "tune_norm")
 
 
 def adapt(p, y, x):
-  """Eq. 11: x'' = x' + s Linear(x') takes the place of x' = y[..., channels]."""
+  """Eq. 11: x'' = x' + s Linear(x') takes the place of x' = y[channels]."""
   del x
   picked = jnp.take(y, p["channels"], axis=-1)
   change = picked @ p["kernel"].astype(y.dtype)
@@ -96,12 +96,13 @@ def merge(params, selection, backbone):
 
 
 def make(config, backbone) -> Method:
-  """Reads `k, position, blocks, score, scale, bias, stage1, tune_norm`."""
+  """Reads the keys of `OPTIONS`; `config.py` explains them."""
   check_known("position", config.position, POSITIONS)
   check_known("score", config.score, importance.SCORES)
   check_known("stage1", config.stage1, STAGE_1)
   sites = POSITIONS[config.position]
-  k, depth, width = config.k, backbone.depth, backbone.width
+  at = backbone.sites[SCORED_AT[sites[0]]]
+  k, depth, width = config.k, at.blocks, at.width
   blocks = config.blocks or depth
   if not 1 <= k <= width:
     raise UserError(f"config.k is {k}; it selects among the {width} channels "
@@ -115,11 +116,9 @@ def make(config, backbone) -> Method:
   tuned = (ADAPTER, NORM, HEAD) if config.tune_norm else (ADAPTER, HEAD)
   adapt_stage = Stage("adapt", (*tuned, FREEZE), prepare)
   stream = config.position.startswith("stream")
-  options = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
-             "tune_norm")
   return Method(
       (*STAGE_1[config.stage1], adapt_stage),
-      options={name: config[name] for name in options},
+      options={key: config[key] for key in OPTIONS},
       handlers=tuple((site, adapt) for site in sites),
       merge=None if stream else merge,
       cannot_merge="it acts on the residual stream, after the addition"

@@ -41,12 +41,14 @@ class Task:
   classes: the class names, by label.
   labels: for each of SPLITS, int32 (N,), known without decoding.
   decode: makes the Split of a name in SPLITS; call `split`, which checks it.
+  digest: changes when the lists, the labels or the drawing do.
   """
   name: str
   group: str
   classes: tuple[str, ...]
   labels: Mapping[str, np.ndarray]
   decode: Callable[[str], Split]
+  digest: str
 
   def split(self, name: str) -> Split:
     """Decodes one of SPLITS (or opens its cache); errors.UserError if bad."""

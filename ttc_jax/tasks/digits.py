@@ -3,6 +3,7 @@
 Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI
 (the copy that scikit-learn installs).
 """
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -40,7 +41,8 @@ def load(name: str, data: str | None, decode: Callable) -> Task:
     return Split(decode(source), labels[part])
 
   classes = tuple(map(str, range(10)))
-  return Task(name, "Natural", classes, labels, split)
+  digest = hashlib.sha256(grey.tobytes()).hexdigest()[:16]
+  return Task(name, "Natural", classes, labels, split, digest)
 
 
 def _rows(target: np.ndarray) -> dict[str, np.ndarray]:

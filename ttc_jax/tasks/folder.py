@@ -5,6 +5,7 @@ with lines `relative/path label` (relative to DATA/TASK), and may hold
 classes.txt, one class name a line.
 """
 import functools
+import hashlib
 import os
 import stat
 from collections.abc import Callable
@@ -14,14 +15,20 @@ import numpy as np
 from ttc_jax import errors
 from ttc_jax.tasks import SPLITS, Split, Task, images
 
-_GROUPS = {
-    "Natural": ("cifar cifar100 caltech101 dtd oxford_flowers102 "
-                "oxford_iiit_pet svhn sun397"),
-    "Specialized": "patch_camelyon eurosat resisc45 diabetic_retinopathy",
-    "Structured": ("clevr_count clevr_dist dmlab kitti dsprites_loc "
-                   "dsprites_ori smallnorb_azi smallnorb_ele"),
+# VTAB-1K: group and number of classes, which small lists may not show whole.
+_VTAB = {
+    "cifar": ("Natural", 100), "cifar100": ("Natural", 100),
+    "caltech101": ("Natural", 102), "dtd": ("Natural", 47),
+    "oxford_flowers102": ("Natural", 102), "oxford_iiit_pet": ("Natural", 37),
+    "svhn": ("Natural", 10), "sun397": ("Natural", 397),
+    "patch_camelyon": ("Specialized", 2), "eurosat": ("Specialized", 10),
+    "resisc45": ("Specialized", 45),
+    "diabetic_retinopathy": ("Specialized", 5),
+    "clevr_count": ("Structured", 8), "clevr_dist": ("Structured", 6),
+    "dmlab": ("Structured", 6), "kitti": ("Structured", 4),
+    "dsprites_loc": ("Structured", 16), "dsprites_ori": ("Structured", 16),
+    "smallnorb_azi": ("Structured", 18), "smallnorb_ele": ("Structured", 9),
 }
-_GROUP = {task: g for g, tasks in _GROUPS.items() for task in tasks.split()}
 
 _MAX_CLASSES = 100_000  # a larger label is a slip, and would eat the memory
 
@@ -47,9 +54,10 @@ def load(name: str, data: str, decode: Callable) -> Task:
   lists = {s: _read_list(_list(folder, s), resolve) for s in SPLITS}
   files = {s: files for s, (files, _) in lists.items()}
   labels = {s: labels for s, (_, labels) in lists.items()}
-  classes = _classes(folder, labels)
+  classes = _classes(name, folder, labels)
   _check_apart(folder, files, "val200", "train800")
-  _check_apart(folder, files, "test", "train800val200")
+  for seen in ("train800", "val200", "train800val200"):
+    _check_apart(folder, files, "test", seen)
 
   def split(part: str) -> Split:
     source = images.Source(
@@ -58,7 +66,18 @@ def load(name: str, data: str, decode: Callable) -> Task:
         key=lambda: map(images.file_key, files[part]))
     return Split(decode(source), labels[part])
 
-  return Task(name, _GROUP.get(name, "Other"), classes, labels, split)
+  group, _ = _VTAB.get(name, ("Other", 0))
+  return Task(name, group, classes, labels, split,
+              _digest(folder, files, labels, classes))
+
+
+def _digest(folder, files, labels, classes) -> str:
+  """Of what the lists say, wherever the folder lies."""
+  root = os.path.realpath(folder)
+  lines = [f"{os.path.relpath(file, root)} {label}" for split in SPLITS
+           for file, label in zip(files[split], labels[split])]
+  return hashlib.sha256("\n".join((*classes, *lines)).encode()
+                        ).hexdigest()[:16]
 
 
 def _list(folder: str, split: str) -> str:
@@ -138,21 +157,29 @@ def _make_resolver(folder: str) -> Callable[[str], str]:
   return resolve
 
 
-def _classes(folder: str, labels: dict[str, np.ndarray]) -> tuple[str, ...]:
-  """Names from classes.txt, against which labels are checked, or "0", "1"."""
+def _classes(name: str, folder: str, labels: dict[str, np.ndarray]
+             ) -> tuple[str, ...]:
+  """Names by label: from classes.txt, or "0", "1", ... as many as VTAB or, for
+  other tasks, the lists have; UserError for a label beyond."""
   path = os.path.join(folder, "classes.txt")
   if not os.path.exists(path):
-    return tuple(map(str, range(1 + max(y.max() for y in labels.values()))))
+    most = 1 + max(y.max() for y in labels.values())
+    _, known = _VTAB.get(name, ("", most))
+    return _check_labels(folder, labels, tuple(map(str, range(known))), name)
   names = tuple(line.strip() for line in _lines(path))
   if "" in names:
     raise errors.UserError(f"{path}:{names.index('') + 1}: a blank line where "
                            "a class name is expected")
+  return _check_labels(folder, labels, names, "classes.txt")
+
+
+def _check_labels(folder, labels, names, source):
   for split, y in labels.items():
     if (y >= len(names)).any():
       row = int((y >= len(names)).argmax())
       raise errors.UserError(
           f"{_list(folder, split)}:{row + 1}: the label {y[row]} has no name: "
-          f"classes.txt names {len(names)} classes, 0 to {len(names) - 1}")
+          f"{source} names {len(names)} classes, 0 to {len(names) - 1}")
   return names
 
 

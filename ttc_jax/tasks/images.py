@@ -11,17 +11,16 @@ import json
 import logging
 import math
 import os
-import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image
 
-from ttc_jax import errors
+from ttc_jax import errors, files
 
 RESAMPLES = {"bicubic": Image.Resampling.BICUBIC,
              "bilinear": Image.Resampling.BILINEAR}
@@ -205,14 +204,14 @@ def _cached(path: str, stream: Stream) -> np.ndarray:
       array = _open_cache(path, stream.shape)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise errors.RunError(
+      raise errors.UserError(
           f"no space left for the image cache in {folder}: free some, or "
           "choose another folder with config.cache") from error
     raise errors.UserError(
         f"cannot use the image cache folder {folder} ({error.strerror}): "
         "choose a writable one with config.cache") from error
   if array is None:
-    raise errors.RunError(f"the image cache {path} was written but cannot be "
+    raise errors.UserError(f"the image cache {path} was written but cannot be "
                           "read back: choose another disk with config.cache")
   return array
 
@@ -246,29 +245,15 @@ def _write_cache(path: str, stream: Stream) -> None:
   """
   header = {"descr": "|u1", "fortran_order": False, "shape": stream.shape}
   crc = 0
-  with _replacing(path) as file:
+  with files.replacing(path) as file:
     np.lib.format.write_array_header_1_0(file, header)
     for start in range(0, len(stream), _CHUNK):
       rows = stream[start:start + _CHUNK]
       file.write(rows)
       crc = zlib.crc32(rows, crc)
     file.flush()
-    with _replacing(f"{path}.json") as note:  # in place before the images are
+    with files.replacing(f"{path}.json") as note:  # in place before the images are
       note.write(json.dumps({"crc32": crc, "shape": stream.shape}).encode())
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[BinaryIO]:
-  """A file that appears at `path` whole, or not at all."""
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    with open(temporary, "xb") as file:
-      yield file
-    os.replace(temporary, path)
-  except BaseException:  # Ctrl-C too
-    with contextlib.suppress(OSError):
-      os.remove(temporary)
-    raise
 
 
 def _crc(array: np.ndarray) -> int:

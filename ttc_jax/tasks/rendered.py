@@ -270,7 +270,7 @@ def load(name: str, data: str | None, decode: Callable) -> Task:
         key=lambda: (_SOURCE, name, part))
     return Split(decode(source), labels[part])
 
-  return Task(name, "Structured", scene.classes, labels, split)
+  return Task(name, "Structured", scene.classes, labels, split, _SOURCE[:16])
 
 
 def label(name: str, row: int) -> int:

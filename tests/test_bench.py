@@ -1,0 +1,127 @@
+"""The benchmark, and the one number of it that must not drift: FLOPs."""
+import importlib.util
+import json
+import subprocess
+import sys
+
+from absl import flags
+from absl.testing import flagsaver
+import pytest
+
+from ttc_jax import backbones, bench, methods, train
+from ttc_jax.backbones import vit as vit_lib
+from ttc_jax.backbones.vit import ViT
+from ttc_jax.config import default
+from ttc_jax.model import Model
+
+BATCH = 8
+
+
+def step_flops(model, stage, base):
+  plan = train.Plan(BATCH, 0.0, False, 1.0, False)
+  return bench.compiled(bench.step_fn(model, stage.rules, plan),
+                        bench.stage_args(model, stage, base, BATCH), 0).flops
+
+
+def test_the_compiled_step_has_no_gradient_of_a_frozen_weight():
+  vit = ViT(width=128, depth=2, heads=2, hidden=512, patch=8, image_size=32)
+  config = default()
+  config.k, config.score = 16, "random"
+  method, model = methods.load("ttc", config, vit), Model(vit, "half")
+  base, (align, adapt) = backbones.init(vit), method.stages
+  tune_all, = methods.load("full", config, vit).stages
+  forward = bench.compiled(bench.forward_fn(model), bench.stage_args(
+      model, align, base, BATCH), 0).flops
+  full = step_flops(model, tune_all, base)
+  stage_1 = step_flops(model, align, base)
+  stage_2 = step_flops(
+      model._replace(handlers=method.handlers), adapt, base)
+  assert full > 2.7 * forward  # what the bounds below would let through
+  for step in stage_1, stage_2:
+    assert step < 2.2 * forward
+    assert step < 0.75 * full
+  # The compiled program does the needed work, and little besides.
+  needed = bench.flops_needed(vit, config.k, bench.CLASSES)
+  for name, flops in (("forward", forward), ("stage 1", stage_1),
+                      ("stage 2", stage_2)):
+    assert 1 <= flops / (BATCH * needed[name]) < 1.1, name
+
+
+def test_flops_needed_equal_a_count_by_hand():
+  # 4 patches of 12 numbers and cls: 5 tokens.
+  vit = ViT(width=4, depth=2, heads=2, hidden=8, patch=2, image_size=4)
+  patches = 2 * 4 * 12 * 4
+  linear = 2 * 5 * (4 * 4 * 4 + 2 * 4 * 8)  # of one block
+  attention = 2 * 2 * 5 * 5 * 4
+  head = 2 * 4 * 3
+  forward = patches + 2 * linear + 2 * attention + head
+  backward = 2 * linear + 4 * attention + 2 * head
+  adapter = 2 * 5 * 2 * 2
+  assert bench.flops_needed(vit, k=2, classes=3) == {
+      "forward": forward, "stage 1": forward + backward,
+      "stage 2": forward + backward + 2 * 3 * adapter}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 2, 2, 64))
+  monkeypatch.setattr(bench, "_PRODUCTS", {"cpu": (32, 64)})
+  monkeypatch.setattr(bench, "TURNS", 2)
+  config = default()
+  config.update(dict(backbone="vit_ti16", image_size=32, batch_size=4,
+                     gelu="exact", score="random"))
+  return config
+
+
+def assert_rows(result, names):
+  assert [row["name"] for row in result["rows"]] == names
+  for row in result["rows"]:
+    theirs = row["name"].endswith("torch")
+    for key, value in row.items():
+      none = theirs and key in ("compile_seconds", "temp_bytes",
+                                "flops_compiled")
+      assert value is None if none else key == "name" or value > 0, (row, key)
+
+
+def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
+  file = tmp_path / "bench.json"
+  names, arguments = ["forward", "stage 1", "stage 2"], []
+  if importlib.util.find_spec("torch"):
+    names, arguments = [*names, "stage 2, torch"], ["--against=torch"]
+  with flagsaver.flagsaver():
+    flags.FLAGS(["bench", "--backbone=vit_ti16", "--size=32", "--batch=4",
+                 "--seconds=0.01", f"--json={file}", *arguments])
+    bench.main([])
+  result = json.loads(file.read_text())
+  assert_rows(result, names)
+  assert (result["times_as_fast"] is None) == (not arguments)
+  assert result["settings"]["k"] == 4
+  assert len(result["ceiling_by_turn"]) == 2
+  heading, _, _, *table = capsys.readouterr().out.splitlines()
+  assert "2 x cpu" in heading
+  table = table[:1 + len(names)]
+  assert len(set(map(len, table))) == 1  # aligned
+
+
+def test_torch_tunes_what_stage_2_tunes(tiny):
+  pytest.importorskip("torch")
+  from ttc_jax import bench_torch
+  tiny.k = 4
+  model = bench_torch.make_model(tiny, bench.CLASSES)
+  tuned = {n: p.numel() for n, p in model.named_parameters()
+           if p.requires_grad}
+  assert all("norm" in n or "adapter" in n or "head" in n for n in tuned)
+  assert sum(tuned.values()) == 5 * 2 * 32 + 2 * 4 * 4 + 33 * bench.CLASSES
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--against=tensorflow", "unknown --against 'tensorflow'"),
+    ("--backbone=resnet50", "unknown backbone 'resnet50'"),
+    ("--batch=3", "--batch=3 does not divide among the 2 devices"),
+])
+def test_wrong_flags_are_one_sentence(flag, message):
+  done = subprocess.run([sys.executable, "-m", "ttc_jax.bench", flag],
+                        capture_output=True, text=True)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
