@@ -36,7 +36,8 @@ def get_config(arg=None):
   config.variants = variants(
       linear=dict(method="linear", epochs=100),
       layernorm=dict(method="layernorm"),
-      layernorm_2x=dict(method="layernorm", epochs=2 * config.get_ref("epochs")),
+      layernorm_2x=dict(
+          method="layernorm", epochs=2 * config.get_ref("epochs")),
       ttc=dict(method="ttc"),
       ttc_random=dict(method="ttc", score="random"))
   return config

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from ttc_jax import augment, backbones
+from ttc_jax import augment, backbones, files
 from ttc_jax.backbones import weights
 from ttc_jax.tasks.images import normalise
 
@@ -128,12 +128,6 @@ def knn(student, params, images, labels, held_out):
   return 100 * float((votes.argmax(-1) == labels[:held_out]).mean())
 
 
-def save(path, data):
-  with open(f"{path}.tmp", "wb") as f:
-    f.write(data)
-  os.replace(f"{path}.tmp", path)
-
-
 def main(argv):
   del argv
   images, labels = read_images(_IMAGES.value)
@@ -166,15 +160,16 @@ def main(argv):
         params, opt_state, images[batch], labels[batch], jax.random.key(step))
     done = step + 1
     if done % _SAVE_EVERY.value == 0 or done == _STEPS.value:
-      save(state_file, flax.serialization.to_bytes(
-          {"params": params, "opt_state": opt_state, "step": done}))
+      with files.replacing(state_file) as f:
+        f.write(flax.serialization.to_bytes(
+            {"params": params, "opt_state": opt_state, "step": done}))
       speed = (done - state["step"]) / (time.time() - start)
       print(f"step {done}/{_STEPS.value}  cls {losses[0]:.3f}  "
             f"patches {losses[1]:.3f}  label {losses[2]:.3f}  "
             f"{speed * _BATCH.value:.0f} images/s", flush=True)
     if done % (10 * _SAVE_EVERY.value) == 0 or done == _STEPS.value:
-      print(f"  k-NN {knn(student, params['backbone'], images, labels, held_out):.1f} %",
-            flush=True)
+      top1 = knn(student, params["backbone"], images, labels, held_out)
+      print(f"  k-NN {top1:.1f} %", flush=True)
   weights.write(
       _OUT.value, params["backbone"],
       {"gelu": student.gelu, "epsilon": student.epsilon}, dtype="float16")

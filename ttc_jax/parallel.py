@@ -59,7 +59,7 @@ def unreplicate(tree: Tree) -> Tree:
 
 
 def shard(tree: Tree) -> Tree:
-  """Spreads the first axis over the devices: (B, ...) -> (devices, B/n, ...)."""
+  """Spreads the first axis over the n devices: (B, ...) -> (n, B/n, ...)."""
   n = len(devices())
   return jax.tree.map(
       lambda x: _place(np.asarray(x).reshape(n, len(x) // n, *x.shape[1:])),

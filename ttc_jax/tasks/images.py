@@ -252,7 +252,8 @@ def _write_cache(path: str, stream: Stream) -> None:
       file.write(rows)
       crc = zlib.crc32(rows, crc)
     file.flush()
-    with files.replacing(f"{path}.json") as note:  # in place before the images are
+    # In place before the images are.
+    with files.replacing(f"{path}.json") as note:
       note.write(json.dumps({"crc32": crc, "shape": stream.shape}).encode())
 
 
