@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import sys
-from typing import IO
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,11 +27,12 @@ _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
          "save_seconds")
 
 
-def open_workdir(config, weights_sha256: str, path: str) -> IO[str]:
+def open_workdir(config, weights_sha256: str, path: str) -> int:
   """Creates a work directory, or checks that it is of this configuration.
 
   Returns:
-    The open lock file: while it lives, no other process may work there.
+    The descriptor of the lock: until it is closed, or the process ends, no
+    other process may work there.
   """
   keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
           if k not in _FREE}
@@ -56,15 +56,15 @@ def open_workdir(config, weights_sha256: str, path: str) -> IO[str]:
   return lock
 
 
-def _lock(path: str):
-  file = open(path, "w")
+def _lock(path: str) -> int:
+  descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    file.close()
+    os.close(descriptor)
     raise UserError(f"another process is at work in '{os.path.dirname(path)}'; "
                     "wait for it, or choose another --workdir") from None
-  return file
+  return descriptor
 
 
 class Session:
@@ -83,7 +83,7 @@ class Session:
 
   def close(self) -> None:
     """Lets another process work in the directory."""
-    self._lock.close()
+    os.close(self._lock)
 
   def row(self, run: jobs.Run) -> dict | None:
     """The row of a run: from the results if it is there, else by running."""
