@@ -153,7 +153,7 @@ class Job(NamedTuple):
   classes: int
   seed: int
   epochs: int
-  warmup_epochs: int
+  warmup_epochs: float
   lr: float
   weight_decay: float
   eval_every: int
@@ -169,7 +169,8 @@ def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
     directory: where the states of stages are kept.
 
   Raises:
-    RunError: the loss or a score is not finite, or the disk is full.
+    RunError: the loss, a parameter or a score is not finite.
+    UserError: a state cannot be saved or read.
   """
   head = init_head(job.model.backbone.width, job.classes, job.seed)
   params = {"backbone": base, "adapter": {},
@@ -345,8 +346,10 @@ def _prepare(job, stage, state, saved):
 
 
 def _inputs(job, stage, state):
-  """Where only the head is tuned and nothing is random before it, the backbone
-  runs once and the stage trains on its features: the same numbers, sooner.
+  """What the stage trains on.
+
+  Where only the head is tuned and nothing is random before it, the backbone
+  runs once and the head trains on its features: the same numbers, sooner.
   """
   model, params, selection = _with_handlers(job, state), *state
   names = trees.flatten(trees.label(params, stage.rules))
