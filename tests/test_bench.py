@@ -106,8 +106,7 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
 def test_torch_tunes_what_stage_2_tunes(tiny):
   pytest.importorskip("torch")
   from ttc_jax import bench_torch
-  tiny.k = 4
-  model = bench_torch.make_model(tiny, bench.CLASSES)
+  model = bench_torch.make_model(bench.make_vit(tiny), tiny.k, bench.CLASSES)
   tuned = {n: p.numel() for n, p in model.named_parameters()
            if p.requires_grad}
   assert all("norm" in n or "adapter" in n or "head" in n for n in tuned)

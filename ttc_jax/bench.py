@@ -162,14 +162,19 @@ def settings() -> Any:
   return config
 
 
-def backbone_programs(config: Any) -> dict[str, Program]:
-  """{"forward", "stage 1", "stage 2"}, compiled; settles `config.k`."""
+def make_vit(config: Any) -> ViT:
+  """The backbone; settles `config.k`."""
   vit = backbones.make(config.backbone, config.image_size, gelu=config.gelu,
                        dtype=jnp.dtype(config.dtype))
   if not isinstance(vit, ViT):
     raise UserError(f"the benchmark counts the FLOPs of ViTs only; "
                     f"{config.backbone} is none, try --backbone=vit_s14")
   config.k = vit.width // 8
+  return vit
+
+
+def backbone_programs(vit: ViT, config: Any) -> dict[str, Program]:
+  """{"forward", "stage 1", "stage 2"}, compiled."""
   method = methods.load("ttc", config, vit)
   align, adapt = method.stages
   batch = config.batch_size
@@ -213,10 +218,11 @@ def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
   """
   if against:
     from ttc_jax import bench_torch  # an extra; missed before the long work
-  ours, theirs = backbone_programs(config), {}
+  vit = make_vit(config)
+  ours, theirs = backbone_programs(vit, config), {}
   if against:
     theirs = {"stage 2, torch": Program(
-        bench_torch.make_step(config, CLASSES), ours["stage 2"].work)}
+        bench_torch.make_step(vit, config, CLASSES), ours["stage 2"].work)}
   sizes = _PRODUCTS.get(jax.default_backend(), _LARGE)
   products = {f"product {n}": product(n, jnp.dtype(config.dtype))
               for n in sizes}

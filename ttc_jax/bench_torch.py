@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ttc_jax import backbones
 from ttc_jax.errors import UserError
 
 try:
@@ -48,7 +47,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-  """(B, 3, S, S) -> logits (B, classes)."""
+  """(B, 3, S, S) -> logits (B, classes); `vit` is the Linen module."""
 
   def __init__(self, vit, k, classes):
     super().__init__()
@@ -71,17 +70,16 @@ class ViT(nn.Module):
     return self.head(x[:, 0] if self.pool == "cls" else x.mean(1))
 
 
-def make_model(config: Any, classes: int) -> nn.Module:
+def make_model(vit: Any, k: int, classes: int) -> nn.Module:
   """The model, its parameters frozen but for what TTC's stage 2 tunes."""
-  vit = backbones.make(config.backbone, config.image_size, gelu=config.gelu)
-  model = ViT(vit, config.k, classes)
+  model = ViT(vit, k, classes)
   for name, parameter in model.named_parameters():
     parameter.requires_grad_(
         "norm" in name or "adapter" in name or name.startswith("head"))
   return model
 
 
-def make_step(config: Any, classes: int) -> Callable[[], None]:
+def make_step(vit: Any, config: Any, classes: int) -> Callable[[], None]:
   """Returns a function that takes one step and waits for it.
 
   bfloat16 is autocast, as PyTorch users do it: parameters stay float32.
@@ -90,7 +88,7 @@ def make_step(config: Any, classes: int) -> Callable[[], None]:
   torch.set_num_threads(os.cpu_count())
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA's default
-  model = make_model(config, classes).to(device)
+  model = make_model(vit, config.k, classes).to(device)
   tx = torch.optim.AdamW(
       [p for p in model.parameters() if p.requires_grad], 1e-3)
   rng = np.random.default_rng(0)
