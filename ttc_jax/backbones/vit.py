@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ttc_jax.backbones import layers
 from ttc_jax.backbones.layers import Dense, Site
+from ttc_jax.errors import check_known
 
 # name: (width, depth, heads, hidden width)
 SIZES = {
@@ -196,7 +197,10 @@ def make(name: str, image_size: int, **fields) -> ViT | None:
   if not match:
     return None
   width, depth, heads, hidden = SIZES[match[1]]
-  return ViT(width, depth, heads, hidden, int(match[2]), image_size, **fields)
+  vit = ViT(width, depth, heads, hidden, int(match[2]), image_size, **fields)
+  check_known("pool", vit.pool, ("cls", "gap"))
+  check_known("gelu", vit.gelu, layers.GELU)
+  return vit
 
 
 def examples() -> tuple[str, ...]:
