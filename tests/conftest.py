@@ -2,6 +2,9 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Several fake devices on few cores: programs in flight at once can wait for
+# each other's collectives for ever.
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_force_host_platform_device_count=2")
 
