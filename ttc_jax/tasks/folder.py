@@ -56,7 +56,7 @@ def load(name: str, data: str, decode: Callable) -> Task:
   labels = {s: labels for s, (_, labels) in lists.items()}
   classes = _classes(name, folder, labels)
   _check_apart(folder, files, "val200", "train800")
-  for seen in ("train800", "val200", "train800val200"):
+  for seen in ("train800val200", "train800", "val200"):
     _check_apart(folder, files, "test", seen)
 
   def split(part: str) -> Split:
