@@ -288,7 +288,7 @@ def torch_features(torch, model, images):
   return out.last_hidden_state[:, 0].numpy()
 
 
-def report(label, ours, theirs):
+def check_parity(label, ours, theirs):
   difference = np.abs(ours - theirs).max()
   print(f"parity {label}: {difference:.1e}, features to "
         f"{np.abs(theirs).max():.1f}")
@@ -313,8 +313,9 @@ def test_timm_files_equal_hugging_face(
   module, params = backbones.load(name, path, used)
   assert (module.gelu, module.pool) == ("exact", "cls")
   images = random_images(used)
-  report(f"timm {name} {trained}->{used} px", features(module, params, images),
-         torch_features(torch, model, images))
+  check_parity(f"timm {name} {trained}->{used} px",
+               features(module, params, images),
+               torch_features(torch, model, images))
 
 
 def test_vision_transformer_files_equal_hugging_face(
@@ -326,8 +327,9 @@ def test_vision_transformer_files_equal_hugging_face(
   module, params = backbones.load("vit_ti16", path, 48)
   assert (module.gelu, module.pool) == ("tanh", "cls")
   images = random_images(48)
-  report("vision_transformer vit_ti16", features(module, params, images),
-         torch_features(torch, model, images))
+  check_parity("vision_transformer vit_ti16",
+               features(module, params, images),
+               torch_features(torch, model, images))
 
 
 def test_layer_scale_equals_dinov2(torch, transformers, tmp_path):
@@ -344,8 +346,9 @@ def test_layer_scale_equals_dinov2(torch, transformers, tmp_path):
   module, params = backbones.load("vit_ti16", path, 48)
   assert module.layer_scale
   images = random_images(48)
-  report("Dinov2", features(module, params, images),
-         torch_features(torch, model, images))
+  check_parity("Dinov2",
+               features(module, params, images),
+               torch_features(torch, model, images))
 
 
 def test_the_gelus_differ():
@@ -390,9 +393,9 @@ def test_real_weights_equal_hugging_face(torch, transformers, image_size):
   model.load_state_dict(state)
   module, params = backbones.load("vit_s14", str(SHARED), image_size)
   images = random_images(image_size, batch=1)
-  report(f"real weights at {image_size} px",
-         features(module, params, images),
-         torch_features(torch, model, images))
+  check_parity(f"real weights at {image_size} px",
+               features(module, params, images),
+               torch_features(torch, model, images))
 
 
 @pytest.mark.parametrize("field", ["pool", "gelu"])

@@ -16,7 +16,6 @@ import tracemalloc
 import types
 import zipfile
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -509,7 +508,7 @@ def test_flipped_bytes(tmp_path):
     assert loaded < 12, path  # Time stamps and the like of a zip.
 
 
-def bounded(path):
+def check_bounded(path):
   """The file is refused without the memory that it asks for."""
   tracemalloc.start()
   try:
@@ -531,13 +530,13 @@ def test_huge_shapes_in_a_safetensors_header(tmp_path, shape, end):
   path = tmp_path / "huge.safetensors"
   path.write_bytes(safetensors_bytes({"pos_embed": {
       "dtype": "F32", "shape": shape, "data_offsets": [0, end]}}) + b"\0" * 64)
-  bounded(str(path))
+  check_bounded(str(path))
 
 
 def test_a_huge_safetensors_header(tmp_path):
   path = tmp_path / "huge.safetensors"
   path.write_bytes(struct.pack("<Q", 2 ** 60) + b"{}")
-  bounded(str(path))
+  check_bounded(str(path))
 
 
 def replace_member(path, name, content):
@@ -565,7 +564,7 @@ def test_a_zip_bomb(tmp_path, name):
   path = replace_member(tmp_path / "bomb.npz", name,
                         [npy_header(shape), *[zeros] * blocks])
   assert os.path.getsize(path) < 2 ** 20
-  bounded(path)
+  check_bounded(path)
 
 
 @pytest.mark.parametrize("header", [
@@ -574,7 +573,8 @@ def test_a_zip_bomb(tmp_path, name):
     npy_header((1, 1, D), "no type"), npy_header("shape"), b"\x93NUMPY\x09\x09",
     b"", b"\x93NUMPY\x01\x00\xff\xff{"])
 def test_lying_npy_headers(tmp_path, header):
-  bounded(replace_member(tmp_path / "lie.npz", "cls", [header, b"\0" * 32]))
+  check_bounded(
+      replace_member(tmp_path / "lie.npz", "cls", [header, b"\0" * 32]))
 
 
 def test_objects_are_not_unpickled(tmp_path):

@@ -10,7 +10,7 @@ import optax
 
 from ttc_jax import augment, checkpoint, evaluate, optim, parallel, trees
 from ttc_jax.errors import RunError
-from ttc_jax.methods import Context, Method, Stage
+from ttc_jax.methods import Context, Method
 from ttc_jax.model import Model, init_head
 from ttc_jax.tasks import Split
 
