@@ -18,20 +18,19 @@ BATCH = 8
 
 
 def step_flops(model, stage, base):
-  plan = train.Plan(BATCH, 0.0, False, 1.0, False)
-  return bench.compiled(bench.step_fn(model, stage.rules, plan),
-                        bench.stage_args(model, stage, base, BATCH), 0).flops
+  return bench.epoch(model, stage, base, BATCH, 2, 0).flops
 
 
-def test_the_compiled_step_has_no_gradient_of_a_frozen_weight():
-  vit = ViT(width=128, depth=2, heads=2, hidden=512, patch=8, image_size=32)
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(pool):
+  vit = ViT(width=128, depth=2, heads=2, hidden=512, patch=8, image_size=32,
+            pool=pool)
   config = default()
   config.k, config.score = 16, "random"
   method, model = methods.load("ttc", config, vit), Model(vit, "half")
   base, (align, adapt) = backbones.init(vit), method.stages
   tune_all, = methods.load("full", config, vit).stages
-  forward = bench.compiled(bench.forward_fn(model), bench.stage_args(
-      model, align, base, BATCH), 0).flops
+  forward = bench.forward(model, base, BATCH, 0).flops
   full = step_flops(model, tune_all, base)
   stage_1 = step_flops(model, align, base)
   stage_2 = step_flops(
@@ -48,18 +47,20 @@ def test_the_compiled_step_has_no_gradient_of_a_frozen_weight():
 
 
 def test_flops_needed_equal_a_count_by_hand():
-  # 4 patches of 12 numbers and cls: 5 tokens.
+  # 4 patches of 12 numbers and cls: 5 tokens, of which the last block has
+  # keys and values, and the query, the projection and the MLP of one.
   vit = ViT(width=4, depth=2, heads=2, hidden=8, patch=2, image_size=4)
   patches = 2 * 4 * 12 * 4
-  linear = 2 * 5 * (4 * 4 * 4 + 2 * 4 * 8)  # of one block
-  attention = 2 * 2 * 5 * 5 * 4
+  square, mlp = 2 * 4 * 4, 2 * 2 * 4 * 8  # of one token
+  linear = 5 * (4 * square + mlp) + 5 * 2 * square + 1 * (2 * square + mlp)
+  attention = 2 * 2 * (5 * 5 + 1 * 5) * 4
   head = 2 * 4 * 3
-  forward = patches + 2 * linear + 2 * attention + head
-  backward = 2 * linear + 4 * attention + 2 * head
-  adapter = 2 * 5 * 2 * 2
+  forward = patches + linear + attention + head
+  backward = linear + 2 * attention + 2 * head
+  adapter = 2 * (5 + 1) * 2 * 2
   assert bench.flops_needed(vit, k=2, classes=3) == {
       "forward": forward, "stage 1": forward + backward,
-      "stage 2": forward + backward + 2 * 3 * adapter}
+      "stage 2": forward + backward + 3 * adapter}
 
 
 @pytest.fixture

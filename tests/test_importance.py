@@ -35,6 +35,10 @@ def weight_products(model, params, split):
       for p in importance.kernel_paths(model, s)] for s in SITES}
 
 
+def every_token(model):
+  return model._replace(backbone=model.backbone.clone(every_token=True))
+
+
 def test_there_are_two_devices():
   assert len(parallel.devices()) == 2
 
@@ -52,6 +56,7 @@ def test_gate_gradient_is_the_sum_of_weight_times_gradient(
 def test_gate_gradient_is_the_activation_form(model, params, split):
   """Fact (b): sum over examples and tokens of dL/dy_i (y_i - b_i)."""
   got = score("taylor", model, params, split, ("fc2",))["fc2"]
+  model = every_token(model)
 
   def through(added):
     seen = {}
@@ -89,7 +94,7 @@ def test_unsigned_scores_sum_over_weights(model, params, split, name, power):
 
 def test_l2_is_the_norm_of_the_features(model, params, split):
   got = score("l2", model, params, split, ("fc2",))["fc2"]
-  seen = {}
+  model, seen = every_token(model), {}
   model.features(params, split.images, {},
                  extra_tap=taps.record(("fc2",), seen))
   want = np.stack([np.sqrt((np.asarray(seen["fc2", i]) ** 2).sum((0, 1)))

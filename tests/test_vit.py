@@ -119,12 +119,27 @@ def test_gap_is_the_mean_of_the_tokens():
 
 
 def test_cls_is_the_first_token():
-  module = tiny()
+  module = tiny(every_token=True)
   params, images = random_params(module), random_images(16)
   tokens, _ = record(module, params, images, "norm")[0]
   assert tokens.shape == (2, 17, 8)
   np.testing.assert_array_equal(
       features(module, params, images), tokens[:, 0])
+
+
+def test_tokens_that_nobody_reads_are_not_computed():
+  few, every = tiny(), tiny(every_token=True)
+  params, images = random_params(few), random_images(16)
+  tokens, _ = record(few, params, images, "fc1")[few.depth - 1]
+  assert tokens.shape == (2, 1, few.hidden)
+  np.testing.assert_allclose(features(few, params, images),
+                             features(every, params, images), atol=1e-5)
+
+  def gradients(module):
+    return jax.tree.leaves(jax.grad(lambda p: jnp.square(
+        module.apply({"params": p}, images)).sum())(params))
+  for a, b in zip(gradients(few), gradients(every)):
+    np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
 
 
 def test_bfloat16_is_close_to_float32():

@@ -2,10 +2,11 @@
 
   python -m ttc_jax.bench --backbone=vit_s14 --size=56 --against=torch
 
-Times the forward pass and the steps of TTC's two stages as `train` compiles
-them, on random weights and images, and the matrix products of the same dtype
-that set the ceiling. All take turns in one process, and what is compared is
-compared within a turn, so that a machine which slows down slows both sides.
+Times the forward pass, the epochs of TTC's two stages as `train` compiles
+them (many steps in one dispatch), on random weights and images, and the matrix
+products of the same dtype that set the ceiling. All take turns in one process,
+and what is compared is compared within a turn, so that a machine which slows
+down slows both sides.
 The share of the ceiling counts the work that is needed (`flops_needed`), not
 what the compiled program does, which is printed beside it.
 """
@@ -31,6 +32,7 @@ from ttc_jax.model import Model, init_head
 _BACKBONE = flags.DEFINE_string("backbone", "vit_s14", "name, as vit_s14")
 _SIZE = flags.DEFINE_integer("size", 56, "of the images, pixels a side")
 _BATCH = flags.DEFINE_integer("batch", 64, "images a step, on all devices")
+_STEPS = flags.DEFINE_integer("steps", 8, "of an epoch, in one dispatch")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16")
 _GELU = flags.DEFINE_string("gelu", "exact", "exact or tanh")
 _AGAINST = flags.DEFINE_string(
@@ -48,13 +50,15 @@ class Program(NamedTuple):
   """Something to time.
 
   Attributes:
-    run: does it once and waits for the result.
-    work: FLOPs that are needed.
+    run: does it once, all its steps, and waits for the result.
+    work: FLOPs that a step needs.
     compile_seconds, temp_bytes, flops: of the compiled program on all
-      devices; None where there is none or the backend does not say.
+      devices; None where there is none or the backend does not say. XLA
+      counts the FLOPs of a loop's body once: they are a step's.
   """
   run: Callable[[], Any]
   work: float
+  steps: int = 1
   compile_seconds: float | None = None
   temp_bytes: int | None = None
   flops: float | None = None
@@ -64,13 +68,14 @@ def flops_needed(vit: ViT, k: int, classes: int) -> dict[str, float]:
   """FLOPs an image: {"forward", "stage 1", "stage 2"}.
 
   Twice the multiply-adds of the matrix products. With P patches of M = 3 p^2
-  numbers, N tokens, L blocks, C classes:
+  numbers, N tokens, R of them read after the last of L blocks (1 for [CLS],
+  all for the mean), T = (L - 1) N + R, C classes:
 
-    linear     L N (4 D^2 + 2 D F)     q, k, v, proj and the MLP
-    attention  L 2 N^2 D               q k^T and weights v
+    linear     L N 2 D^2 + T (2 D^2 + 2 D F)    k, v; q, proj and the MLP
+    attention  T 2 N D                          q k^T and weights v
     forward    2 (P M D + linear + attention + D C)
     stage 1    forward + 2 (linear + 2 attention + 2 D C)
-    stage 2    stage 1 + 3 * 2 L N K^2
+    stage 2    stage 1 + 3 * 2 T K^2
 
   The backward pass needs the gradients of the activations, twice those of
   attention and the head since both factors have one, and no gradient of a
@@ -79,64 +84,74 @@ def flops_needed(vit: ViT, k: int, classes: int) -> dict[str, float]:
   """
   patches = (vit.image_size // vit.patch) ** 2
   N, L, D, F = patches + (vit.pool == "cls"), vit.depth, vit.width, vit.hidden
-  linear = L * N * (4 * D * D + 2 * D * F)
-  attention = L * 2 * N * N * D
+  T = (L - 1) * N + (vit.tokens_read or N)
+  linear = L * N * 2 * D * D + T * (2 * D * D + 2 * D * F)
+  attention = T * 2 * N * D
   head = D * classes
   forward = 2 * (patches * 3 * vit.patch ** 2 * D + linear + attention + head)
   stage_1 = forward + 2 * (linear + 2 * attention + 2 * head)
   return {"forward": forward, "stage 1": stage_1,
-          "stage 2": stage_1 + 3 * 2 * L * N * k * k}
+          "stage 2": stage_1 + 3 * 2 * T * k * k}
 
 
-def stage_args(model: Model, stage: methods.Stage, base: trees.Tree,
-               batch: int) -> tuple:
-  """What `step_fn` takes: random images on every device, `base` the weights."""
+def inputs(vit: ViT, images: int) -> tuple[np.ndarray, np.ndarray]:
+  """Random images (N, S, S, 3) uint8 and labels (N,)."""
+  rng, size = np.random.default_rng(0), vit.image_size
+  return (rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
+          rng.integers(0, CLASSES, images, dtype=np.int32))
+
+
+def forward(model: Model, base: trees.Tree, batch: int, work: float) -> Program:
+  """The logits of a batch of the backbone `base`, nothing adapted."""
+  params = {"backbone": base, "adapter": {},
+            "head": init_head(model.backbone.width, CLASSES, 0)}
+  images, _ = inputs(model.backbone, batch)
+  program, cost = compiled(
+      parallel.pmap(lambda params, images: model.logits(params, images, {})),
+      args := (parallel.replicate(params), *parallel.shard((images,))))
+  return Program(lambda: jax.block_until_ready(program(*args)), work, 1, *cost)
+
+
+def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
+          steps: int, work: float) -> Program:
+  """The product's own epoch of a stage."""
   vit = model.backbone
   params = {"backbone": base, "adapter": {},
             "head": init_head(vit.width, CLASSES, 0)}
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (batch, vit.image_size, vit.image_size, 3),
-                        dtype=np.uint8)
-  labels = rng.integers(0, CLASSES, batch, dtype=np.int32)
+  images, labels = inputs(vit, batch * steps)
   selection = {}
   if stage.prepare:
     params["adapter"], selection = stage.prepare(methods.Context(
         model, params, selection, images, labels, 0))
-  tuned, frozen = trees.split(
-      params, trees.label(params, stage.rules), "tune")
-  tx = optim.make_tx(trees.label(params, stage.rules), lambda step: 0.0, 0.0)
+  names = trees.label(params, stage.rules)
+  tuned, frozen = trees.split(params, names, "tune")
+  opt_state = optim.make_tx(names, lambda step: 0.0, 0.0).init(params)
   hyper = train.Hyper(np.float32(1e-3), np.float32(1e-4), np.int32(1),
                       np.int32(100))
-  return (*parallel.replicate((
-      tuned, tx.init(params), frozen, selection, hyper)),
-          *parallel.shard((images, labels)))
+  state = parallel.replicate((tuned, opt_state))
+  fixed = parallel.replicate((
+      frozen, selection, (images, labels), hyper,
+      jax.random.key_data(jax.random.key(0)), np.int32(0)))
+  plan = train.Plan(batch, 0.0, False, 1.0, False)
+  program, cost = compiled(
+      train.make_epoch_fn(model, stage.rules, plan), (*state, *fixed))
+
+  def run():
+    nonlocal state  # donated: the next run goes on from this one's
+    *state, losses = program(*state, *fixed)
+    jax.block_until_ready(losses)
+  return Program(run, work, steps, *cost)
 
 
-def step_fn(model: Model, rules: trees.Rules, plan: train.Plan) -> Callable:
-  """The product's own step, on every device."""
-  update_fn = train.make_update_fn(model, rules, plan)
-  return parallel.pmap(
-      lambda *args: update_fn(*args, jax.random.key(0)))
-
-
-def forward_fn(model: Model) -> Callable:
-  """The logits, of the same arguments as a step."""
-  def forward(tuned, opt_state, frozen, selection, hyper, images, labels):
-    del opt_state, hyper, labels
-    return model.logits(trees.join(tuned, frozen), images, selection)
-  return parallel.pmap(forward)
-
-
-def compiled(fn: Callable, args: Iterable, work: float) -> Program:
-  """Compiles a pmapped function for its arguments."""
+def compiled(fn: Callable, args: tuple) -> tuple[Callable, tuple]:
+  """-> (the compiled pmapped function, (seconds, temp_bytes, flops))."""
   begin = time.perf_counter()
   program = fn.lower(*args).compile()
   seconds = time.perf_counter() - begin
   memory, cost = program.memory_analysis(), program.cost_analysis()
   devices = len(parallel.devices())
-  return Program(
-      lambda: jax.block_until_ready(program(*args)), work, seconds,
-      memory and memory.temp_size_in_bytes * devices,
+  return program, (
+      seconds, memory and memory.temp_size_in_bytes * devices,
       cost and cost.get("flops") and cost["flops"] * devices)
 
 
@@ -144,8 +159,9 @@ def product(size: int, dtype: Any) -> Program:
   """A square matrix product on every device."""
   x = np.random.default_rng(0).normal(size=(2, size, size)).astype(dtype)
   args = parallel.replicate(tuple(x))
-  return compiled(parallel.pmap(jnp.matmul), args,
-                  2 * size ** 3 * len(parallel.devices()))
+  program, cost = compiled(parallel.pmap(jnp.matmul), args)
+  return Program(lambda: jax.block_until_ready(program(*args)),
+                 2 * size ** 3 * len(parallel.devices()), 1, *cost)
 
 
 def settings() -> Any:
@@ -173,30 +189,25 @@ def make_vit(config: Any) -> ViT:
   return vit
 
 
-def backbone_programs(vit: ViT, config: Any) -> dict[str, Program]:
+def backbone_programs(vit: ViT, config: Any, steps: int) -> dict[str, Program]:
   """{"forward", "stage 1", "stage 2"}, compiled."""
   method = methods.load("ttc", config, vit)
   align, adapt = method.stages
   batch = config.batch_size
-  plan = train.Plan(batch, 0.0, False, 1.0, False)
   model = Model(vit, config.normalisation)
+  adapted = model._replace(handlers=method.handlers)
   work = {name: batch * flops
           for name, flops in flops_needed(vit, config.k, CLASSES).items()}
   base = backbones.init(vit)
-  args = stage_args(model, align, base, batch)
-  out = {"forward": compiled(forward_fn(model), args, work["forward"]),
-         "stage 1": compiled(step_fn(model, align.rules, plan), args,
-                             work["stage 1"])}
-  model = model._replace(handlers=method.handlers)
-  out["stage 2"] = compiled(
-      step_fn(model, adapt.rules, plan), stage_args(model, adapt, base, batch),
-      work["stage 2"])
-  return out
+  return {
+      "forward": forward(model, base, batch, work["forward"]),
+      "stage 1": epoch(model, align, base, batch, steps, work["stage 1"]),
+      "stage 2": epoch(adapted, adapt, base, batch, steps, work["stage 2"])}
 
 
 def timings(programs: dict[str, Program],
             seconds: float) -> dict[str, list[list[float]]]:
-  """{name: seconds of every run, turn by turn}; a turn's first is warm-up."""
+  """{name: seconds a step of every run, turn by turn}; the first warms up."""
   times = {name: [] for name in programs}
   for _ in range(TURNS):
     for name, program in programs.items():
@@ -206,11 +217,13 @@ def timings(programs: dict[str, Program],
       while not times[name][-1] or time.perf_counter() < end:
         begin = time.perf_counter()
         program.run()
-        times[name][-1].append(time.perf_counter() - begin)
+        seconds_run = time.perf_counter() - begin
+        times[name][-1].append(seconds_run / program.steps)
   return times
 
 
-def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
+def measure(config: Any, against: str, steps: int,
+            seconds: float) -> dict[str, Any]:
   """Everything that is printed, as JSON.
 
   The ceiling is in FLOP/s and, like a row's share of it, the median over the
@@ -219,7 +232,7 @@ def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
   if against:
     from ttc_jax import bench_torch  # an extra; missed before the long work
   vit = make_vit(config)
-  ours, theirs = backbone_programs(vit, config), {}
+  ours, theirs = backbone_programs(vit, config, steps), {}
   if against:
     theirs = {"stage 2, torch": Program(
         bench_torch.make_step(vit, config, CLASSES), ours["stage 2"].work)}
@@ -233,7 +246,7 @@ def measure(config: Any, against: str, seconds: float) -> dict[str, Any]:
   rows = [_row(name, everything[name], times[name], config.batch_size,
                ceilings) for name in ours | theirs]
   return {"machine": _machine(), "versions": _versions(against),
-          "settings": config.to_dict() | {"against": against},
+          "settings": config.to_dict() | {"against": against, "steps": steps},
           "ceiling_by_turn": ceilings, "ceiling": statistics.median(ceilings),
           "rows": rows,
           "times_as_fast": _times_as_fast(
@@ -327,7 +340,8 @@ def main(argv: list[str]) -> int:
   del argv
   if _AGAINST.value:
     check_known("--against", _AGAINST.value, ("torch",))
-  result = measure(settings(), _AGAINST.value, _SECONDS.value)
+  result = measure(
+      settings(), _AGAINST.value, _STEPS.value, _SECONDS.value)
   print(table(result))
   if _JSON.value:
     try:

@@ -107,6 +107,7 @@ def _kernel_gradient(model, sites, params, selection, batch):
 def _square_features(model, sites, params, selection, batch):
   """Sums of y_i^2 over examples and tokens: {site: (L, D_out)}."""
   images, _, weight = batch
+  model = model._replace(backbone=model.backbone.clone(every_token=True))
   seen = {}
   model.features(params, images, selection,
                  extra_tap=taps.record(sites, seen))

@@ -93,19 +93,20 @@ class LayerNorm(nn.Module):
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array,
               heads: int) -> jax.Array:
-  """softmax(q k^T / sqrt(D/H)) v per head, (B, N, D) each; softmax float32.
+  """softmax(q k^T / sqrt(D/H)) v per head, with softmax in float32.
 
-  The heads are moved before the tokens first: left to XLA, the products on
-  CPU transpose every head's keys and values, element by element.
+  q (B, M, D), k and v (B, N, D) -> (B, M, D). The heads are moved before the
+  tokens first: left to XLA, the products on CPU transpose every head's keys
+  and values, element by element.
   """
-  B, N, D = q.shape
+  B, M, D = q.shape
   q = q / math.sqrt(D // heads)
-  q, k, v = (x.reshape(B, N, heads, D // heads).swapaxes(1, 2)
+  q, k, v = (x.reshape(B, -1, heads, D // heads).swapaxes(1, 2)
              for x in (q, k, v))
   scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
   weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
   y = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-  return y.swapaxes(1, 2).reshape(B, N, D)
+  return y.swapaxes(1, 2).reshape(B, M, D)
 
 
 def drop_path(module: nn.Module, branch: jax.Array, rate: float,

@@ -32,22 +32,22 @@ _MLP = f"{_BLOCK}/MlpBlock_0"
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; softmax in float32."""
+  """Multi-head self-attention of the first `queries` tokens to all."""
   heads: int
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, mask, tap):
+  def __call__(self, x, queries, mask, tap):
     D, H = x.shape[-1], self.heads
     heads = functools.partial(
         Dense, (D, H, D // H), contract=1, dtype=self.dtype)
 
-    def project(site, name):
+    def project(site, name, x):
       return tap(site, heads(name=name)(x, mask.get(site)), x)
 
-    q = project("q", "query")
-    k = project("k", "key")
-    v = project("v", "value")
+    q = project("q", "query", x[:, :queries])
+    k = project("k", "key", x)
+    v = project("v", "value", x)
     y = layers.attention(q, k, v, H)
     out = Dense((H, D // H, D), contract=2, dtype=self.dtype, name="out")
     return tap("proj", out(y, mask.get("proj")), y)
@@ -69,9 +69,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-LN: x + attention(norm(x)), then x + mlp(norm(x))."""
+  """Pre-LN: x + attention(norm(x)), then x + mlp(norm(x)).
+
+  Attributes:
+    queries: how many of the first tokens go on; None for all.
+  """
   vit: "ViT"
   drop_path: float
+  queries: int | None
 
   @nn.compact
   def __call__(self, x, mask, tap, train):
@@ -86,8 +91,9 @@ class Block(nn.Module):
       return x + layers.drop_path(self, branch, self.drop_path, train)
 
     y = tap("norm1", norm(name="LayerNorm_0")(x), x)
-    y = Attention(vit.heads, dtype,
-                  name="MultiHeadDotProductAttention_0")(y, mask, tap)
+    x = x[:, :self.queries]
+    y = Attention(vit.heads, dtype, name="MultiHeadDotProductAttention_0")(
+        y, self.queries, mask, tap)
     x = tap("attention", add(x, y, "layer_scale_0"), x)
     y = tap("norm2", norm(name="LayerNorm_1")(x), x)
     y = Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(y, mask, tap)
@@ -103,8 +109,10 @@ class Encoder(nn.Module):
     for i in range(vit.depth):
       rate = vit.drop_path * i / max(vit.depth - 1, 1)
       rows = {site: rows[i] for site, rows in mask.items()}
-      x = Block(vit, rate, name=f"encoderblock_{i}")(
-          x, rows, layers.at_block(tap, i), train)
+      last = i == vit.depth - 1
+      x = Block(vit, rate, vit.tokens_read if last else None,
+                name=f"encoderblock_{i}")(
+                    x, rows, layers.at_block(tap, i), train)
     if vit.final_norm:
       norm = layers.LayerNorm(
           epsilon=vit.epsilon, dtype=vit.dtype, name="encoder_norm")
@@ -120,6 +128,7 @@ class ViT(nn.Module):
     gelu: "exact" (timm, DINO) or "tanh" (Big Vision, vision_transformer).
     epsilon: of every LayerNorm.
     drop_path: rate of the last block; it rises linearly from 0.
+    every_token: in the last block, computes also those that nobody reads.
     dtype: of the computation; parameters, LayerNorm statistics and softmax
       stay float32.
   """
@@ -135,7 +144,17 @@ class ViT(nn.Module):
   gelu: str = "tanh"
   epsilon: float = 1e-6
   drop_path: float = 0.0
+  every_token: bool = False
   dtype: Any = jnp.float32
+
+  @property
+  def tokens_read(self) -> int | None:
+    """How many of the first tokens the last block hands on; None for all.
+
+    The features are [CLS] alone where that is the pooling. To leave out the
+    others' queries, MLP and gradients saves 1/14 of the work of 12 blocks.
+    """
+    return 1 if self.pool == "cls" and not self.every_token else None
 
   @property
   def fields(self) -> dict[str, Any]:
