@@ -31,8 +31,9 @@ def weight_products(model, params, split):
       lambda p: loss(model, p, split))(params)["backbone"])
   weights = trees.flatten(params["backbone"])
   return {s: [np.asarray(grads[p] * weights[p]).reshape(
-      -1, model.backbone.sites[s].width)
-      for p in importance.kernel_paths(model, s)] for s in SITES}
+      -1, layer.width) for p, layer in zip(
+          importance.kernel_paths(model, s), model.backbone.sites[s])]
+      for s in SITES}
 
 
 def every_token(model):
@@ -79,8 +80,8 @@ def test_gate_gradient_is_the_activation_form(model, params, split):
 
 def test_bfloat16_models_are_scored_in_float32(model, params, split):
   half = model._replace(backbone=model.backbone.clone(dtype=jnp.bfloat16))
-  assert (score("taylor", half, params, split)["fc2"]
-          == score("taylor", model, params, split)["fc2"]).all()
+  np.testing.assert_array_equal(score("taylor", half, params, split)["fc2"],
+                                score("taylor", model, params, split)["fc2"])
 
 
 @pytest.mark.parametrize("name,power", [
@@ -102,9 +103,23 @@ def test_l2_is_the_norm_of_the_features(model, params, split):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_class_l2_is_the_mean_over_classes_of_norms_of_patch_tokens(
+    model, params, split):
+  got = score("class_l2", model, params, split, ("attention",))["attention"]
+  seen = {}
+  every_token(model).features(params, split.images, {},
+                              extra_tap=taps.record(("attention",), seen))
+  for i in range(DEPTH):
+    patches = np.asarray(seen["attention", i])[:, 1:]
+    norms = [np.linalg.norm(patches[split.labels == c].reshape(-1, WIDTH),
+                            axis=0) for c in np.unique(split.labels)]
+    np.testing.assert_allclose(got[i], np.mean(norms, 0), rtol=1e-5)
+
+
 def test_random_depends_on_the_seed_alone(model, params, split):
-  one, again, other = (score("random", model, params, split, seed=s)["fc2"]
-                       for s in (0, 0, 1))
+  one, again, other = (
+      np.stack(score("random", model, params, split, seed=s)["fc2"])
+      for s in (0, 0, 1))
   assert (one == again).all() and (one != other).any()
 
 
@@ -120,7 +135,9 @@ def test_a_score_that_is_not_finite_stops_the_run(model, params, split):
 
 
 def test_top_k_keeps_the_largest_in_order_and_the_lower_index_of_equals():
-  scores = np.array([[0., 3., -5., 3., 1.], [2., 2., 2., 2., 2.]])
-  assert importance.top_k(scores, 2).tolist() == [[1, 3], [0, 1]]
-  assert importance.ties(scores, 2) == 1
-  assert importance.ties(scores, 5) == 0
+  scores, equal = np.array([0., 3., -5., 3., 1.]), np.full(5, 2.)
+  assert importance.top_k(scores, 2).tolist() == [1, 3]
+  assert importance.top_k(equal, 2).tolist() == [0, 1]
+  assert not importance.tied(scores, 2)
+  assert importance.tied(scores, 1) and importance.tied(equal, 2)
+  assert not importance.tied(equal, 5)

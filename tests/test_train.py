@@ -8,7 +8,7 @@ import pytest
 from ttc_jax import methods, model as model_lib, optim, parallel, train, trees
 from ttc_jax.errors import RunError
 from ttc_jax.tasks import Split
-from tests.conftest import CLASSES, WIDTH, numpy_tree
+from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
 
 PLAN = train.Plan(batch_size=16, label_smoothing=0.0, flip=False,
                   smallest_crop=1.0, decay_all=False)
@@ -44,6 +44,9 @@ def run(job, params, directory):
     ("layernorm", r"head/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
     ("ttc", r"head/.*|adapter/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
     ("full", r".*"),
+    ("bias", r"head/.*|.*/bias"),
+    *((name, r"head/.*|adapter/.*") for name in (
+        "adapter", "lora", "vpt_shallow", "vpt_deep", "ssf", "sct")),
 ])
 def test_frozen_leaves_keep_their_bits_and_tuned_ones_move(
     config, model, params, split, tmp_path, name, moved):
@@ -114,7 +117,7 @@ def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
 
 
 def test_weight_decay_spares_norms_and_biases():
-  params = {"head": {"kernel": jnp.ones(3), "bias": jnp.ones(3)},
+  params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones((3, 1))},
             "backbone": {"LayerNorm_0": {"scale": jnp.ones(3)}}}
   labels = jax.tree.map(lambda _: "tune", params)
   zero = jax.tree.map(jnp.zeros_like, params)
@@ -125,6 +128,26 @@ def test_weight_decay_spares_norms_and_biases():
     for leaf in (updates["head"]["bias"],
                  updates["backbone"]["LayerNorm_0"]["scale"]):
       assert bool((leaf == 0).all()) == spared
+
+
+@pytest.mark.parametrize("blocks, tune_norm, start", [
+    (1, False, DEPTH - 1), (2, False, DEPTH - 2), (0, False, 0), (1, True, 0)])
+def test_what_lies_below_all_that_is_tuned_runs_once(
+    config, model, params, split, tmp_path, blocks, tune_norm, start):
+  """Against a drop-path of almost nothing, which takes the uncached way."""
+  config.blocks, config.tune_norm, config.stage1 = blocks, tune_norm, "none"
+  job = make_job(config, model, split, epochs=4)
+  rules = job.method.stages[-1].rules
+  adapter, _ = job.method.stages[-1].prepare(methods.Context(
+      model, parallel.replicate(params), {}, split.images, split.labels, 0))
+  assert train.frozen_blocks(
+      model.backbone, {**params, "adapter": adapter}, rules) == start
+  fast, flat = run(job, params, tmp_path / "cached")
+  slow_model = model._replace(backbone=model.backbone.clone(drop_path=1e-9))
+  slow, want = run(job._replace(model=slow_model), params, tmp_path / "slow")
+  for name, value in flat.items():
+    np.testing.assert_allclose(value, want[name], rtol=1e-2, atol=1e-4)
+  assert fast.history[-1]["val_top1"] == slow.history[-1]["val_top1"]
 
 
 def test_cached_features_give_the_head_that_the_whole_model_gives(
@@ -243,4 +266,4 @@ def test_norm_parameters_are_float32_numpy_after_the_run(
   outcome, flat = run(make_job(config, model, split), params, tmp_path)
   assert {str(v.dtype) for v in flat.values()} == {"float32"}
   channels = numpy_tree(parallel.unreplicate(outcome.state.selection))
-  assert channels["fc2"]["channels"].dtype == np.int32
+  assert channels["fc2"]["0"]["channels"].dtype == np.int32

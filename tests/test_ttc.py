@@ -99,7 +99,8 @@ def test_the_residual_stream_cannot_be_merged(config, vit, position):
 def test_only_the_last_blocks_are_adapted(config, model, params, split):
   config.blocks = 1
   _, tapped, new, selection = prepared(config, model, params, split)
-  assert new["adapter"]["fc2"]["kernel"].shape == (1, K, K)
+  assert {k: v["kernel"].shape for k, v in new["adapter"]["fc2"].items()} == {
+      str(DEPTH - 1): (K, K)}
   new["adapter"] = random_adapter(new["adapter"])
   from ttc_jax import taps
   seen, plain = {}, {}
@@ -120,7 +121,7 @@ def counts(config, name, classes=100):
   adapter = {}
   if method.handlers:
     adapter = jax.eval_shape(lambda: {
-        site: {"kernel": jnp.zeros((config.blocks or 12, 96, 96))}
+        site: {str(i): {"kernel": jnp.zeros((96, 96))} for i in range(12)}
         for site, _ in method.handlers})
   head = jax.eval_shape(lambda: {"kernel": jnp.zeros((768, classes)),
                                  "bias": jnp.zeros(classes)})
@@ -147,7 +148,8 @@ def test_channels_are_the_top_k_of_the_score(config, model, params, split):
       "taylor", model, parallel.replicate(params), {}, split.images,
       split.labels, ("proj", "fc2"))
   for site in ("proj", "fc2"):
-    for row, chosen in zip(scores[site], selection[site]["channels"]):
+    for i, row in enumerate(scores[site]):
+      chosen = selection[site][str(i)]["channels"]
       left_out = np.delete(row, chosen)
       assert row[chosen].min() >= left_out.max()
 

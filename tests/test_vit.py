@@ -84,27 +84,28 @@ def test_unused_taps_and_mask_add_no_op():
 def test_a_mask_of_ones_changes_nothing():
   module = tiny()
   params, images = random_params(module), random_images(16)
-  ones = {site: jnp.ones((s.blocks, s.width))
+  ones = {site: jnp.ones((len(s), s[0].width))
           for site, s in module.sites.items()}
   np.testing.assert_array_equal(
       features(module, params, images, mask=ones),
       features(module, params, images))
 
 
-@pytest.mark.parametrize("site", ["q", "k", "v", "proj", "fc1", "fc2"])
+@pytest.mark.parametrize(
+    "site", ["embedding", "q", "k", "v", "proj", "fc1", "fc2"])
 def test_the_mask_scales_the_kernel_and_not_the_bias(site):
   module = tiny()
   params, images = random_params(module), random_images(16)
-  blocks, width, path = module.sites[site]
+  blocks, width = len(module.sites[site]), module.sites[site][0].width
   mask = np.random.default_rng(2).normal(size=(blocks, width))
   mask = mask.astype(np.float32)
   seen = record(module, params, images, site, mask={site: mask})
   assert sorted(seen) == list(range(blocks))
   flat = trees.flatten(params)
   for block, (y, x) in seen.items():
-    kernel = np.asarray(flat[f"{path.format(block)}/kernel"])
-    bias = np.asarray(flat[f"{path.format(block)}/bias"]).reshape(-1)
-    kernel = kernel.reshape(x.shape[-1], width)
+    inputs, _, path = module.sites[site][block]
+    bias = np.asarray(flat[f"{path}/bias"]).reshape(-1)
+    kernel = np.asarray(flat[f"{path}/kernel"]).reshape(inputs, width)
     np.testing.assert_allclose(
         y, (x @ kernel) * mask[block] + bias, atol=1e-4)
 

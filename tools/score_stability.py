@@ -44,14 +44,15 @@ def main(argv):
     K = D // 8
     for score in ("taylor", "taylor_abs", "taylor_square", "l2"):
       one, two = halves(score, tuned, split)
-      common = [np.intersect1d(a, b).size / K for a, b in zip(
-          importance.top_k(one, K), importance.top_k(two, K))]
+      common = [np.intersect1d(importance.top_k(a, K),
+                               importance.top_k(b, K)).size / K
+                for a, b in zip(one, two)]
       print(json.dumps({
           "task": row["task"], "seed": row["seed"], "score": score,
           "rank_correlation": round(float(np.mean(
               [spearmanr(a, b)[0] for a, b in zip(one, two)])), 2),
           "common_top_k": round(float(np.mean(common)), 2),
-          "chance": K / D, "negative": round(float((one < 0).mean()), 2)}),
+          "chance": K / D, "negative": round(float(np.mean(np.less(one, 0))), 2)}),
             flush=True)
 
 

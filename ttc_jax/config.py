@@ -67,6 +67,18 @@ def default() -> ml_collections.ConfigDict:
   c.bias = False
   c.stage1 = "norm"           # linear, none
   c.tune_norm = True          # in stage 2
+  c.tune = "channels"         # rows: the kernel's selected rows (Table 7)
+
+  # The other methods, as published; k and scale are SCT's too.
+  c.adapter = ml_collections.ConfigDict(dict(
+      width=8, placement="parallel",     # or pfeiffer, houlsby
+      activation="relu", scale=0.1))
+  c.lora = ml_collections.ConfigDict(dict(
+      rank=8, alpha=8.0, sites=("q", "v")))
+  c.vpt = ml_collections.ConfigDict(dict(prompts=10, dropout=0.1))
+  c.ssf = ml_collections.ConfigDict(dict(spread=0.02))  # around 1 and 0
+  c.sct = ml_collections.ConfigDict(dict(
+      position="attention", scale_on_x=False))          # or mlp, qv
 
   c.eval_every = 5            # epochs between validations
   c.save_seconds = 30.0       # least time between two saves within a stage

@@ -9,6 +9,8 @@ L by a factor on row i, at 1: the gradient of the backbone's parameter mask.
   taylor_abs     S_i = sum_j |I(w_ij)|
   taylor_square  S_i = sum_j I(w_ij)^2, the square that Eq. 6 has
   l2             the norm of y_i over all examples and tokens
+  class_l2       that of the patch tokens of each class, averaged over classes
+                 (SCT's; of any tap, not only of linear layers)
   random         a seeded draw
 """
 import functools
@@ -22,13 +24,13 @@ from ttc_jax import parallel, taps, trees
 from ttc_jax.errors import RunError, check_known
 from ttc_jax.model import Model
 
-Scores = dict[str, np.ndarray]
+Scores = dict[str, list[np.ndarray]]
 
 
 def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
           images: np.ndarray, labels: np.ndarray, sites: tuple[str, ...],
           seed: int = 0, batch_size: int = 64) -> Scores:
-  """Returns {site: (L, D_out)} float32 over a whole data set, under pmap.
+  """Returns {site: [(D_out,) of each block]}, float32, over a data set.
 
   Args:
     name: of a score above.
@@ -40,10 +42,10 @@ def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
     UserError: unknown score. RunError: a score that is not finite.
   """
   check_known("score", name, SCORES)
-  shapes = {s: model.backbone.sites[s][:2] for s in sites}
   if name == "random":
     rng = np.random.default_rng(seed)
-    return {s: rng.random(shape, np.float32) for s, shape in shapes.items()}
+    return {s: [rng.random(layer.width, np.float32)
+                for layer in model.backbone.sites[s]] for s in sites}
   # A bfloat16 sum over a batch would reorder the channels.
   model = model._replace(backbone=model.backbone.clone(dtype=jnp.float32))
   batch_size = parallel.round_up(min(batch_size, len(images)))
@@ -59,8 +61,8 @@ def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   total = parallel.unreplicate(total)
   scores = _reduce(name, total, model, params, sites)
-  for site, value in scores.items():
-    if not np.isfinite(value).all():
+  for site, values in scores.items():
+    if not all(np.isfinite(value).all() for value in values):
       raise RunError(
           f"the {name} score of site {site!r} is not finite: the model before "
           "the selection has diverged; lower config.lr")
@@ -75,16 +77,16 @@ def _sum_loss(model, params, selection, batch, mask=None, tap=None):
 
 
 def _mask_gradient(model, sites, params, selection, batch):
-  """dL/dm at m = 1: {site: (L, D_out)}."""
-  ones = {s: jnp.ones(model.backbone.sites[s][:2]) for s in sites}
+  """dL/dm at m = 1."""
+  ones = {s: [jnp.ones(layer.width) for layer in model.backbone.sites[s]]
+          for s in sites}
   return jax.grad(
       lambda mask: _sum_loss(model, params, selection, batch, mask))(ones)
 
 
 def kernel_paths(model: Model, site: str) -> list[str]:
   """Names of the kernels of a site, block by block."""
-  blocks, _, path = model.backbone.sites[site]
-  return [f"{path.format(i)}/kernel" for i in range(blocks)]
+  return [f"{layer.path}/kernel" for layer in model.backbone.sites[site]]
 
 
 def _kernels(model, params, sites):
@@ -104,23 +106,41 @@ def _kernel_gradient(model, sites, params, selection, batch):
   return jax.grad(loss)(_kernels(model, params, sites))
 
 
-def _square_features(model, sites, params, selection, batch):
-  """Sums of y_i^2 over examples and tokens: {site: (L, D_out)}."""
-  images, _, weight = batch
+def _features(model, sites, params, selection, images):
+  """{site: [(B, N, D) of each block]}, float32."""
   model = model._replace(backbone=model.backbone.clone(every_token=True))
   seen = {}
-  model.features(params, images, selection,
-                 extra_tap=taps.record(sites, seen))
-  return {s: jnp.stack([
-      jnp.einsum("b,bnd->d", weight, jnp.square(seen[s, i].astype(jnp.float32)))
-      for i in range(model.backbone.sites[s].blocks)]) for s in sites}
+  model.features(params, images, selection, extra_tap=taps.record(sites, seen))
+  return {s: [y.astype(jnp.float32) for (site, _), y in sorted(seen.items())
+              if site == s] for s in sites}
+
+
+def _squares(model, sites, params, selection, batch):
+  """Sums of y_i^2 over examples and tokens: (D,) each."""
+  images, _, weight = batch
+  features = _features(model, sites, params, selection, images)
+  return jax.tree.map(
+      lambda y: jnp.einsum("b,bnd->d", weight, jnp.square(y)), features)
+
+
+def _class_squares(model, sites, params, selection, batch):
+  """Sums of y_i^2 over the patch tokens of each class: (C, D) each."""
+  images, labels, weight = batch
+  classes = params["head"]["bias"].shape[-1]
+  members = jax.nn.one_hot(labels, classes) * weight[:, None]
+  first = int(model.backbone.pool == "cls")
+  features = _features(model, sites, params, selection, images)
+  return jax.tree.map(
+      lambda y: jnp.einsum("bc,bnd->cd", members, jnp.square(y[:, first:])),
+      features)
 
 
 SCORES = {
     "taylor": _mask_gradient,
     "taylor_abs": _kernel_gradient,
     "taylor_square": _kernel_gradient,
-    "l2": _square_features,
+    "l2": _squares,
+    "class_l2": _class_squares,
     "random": None,
 }
 
@@ -137,26 +157,26 @@ def _reduce(name, total, model, params, sites):
     return total
   if name == "l2":
     return jax.tree.map(np.sqrt, total)
+  if name == "class_l2":
+    return jax.tree.map(lambda x: np.sqrt(x[x.any(1)]).mean(0), total)
   weights = _kernels(model, parallel.unreplicate(params), sites)
   power = {"taylor_abs": np.abs, "taylor_square": np.square}[name]
-  return {s: np.stack([
-      power(g * w).reshape(-1, model.backbone.sites[s].width).sum(0)
-      for g, w in zip(total[s], weights[s])]) for s in sites}
+  return {s: [
+      power(g * w).reshape(-1, layer.width).sum(0)
+      for g, w, layer in zip(total[s], weights[s], model.backbone.sites[s])]
+      for s in sites}
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-  """(L, D) -> the indices of the K largest of each row, (L, K), ascending.
+  """(D,) -> the indices of the K largest, (K,), ascending.
 
   Among equal scores the lower index wins, so a selection never depends on
   the sorting algorithm.
   """
-  order = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
-  return np.sort(order, axis=-1).astype(np.int32)
+  return np.sort(np.argsort(-scores, kind="stable")[:k]).astype(np.int32)
 
 
-def ties(scores: np.ndarray, k: int) -> int:
-  """In how many rows an equal score was left out at the cut."""
-  ordered = -np.sort(-scores, axis=-1)
-  if k >= scores.shape[-1]:
-    return 0
-  return int((ordered[:, k - 1] == ordered[:, k]).sum())
+def tied(scores: np.ndarray, k: int) -> bool:
+  """Whether a score equal to the smallest chosen one was left out."""
+  ordered = -np.sort(-scores)
+  return k < len(scores) and ordered[k - 1] == ordered[k]

@@ -18,26 +18,40 @@ class Model(NamedTuple):
     backbone: the Linen module; None where the inputs are its features.
     normalisation: "half", "imagenet" or "none".
     handlers: ((site, handler), ...) of the method.
+    start: the block to begin with; above 0 the inputs are its tokens.
   """
   backbone: nn.Module | None
   normalisation: str
   handlers: tuple = ()
+  start: int = 0
 
   def features(self, params: Params, images: jax.Array, selection: Params,
                mask: Params | None = None, key: jax.Array | None = None,
                extra_tap: taps.Tap | None = None) -> jax.Array:
-    """uint8 images (B, S, S, 3) -> features (B, D); a `key` drops paths."""
+    """uint8 images (B, S, S, 3) -> features (B, D).
+
+    A `key` means training: it drops paths and feeds the handlers.
+    """
     if self.backbone is None:
       return images
-    tap = taps.bind(dict(self.handlers), params["adapter"], selection,
-                    self.backbone.depth)
+    tap = taps.bind(dict(self.handlers), params["adapter"], selection, key)
     if extra_tap is not None:
       tap = taps.chain(tap, extra_tap)
     train = key is not None
+    if not self.start:
+      images = normalise(images, self.normalisation)
     return self.backbone.apply(
-        {"params": params["backbone"]}, normalise(images, self.normalisation),
-        mask=mask, tap=tap, train=train,
-        rngs={"drop_path": key} if train else None)
+        {"params": params["backbone"]}, images, mask=mask, tap=tap,
+        train=train, rngs={"drop_path": key} if train else None,
+        **({"start": self.start} if self.start else {}))
+
+  def tokens(self, params: Params, images: jax.Array, selection: Params,
+             block: int) -> jax.Array:
+    """uint8 images -> the residual stream that enters a block, (B, N, D)."""
+    seen = {}
+    self.features(params, images, selection,
+                  extra_tap=taps.record(("input",), seen))
+    return seen["input", block]
 
   def logits(self, params: Params, images: jax.Array, selection: Params,
              **kwargs: Any) -> jax.Array:

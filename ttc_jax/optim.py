@@ -38,12 +38,12 @@ def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: jax.Array,
   Args:
     labels: "tune" or "freeze" for every leaf, see `trees.label`.
     weight_decay: decoupled, times the learning rate; may be traced.
-    decay_all: also decays biases and norms.
+    decay_all: also decays biases and vectors: norms, scales, shifts.
   """
   def decayed(params):
     return trees.map_with_names(
-        lambda name, _: decay_all or not (
-            name.endswith("/bias") or "norm" in name.lower()), params)
+        lambda name, x: decay_all or (
+            x.ndim > 1 and not name.endswith("/bias")), params)
   return optax.multi_transform(
       {"tune": optax.adamw(schedule, weight_decay=weight_decay, mask=decayed),
        "freeze": optax.set_to_zero()},

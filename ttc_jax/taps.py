@@ -3,17 +3,22 @@
 A backbone calls `tap(site, block, y, x)` after the operation that turned x
 into y, and goes on with what comes back. Site names, the same in every block:
 
+  input                 the residual stream that enters a block (y is x)
   q k v proj fc1 fc2    the linear layers (also what a mask scales)
   norm1 norm2           the norms of a block
+  scores                of attention, (B, H, queries, keys), before softmax
+  mlp                   the MLP from its normalised input to its output
   attention block       the residual stream, after MHSA and after the MLP
   embedding tokens norm patches, the sequence that enters, the final norm;
                         these count as block 0
 
 A handler is `handler(p, y, x) -> y`: what a method does at a site, with `p`
-its parameters there.
+its parameters there. In training `p["key"]` is a random key of the site, block
+and step.
 """
 from collections.abc import Callable, Mapping
 from typing import Any
+import zlib
 
 import jax
 
@@ -23,25 +28,30 @@ Handler = Callable[[dict[str, jax.Array], jax.Array, jax.Array], jax.Array]
 
 
 def bind(handlers: Mapping[str, Handler], adapter: Mapping[str, Any],
-         selection: Mapping[str, Any], depth: int) -> Tap:
+         selection: Mapping[str, Any], key: jax.Array | None = None) -> Tap:
   """Returns the tap that calls each site's handler with its parameters.
+
+  Where neither tree has a parameter, y flows on.
 
   Args:
     handlers: {site: handler}.
-    adapter: {site: {name: (l, ...)}}, trained; the l last blocks have one.
+    adapter: {site: {block: {name: array}}}, trained; a block is "0", "1", ...
     selection: likewise, not trained: channel indices and other inputs.
-    depth: number of blocks of the backbone.
+    key: of the step, in training.
   """
   def tap(site, block, y, x):
-    params = {**adapter.get(site, {}), **selection.get(site, {})}
+    params = {**_at(adapter, site, block), **_at(selection, site, block)}
     if not params:
       return y
-    stacked = len(next(iter(params.values())))
-    i = block - (depth - stacked)
-    if i < 0:
-      return y
-    return handlers[site]({k: v[i] for k, v in params.items()}, y, x)
+    if key is not None:
+      params["key"] = jax.random.fold_in(
+          key, zlib.crc32(f"{site}/{block}".encode()))
+    return handlers[site](params, y, x)
   return tap
+
+
+def _at(tree, site, block):
+  return tree.get(site, {}).get(str(block), {})
 
 
 def chain(*taps: Tap) -> Tap:

@@ -56,9 +56,7 @@ def loss_fn(params, model, plan, selection, images, labels, key):
         images, crop_key, images.shape[1], plan.smallest_crop)
   if plan.flip:
     images = augment.random_flip(images, flip_key)
-  drops = model.backbone is not None and model.backbone.drop_path > 0
-  logits = model.logits(params, images, selection,
-                        **({"key": path_key} if drops else {}))
+  logits = model.logits(params, images, selection, key=path_key)
   targets = optax.smooth_labels(
       jax.nn.one_hot(labels, logits.shape[-1]), plan.label_smoothing)
   return optax.softmax_cross_entropy(logits, targets).mean()
@@ -348,25 +346,59 @@ def _prepare(job, stage, state, saved):
 def _inputs(job, stage, state):
   """What the stage trains on.
 
-  Where only the head is tuned and nothing is random before it, the backbone
-  runs once and the head trains on its features: the same numbers, sooner.
+  Where nothing is tuned or random below some block, the frozen part runs once
+  and the rest trains on what it gave: the same numbers, sooner.
   """
   model, params, selection = _with_handlers(job, state), *state
-  names = trees.flatten(trees.label(params, stage.rules))
-  head_only = all(name.startswith("head/")
-                  for name, label in names.items() if label == "tune")
+  start = frozen_blocks(model.backbone, params, stage.rules)
   random = (job.plan.flip or job.plan.smallest_crop < 1
-            or job.model.backbone.drop_path > 0)
+            or model.backbone.drop_path > 0)
   train, val = job.train, job.val
-  if head_only and not random:
+  if start and not random and _fits(model, params, selection, start, train):
     def cached(split):
-      return split and Split(evaluate.features(
-          model, params, selection, split.images), split.labels)
+      return split and Split(evaluate.inputs(
+          model, params, selection, split.images, start), split.labels)
     train, val = cached(train), cached(val)
-    model = Model(None, "none")
-    params, selection = {"head": params["head"]}, {}
+    model = model._replace(start=start)
+    if start > model.backbone.depth:  # the features
+      model = Model(None, "none")
+      params, selection = {"head": params["head"]}, {}
   data = parallel.replicate((np.asarray(train.images), train.labels))
   return _Inputs(model, params, selection, data, val)
+
+
+def frozen_blocks(backbone, params: trees.Tree, rules: trees.Rules) -> int:
+  """How many of the first blocks hold nothing that is tuned.
+
+  L + 1, one more than there are, if the final norm is frozen too and only the
+  head is tuned; 0 if the embedding is tuned.
+  """
+  lowest = backbone.depth + 1
+  for name, label in trees.flatten(trees.label(params, rules)).items():
+    part, _, rest = name.partition("/")
+    if label == "tune" and part == "backbone":
+      lowest = min(lowest, backbone.block_of(rest))
+    elif label == "tune" and part == "adapter":
+      lowest = min(lowest, int(rest.split("/")[1]))
+  # Tokens are cached where a block begins.
+  return max(0, lowest if lowest != backbone.depth else lowest - 1)
+
+
+_CACHE_BYTES = 4 * 2 ** 30
+
+
+def _fits(model, params, selection, start, split):
+  """Whether the cached inputs of the blocks above have room on a device."""
+  if start > model.backbone.depth:
+    return True
+  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+                     (params, selection))
+  image = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), np.uint8)
+  tokens = jax.eval_shape(
+      lambda params, selection, image: model.tokens(
+          params, image, selection, start), *one, image)
+  return (len(split.labels) * tokens.size * tokens.dtype.itemsize
+          <= _CACHE_BYTES)
 
 
 @functools.lru_cache(maxsize=None)

@@ -12,14 +12,14 @@ Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
 
 
 class Site(NamedTuple):
-  """A linear layer that every block has.
+  """One linear layer of a backbone.
 
   Attributes:
-    blocks: L, in how many blocks.
+    inputs: D_in.
     width: D_out, the number of output channels (rows, in the paper's words).
-    path: of its parameters below the backbone; "{}" is the block's index.
+    path: of its parameters below the backbone.
   """
-  blocks: int
+  inputs: int
   width: int
   path: str
 
@@ -91,11 +91,12 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array,
-              heads: int) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
+              tap: Callable[..., jax.Array] | None = None) -> jax.Array:
   """softmax(q k^T / sqrt(D/H)) v per head, with softmax in float32.
 
-  q (B, M, D), k and v (B, N, D) -> (B, M, D). The heads are moved before the
+  q (B, M, D), k and v (B, N, D) -> (B, M, D). The tap "scores" sees what goes
+  into the softmax, (B, H, M, N). The heads are moved before the
   tokens first: left to XLA, the products on CPU transpose every head's keys
   and values, element by element.
   """
@@ -104,6 +105,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array,
   q, k, v = (x.reshape(B, -1, heads, D // heads).swapaxes(1, 2)
              for x in (q, k, v))
   scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
+  if tap is not None:
+    scores = tap("scores", scores, q)
   weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
   y = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
   return y.swapaxes(1, 2).reshape(B, M, D)

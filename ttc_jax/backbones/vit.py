@@ -48,7 +48,7 @@ class Attention(nn.Module):
     q = project("q", "query", x[:, :queries])
     k = project("k", "key", x)
     v = project("v", "value", x)
-    y = layers.attention(q, k, v, H)
+    y = layers.attention(q, k, v, H, tap)
     out = Dense((H, D // H, D), contract=2, dtype=self.dtype, name="out")
     return tap("proj", out(y, mask.get("proj")), y)
 
@@ -90,13 +90,15 @@ class Block(nn.Module):
         branch = branch * scale.astype(dtype)
       return x + layers.drop_path(self, branch, self.drop_path, train)
 
-    y = tap("norm1", norm(name="LayerNorm_0")(x), x)
+    x = tap("input", x, x)
+    z = tap("norm1", norm(name="LayerNorm_0")(x), x)
     x = x[:, :self.queries]
     y = Attention(vit.heads, dtype, name="MultiHeadDotProductAttention_0")(
-        y, self.queries, mask, tap)
+        z, self.queries, mask, tap)
     x = tap("attention", add(x, y, "layer_scale_0"), x)
-    y = tap("norm2", norm(name="LayerNorm_1")(x), x)
-    y = Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(y, mask, tap)
+    z = tap("norm2", norm(name="LayerNorm_1")(x), x)
+    y = Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(z, mask, tap)
+    y = tap("mlp", y, z)
     return tap("block", add(x, y, "layer_scale_1"), x)
 
 
@@ -104,11 +106,12 @@ class Encoder(nn.Module):
   vit: "ViT"
 
   @nn.compact
-  def __call__(self, x, mask, tap, train):
+  def __call__(self, x, mask, tap, train, start):
     vit = self.vit
-    for i in range(vit.depth):
+    for i in range(start, vit.depth):
       rate = vit.drop_path * i / max(vit.depth - 1, 1)
-      rows = {site: rows[i] for site, rows in mask.items()}
+      rows = {site: rows[i] for site, rows in mask.items()
+              if site != "embedding"}
       last = i == vit.depth - 1
       x = Block(vit, rate, vit.tokens_read if last else None,
                 name=f"encoderblock_{i}")(
@@ -164,31 +167,60 @@ class ViT(nn.Module):
             "epsilon": self.epsilon}
 
   @property
-  def sites(self) -> dict[str, Site]:
-    """The linear layers by name: what a mask can scale and merging can fold."""
-    L, D = self.depth, self.width
-    return {
-        "q": Site(L, D, f"{_ATTENTION}/query"),
-        "k": Site(L, D, f"{_ATTENTION}/key"),
-        "v": Site(L, D, f"{_ATTENTION}/value"),
-        "proj": Site(L, D, f"{_ATTENTION}/out"),
-        "fc1": Site(L, self.hidden, f"{_MLP}/Dense_0"),
-        "fc2": Site(L, D, f"{_MLP}/Dense_1"),
+  def sites(self) -> dict[str, tuple[Site, ...]]:
+    """The linear layers by name, a `Site` for each block: what a mask can
+    scale and merging can fold. The embedding is but one."""
+    D, F, M = self.width, self.hidden, 3 * self.patch ** 2
+    layer = {
+        "q": (D, D, f"{_ATTENTION}/query"),
+        "k": (D, D, f"{_ATTENTION}/key"),
+        "v": (D, D, f"{_ATTENTION}/value"),
+        "proj": (D, D, f"{_ATTENTION}/out"),
+        "fc1": (D, F, f"{_MLP}/Dense_0"),
+        "fc2": (F, D, f"{_MLP}/Dense_1"),
     }
+    sites = {name: tuple(Site(inputs, width, path.format(i))
+                         for i in range(self.depth))
+             for name, (inputs, width, path) in layer.items()}
+    return {"embedding": (Site(M, D, "embedding"),), **sites}
+
+  @property
+  def norms(self) -> dict[str, tuple[str, ...]]:
+    """The paths of the LayerNorms by name, one for each block."""
+    names = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
+    norms = {name: tuple(f"{_BLOCK.format(i)}/{path}"
+                         for i in range(self.depth))
+             for name, path in names.items()}
+    final = ("Transformer/encoder_norm",) if self.final_norm else ()
+    return norms | {"norm": final}
+
+  def block_of(self, name: str) -> int:
+    """The block that a parameter belongs to: -1 before, L after them all."""
+    match = re.search(r"encoderblock_(\d+)/", name)
+    if match:
+      return int(match[1])
+    return self.depth if name.startswith("Transformer/encoder_norm") else -1
 
   @nn.compact
-  def __call__(self, images, mask=None, tap=None, train=False):
+  def __call__(self, images, mask=None, tap=None, train=False, start=0):
     """Args:
-      images: (B, S, S, 3), normalised.
+      images: (B, S, S, 3), normalised; with `start`, the tokens (B, N, D).
       mask: {site: (L, D_out)}, the factor on each row of the site's kernel.
       tap: `tap(site, block, y, x) -> y`, see `ttc_jax.taps`.
       train: drops paths, with the random stream "drop_path".
+      start: the block to begin with.
 
     Returns:
       features (B, D), float32.
     """
     mask, tap = mask or {}, tap or layers.no_tap
-    here = layers.at_block(tap, 0)
+    x = images if start else self._tokens(images, mask, layers.at_block(tap, 0))
+    x = Encoder(self, name="Transformer")(x, mask, tap, train, start)
+    x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+    return x.astype(jnp.float32)
+
+  def _tokens(self, images, mask, tap):
+    """Patch and position embeddings, behind [CLS]: (B, N, D)."""
     B, S, p = images.shape[0], self.image_size, self.patch
     if images.shape[1:] != (S, S, 3):
       raise ValueError(
@@ -196,7 +228,7 @@ class ViT(nn.Module):
     x = layers.patches(images.astype(self.dtype), p)
     embed = Dense((p, p, 3, self.width), contract=3, dtype=self.dtype,
                   name="embedding")
-    x = here("embedding", embed(x), x)
+    x = tap("embedding", embed(x, mask.get("embedding", (None,))[0]), x)
     position = self.param("pos_embedding", nn.initializers.normal(0.02),
                           (1, (S // p) ** 2, self.width))
     x = x + position.astype(self.dtype)
@@ -204,10 +236,7 @@ class ViT(nn.Module):
       cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
       cls = jnp.broadcast_to(cls.astype(self.dtype), (B, 1, self.width))
       x = jnp.concatenate([cls, x], axis=1)
-    x = here("tokens", x, images)
-    x = Encoder(self, name="Transformer")(x, mask, tap, train)
-    x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
-    return x.astype(jnp.float32)
+    return tap("tokens", x, images)
 
 
 def make(name: str, image_size: int, **fields) -> ViT | None:

@@ -14,7 +14,7 @@ import numpy as np
 from ttc_jax import trees
 from ttc_jax.errors import check_known
 from ttc_jax.model import Model
-from ttc_jax.optim import FREEZE, HEAD, NORM
+from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
 
 
 class Context(NamedTuple):
@@ -41,6 +41,7 @@ class Stage(NamedTuple):
 # Runs share a stage that is the same in name, rules and all before it.
 TUNE_HEAD = Stage("head", (HEAD, FREEZE))
 ALIGN = Stage("align", (NORM, HEAD, FREEZE))  # Eq. 4
+TUNE_ADAPTER = (ADAPTER, HEAD, FREEZE)
 
 
 class Method(NamedTuple):
@@ -61,13 +62,26 @@ class Method(NamedTuple):
 
 def names() -> tuple[str, ...]:
   """Every method there is."""
-  return tuple(m.name for m in pkgutil.iter_modules(__path__))
+  return tuple(m.name for m in pkgutil.iter_modules(__path__)
+               if not m.name.startswith("_"))
 
 
 def option_keys() -> set[str]:
   """Keys of the configuration that belong to some method: its `OPTIONS`."""
   modules = (importlib.import_module(f"{__name__}.{n}") for n in names())
   return {key for m in modules for key in getattr(m, "OPTIONS", ())}
+
+
+def options(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+  """The configuration's values of a method's `OPTIONS`, as JSON."""
+  return {key: value.to_dict() if hasattr(value := config[key], "to_dict")
+          else value for key in keys}
+
+
+def uniform(rng: np.random.Generator, bound: float,
+            shape: tuple[int, ...]) -> np.ndarray:
+  """float32, uniform within +-bound."""
+  return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def load(name: str, config: Any, backbone: nn.Module) -> Method:

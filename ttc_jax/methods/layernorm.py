@@ -2,9 +2,38 @@
 
 Scale and shift of every LayerNorm, and the head.
 """
+import numpy as np
+
+from ttc_jax import trees
 from ttc_jax.methods import ALIGN, Method
+
+READERS = {"norm1": ("q", "k", "v"), "norm2": ("fc1",)}
+
+
+def merge(params, selection, backbone):
+  """Folds the blocks' norms into the linear layers that read them, exactly.
+
+  W' = W diag(gamma), b' = b + W beta, gamma' = 1, beta' = 0. The final norm,
+  which the features come from, stays.
+  """
+  del selection
+  flat = dict(trees.flatten(params["backbone"]))
+  for norm, readers in READERS.items():
+    for i, path in enumerate(backbone.norms[norm]):
+      gamma, beta = (np.asarray(flat[f"{path}/{leaf}"], np.float64)
+                     for leaf in ("scale", "bias"))
+      for layer in (backbone.sites[site][i] for site in readers):
+        kernel, bias = (f"{layer.path}/{leaf}" for leaf in ("kernel", "bias"))
+        W = np.asarray(flat[kernel], np.float64).reshape(layer.inputs, -1)
+        b = np.asarray(flat[bias], np.float64) + (beta @ W).reshape(
+            flat[bias].shape)
+        W = (gamma[:, None] * W).reshape(flat[kernel].shape)
+        flat[kernel], flat[bias] = W.astype(np.float32), b.astype(np.float32)
+      flat[f"{path}/scale"] = np.ones_like(flat[f"{path}/scale"])
+      flat[f"{path}/bias"] = np.zeros_like(flat[f"{path}/bias"])
+  return trees.unflatten(flat)
 
 
 def make(config, backbone) -> Method:
   del config, backbone
-  return Method((ALIGN,))
+  return Method((ALIGN,), merge=merge)

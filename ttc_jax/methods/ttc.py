@@ -3,6 +3,12 @@
 Stage 1 aligns the backbone to the task: the LayerNorms and the head (Eq. 4).
 In between, the Taylor score picks the K channels that matter (Eq. 6-10).
 Stage 2 adapts them: a K x K linear map on the selected channels (Eq. 11).
+
+Variants of the paper's tables, by configuration:
+  joint one-stage (Table 3)      stage1=none, tune_norm=True
+  without stage 1 (Table 3)      stage1=linear or none, tune_norm=False
+  weight tuning (Table 7)        tune=rows: the selected rows of the kernel
+  other scores (Table 5a)        score=random, l2, ...
 """
 import functools
 
@@ -12,8 +18,9 @@ import numpy as np
 
 from ttc_jax import importance, trees
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.methods import ALIGN, TUNE_HEAD, Method, Stage
-from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
+from ttc_jax.methods import ALIGN, TUNE_ADAPTER, TUNE_HEAD, Method, Stage
+from ttc_jax.methods import options
+from ttc_jax.optim import NORM
 
 # Where the map acts, as in Table 5c: on the output of a branch, before the
 # residual addition (then it folds into the linear layer before it), or on the
@@ -32,7 +39,7 @@ STAGE_1 = {"norm": (ALIGN,), "linear": (TUNE_HEAD,), "none": ()}
 
 # Keys of the configuration that this method reads.
 OPTIONS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
-           "tune_norm")
+           "tune_norm", "tune")
 
 
 def adapt(p, y, x):
@@ -46,52 +53,65 @@ def adapt(p, y, x):
   return y.at[..., p["channels"]].add(scale * change)
 
 
-def select_channels(context, *, sites, score, k, blocks, scale, bias):
+def adapt_rows(p, y, x):
+  """Table 7: the rows w_i of the selected channels change by `kernel`."""
+  change = x @ p["kernel"].astype(y.dtype)
+  if "bias" in p:
+    change = change + p["bias"].astype(y.dtype)
+  return y.at[..., p["channels"]].add(p["scale"].astype(y.dtype) * change)
+
+
+def select_channels(context, *, sites, score, k, blocks, scale, bias, rows):
   """The top K channels of every insertion point, and maps that start at 0."""
+  layers = context.model.backbone.sites
   scored = tuple(SCORED_AT[s] for s in sites)
   scores = importance.score(
       score, context.model, context.params, context.selection,
       context.images, context.labels, scored, context.seed)
   adapter, selection = {}, {}
   for site, at in zip(sites, scored):
-    tied = importance.ties(scores[at], k)
-    if tied:
-      logging.warning(
-          "equal %s scores at the cut in %d blocks of '%s': the lower index "
-          "was taken", score, tied, at)
-    channels = importance.top_k(scores[at], k)[-blocks:]
-    selection[site] = {"channels": channels,
-                       "scale": np.full(blocks, scale, np.float32)}
-    adapter[site] = {"kernel": np.zeros((blocks, k, k), np.float32)}
-    if bias:
-      adapter[site]["bias"] = np.zeros((blocks, k), np.float32)
+    adapter[site], selection[site] = {}, {}
+    depth = len(layers[at])
+    for i in range(depth - blocks, depth):
+      if importance.tied(scores[at][i], k):
+        logging.warning("equal %s scores at the cut in block %d of '%s': the "
+                        "lower index was taken", score, i, at)
+      inputs = layers[at][i].inputs if rows else k
+      adapter[site][str(i)] = {"kernel": np.zeros((inputs, k), np.float32)}
+      if bias:
+        adapter[site][str(i)]["bias"] = np.zeros(k, np.float32)
+      selection[site][str(i)] = {
+          "channels": importance.top_k(scores[at][i], k),
+          "scale": np.float32(scale)}
   return adapter, selection
 
 
-def merge(params, selection, backbone):
+def merge(params, selection, backbone, rows=False):
   """Folds the maps into the linear layers before them, exactly.
 
   W' = (I + s P^T A P) W and b' = (I + s P^T A P) b + s P^T c, with P the
   K x D selection and c the map's own bias; here W is a Flax kernel, the
-  transpose of the paper's.
+  transpose of the paper's. Tuned rows: W' = W + s P^T A.
   """
   flat = dict(trees.flatten(params["backbone"]))
-  for site, adapter in params["adapter"].items():
-    blocks, width, path = backbone.sites[site]
-    stacked = len(adapter["kernel"])
-    for i in range(stacked):
-      channels = selection[site]["channels"][i]
-      scale = selection[site]["scale"][i]
-      name = path.format(blocks - stacked + i)
+  for site, blocks in params["adapter"].items():
+    for block, p in blocks.items():
+      layer = backbone.sites[site][int(block)]
+      chosen = selection[site][block]
+      channels = np.asarray(chosen["channels"])
       for leaf in ("kernel", "bias"):
-        value = np.asarray(flat[f"{name}/{leaf}"], np.float64)
-        rows = value.reshape(-1, width)
-        change = rows[:, channels] @ np.asarray(adapter["kernel"][i], float)
-        if leaf == "bias" and "bias" in adapter:
-          change = change + adapter["bias"][i]
-        rows = rows.copy()
-        rows[:, channels] += scale * change
-        flat[f"{name}/{leaf}"] = rows.reshape(value.shape).astype(np.float32)
+        name = f"{layer.path}/{leaf}"
+        value = np.asarray(flat[name], np.float64).reshape(-1, layer.width)
+        change = np.asarray(p["kernel"], np.float64)
+        if not rows:
+          change = value[:, channels] @ change
+        elif leaf == "bias":
+          change = 0
+        if leaf == "bias":
+          change = change + p.get("bias", 0)
+        value = value.copy()
+        value[:, channels] += chosen["scale"] * change
+        flat[name] = value.reshape(flat[name].shape).astype(np.float32)
   return trees.unflatten(flat)
 
 
@@ -100,26 +120,32 @@ def make(config, backbone) -> Method:
   check_known("position", config.position, POSITIONS)
   check_known("score", config.score, importance.SCORES)
   check_known("stage1", config.stage1, STAGE_1)
+  check_known("tune", config.tune, ("channels", "rows"))
   sites = POSITIONS[config.position]
-  at = backbone.sites[SCORED_AT[sites[0]]]
-  k, depth, width = config.k, at.blocks, at.width
+  layers = backbone.sites[SCORED_AT[sites[0]]]
+  k, depth = config.k, len(layers)
   blocks = config.blocks or depth
-  if not 1 <= k <= width:
-    raise UserError(f"config.k is {k}; it selects among the {width} channels "
-                    f"of this backbone, so give 1 to {width}")
   if not 1 <= blocks <= depth:
     raise UserError(f"config.blocks is {blocks}; this backbone has {depth} "
                     f"blocks, so give 1 to {depth}, or 0 for all")
+  width = min(layer.width for layer in layers[depth - blocks:])
+  if not 1 <= k <= width:
+    raise UserError(f"config.k is {k}; it selects among the {width} channels "
+                    f"of this backbone, so give 1 to {width}")
+  stream, rows = config.position.startswith("stream"), config.tune == "rows"
+  if stream and rows:
+    raise UserError("config.tune=rows changes a linear layer, but "
+                    f"config.position={config.position} is the residual "
+                    "stream; choose mlp, mhsa or both")
   prepare = functools.partial(
       select_channels, sites=sites, score=config.score, k=k, blocks=blocks,
-      scale=config.scale, bias=config.bias)
-  tuned = (ADAPTER, NORM, HEAD) if config.tune_norm else (ADAPTER, HEAD)
-  adapt_stage = Stage("adapt", (*tuned, FREEZE), prepare)
-  stream = config.position.startswith("stream")
+      scale=config.scale, bias=config.bias, rows=rows)
+  rules = ((NORM,) if config.tune_norm else ()) + TUNE_ADAPTER
+  adapt_stage = Stage("adapt", rules, prepare)
   return Method(
       (*STAGE_1[config.stage1], adapt_stage),
-      options={key: config[key] for key in OPTIONS},
-      handlers=tuple((site, adapt) for site in sites),
-      merge=None if stream else merge,
+      options=options(config, OPTIONS),
+      handlers=tuple((site, adapt_rows if rows else adapt) for site in sites),
+      merge=None if stream else functools.partial(merge, rows=rows),
       cannot_merge="it acts on the residual stream, after the addition"
       if stream else "")

@@ -1,0 +1,291 @@
+"""Every method: its formula and gradient, where it starts, what it counts,
+and that merging changes nothing."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import DEPTH, WIDTH, numpy_tree, random_adapter
+from ttc_jax import backbones, methods, optim, parallel, trees
+from ttc_jax.errors import UserError
+from ttc_jax.jobs import tuned_rules
+from ttc_jax.methods import adapter, layernorm, lora, sct, ssf, ttc
+from ttc_jax.methods import vpt_deep, vpt_shallow
+from ttc_jax.model import Model, init_head
+
+CHANNELS = np.array([1, 4, 5, 11])
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# --- Formulas -----------------------------------------------------------------
+
+def on_channels(y, change, keep=1.0):
+  out = y.copy()
+  out[..., CHANNELS] = keep * out[..., CHANNELS] + change
+  return out
+
+
+def relu(x):
+  return x * (x > 0)
+
+
+FORMULAS = {
+    "adapter, serial": (
+        adapter.handler("relu", False),
+        {"down": normal(16, 3), "down_bias": normal(3), "up": normal(3, 16),
+         "up_bias": normal(16), "scale": np.float32(0.3)},
+        lambda p, y, x: y + p["scale"] * (relu(
+            y @ p["down"] + p["down_bias"]) @ p["up"] + p["up_bias"])),
+    "adapter, parallel": (
+        adapter.handler("silu", True),
+        {"down": normal(9, 3), "down_bias": normal(3), "up": normal(3, 16),
+         "up_bias": normal(16), "scale": np.float32(0.3)},
+        lambda p, y, x: y + p["scale"] * (
+            (h := x @ p["down"] + p["down_bias"]) / (1 + np.exp(-h)) @ p["up"]
+            + p["up_bias"])),
+    "lora": (
+        lora.low_rank,
+        {"a": normal(9, 2), "b": normal(2, 16), "scale": np.float32(2)},
+        lambda p, y, x: y + p["scale"] * x @ p["a"] @ p["b"]),
+    "ssf": (
+        ssf.scale_and_shift, {"scale": normal(16), "shift": normal(16, seed=1)},
+        lambda p, y, x: y * p["scale"] + p["shift"]),
+    "sct": (
+        ttc.adapt,
+        {"channels": CHANNELS, "kernel": normal(4, 4), "bias": normal(4),
+         "scale": np.float32(0.4)},
+        lambda p, y, x: on_channels(y, p["scale"] * (
+            y[..., CHANNELS] @ p["kernel"] + p["bias"]))),
+    "sct, scale on x": (
+        sct.adapt_scaled,
+        {"channels": CHANNELS, "kernel": normal(4, 4), "bias": normal(4),
+         "scale": np.float32(0.4)},
+        lambda p, y, x: on_channels(
+            y, y[..., CHANNELS] @ p["kernel"] + p["bias"], p["scale"])),
+    "ttc, rows": (
+        ttc.adapt_rows,
+        {"channels": CHANNELS, "kernel": normal(9, 4), "bias": normal(4),
+         "scale": np.float32(0.4)},
+        lambda p, y, x: on_channels(
+            y, p["scale"] * (x @ p["kernel"] + p["bias"]))),
+    "vpt, shallow": (
+        vpt_shallow.insert(1), {"prompts": normal(3, 16)},
+        lambda p, y, x: np.concatenate([
+            y[:, :1], np.repeat(p["prompts"][None], len(y), 0), y[:, 1:]], 1)),
+    "vpt, deep": (
+        vpt_deep.replace(1), {"prompts": normal(3, 16)},
+        lambda p, y, x: np.concatenate([
+            y[:, :1], np.repeat(p["prompts"][None], len(y), 0), y[:, 4:]], 1)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_handler_is_its_formula_and_so_is_its_gradient(name):
+  """The gradient: against differences of the numpy formula in float64."""
+  handler, p, formula = FORMULAS[name]
+  y, x = normal(2, 5, 16, seed=2), normal(2, 5, 9, seed=3)
+  got, pull = jax.vjp(
+      lambda p, y, x: handler(p, y, x), jax.tree.map(jnp.asarray, p), y, x)
+  args = [jax.tree.map(lambda v: np.asarray(v, np.float64), t)
+          for t in (p, y, x)]
+  want = formula(*args)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  g = normal(*got.shape, seed=4)
+  grads = pull(jnp.asarray(g))
+  for i, (arg, grad) in enumerate(zip(args, grads)):
+    for leaf in trees.flatten({"": arg}) if i else p:
+      if leaf == "channels":
+        continue
+      of = grad if i else grad[leaf]
+      step = 1e-5 * normal(*np.shape(of), seed=5)
+
+      def moved(sign):
+        new = list(args)
+        new[i] = (arg + sign * step if i
+                  else {**arg, leaf: arg[leaf] + sign * step})
+        return (formula(*new) * g).sum()
+      np.testing.assert_allclose((moved(1) - moved(-1)) / 2,
+                                 (np.asarray(of) * step).sum(),
+                                 rtol=1e-3, atol=1e-8)
+
+
+def test_prompts_drop_out_in_training_alone():
+  p = {"prompts": jnp.ones((50, 16)), "dropout": jnp.float32(0.25)}
+  y = jnp.zeros((1, 2, 16))
+  assert (vpt_shallow.insert(1)(p, y, y)[0, 1:51] == 1).all()
+  some = vpt_shallow.insert(1)({**p, "key": jax.random.key(0)}, y, y)[0, 1:51]
+  np.testing.assert_allclose(np.unique(some), [0, 1 / 0.75], rtol=1e-6)
+  assert 0.15 < float((some == 0).mean()) < 0.35
+
+
+# --- Laws of every method -----------------------------------------------------
+
+VARIANTS = {
+    "bias": {}, "layernorm": {}, "linear": {}, "full": {}, "ttc": {},
+    "vpt_shallow": {"vpt.dropout": 0.0}, "vpt_deep": {"vpt.dropout": 0.0},
+    "adapter": {}, "ssf": {"ssf.spread": 0.0}, "lora": {}, "sct": {},
+    "adapter/pfeiffer": {"adapter.placement": "pfeiffer"},
+    "adapter/houlsby": {"adapter.placement": "houlsby"},
+    "lora/all": {"lora.sites": lora.SITES},
+    "sct/mlp": {"sct.position": "mlp"}, "sct/qv": {"sct.position": "qv"},
+    "sct/scaled": {"sct.position": "mlp", "sct.scale_on_x": True},
+    "ttc/rows": {"tune": "rows", "position": "mhsa", "bias": True},
+    "ttc/joint": {"stage1": "none"},
+}
+
+
+def configured(config, variant):
+  for key, value in VARIANTS[variant].items():
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+  return config
+
+
+def prepared(config, variant, model, params, split):
+  """(method, model with handlers, params, selection) before its last stage."""
+  method = methods.load(
+      variant.split("/")[0], configured(config, variant), model.backbone)
+  prepare, selection = method.stages[-1].prepare, {}
+  if prepare:
+    adapter, selection = prepare(methods.Context(
+        model, parallel.replicate(params), {}, split.images, split.labels, 0))
+    params = {**params, "adapter": adapter}
+  return (method, model._replace(handlers=method.handlers), params, selection)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "vpt" not in v])
+def test_starts_as_the_pretrained_model(config, model, params, split, variant):
+  _, tuned, new, selection = prepared(config, variant, model, params, split)
+  np.testing.assert_array_equal(
+      tuned.features(new, split.images, selection),
+      model.features(params, split.images, {}))
+
+
+def test_ssf_starts_near_the_pretrained_model(config, model, params, split):
+  method = methods.load("ssf", config, model.backbone)
+  adapter, _ = method.stages[0].prepare(methods.Context(
+      model, params, {}, split.images, split.labels, 0))
+  for name, leaf in trees.flatten(adapter).items():
+    assert abs(leaf.mean() - name.endswith("scale")) < 0.03
+    assert 0.005 < leaf.std() < 0.04
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+@pytest.mark.parametrize("variant", [
+    v for v in VARIANTS if v not in ("bias", "layernorm", "linear", "full")])
+def test_what_can_be_merged_is_exact_and_the_rest_says_why_not(
+    config, model, params, split, variant, pool):
+  model = model._replace(backbone=model.backbone.clone(pool=pool))
+  method, tuned, new, selection = prepared(
+      config, variant, model, params, split)
+  new["adapter"] = random_adapter(new["adapter"])
+  unmerged = tuned.features(new, split.images, selection)
+  assert np.abs(unmerged - model.features(params, split.images, {})).max() > .01
+  if not method.merge:
+    assert method.cannot_merge
+    return
+  merged = method.merge(numpy_tree(new), selection, model.backbone)
+  np.testing.assert_allclose(
+      model.features({"backbone": merged, "adapter": {}}, split.images, {}),
+      unmerged, rtol=1e-3, atol=1e-4)
+
+
+def test_norms_fold_into_the_layers_after_them(model, params, split):
+  folded = layernorm.merge(numpy_tree(params), {}, model.backbone)
+  flat = trees.flatten(folded)
+  for path in (*model.backbone.norms["norm1"], *model.backbone.norms["norm2"]):
+    assert (flat[f"{path}/scale"] == 1).all()
+    assert (flat[f"{path}/bias"] == 0).all()
+  np.testing.assert_allclose(
+      model.features({"backbone": folded, "adapter": {}}, split.images, {}),
+      model.features(params, split.images, {}), atol=1e-4)
+
+
+def counts(config, name):
+  """Tuned parameters on ViT-B/16 at 224 px."""
+  vit_b = backbones.make("vit_b16", 224)
+  config.k = config.k if config.k == 96 else 96
+  config.score = "random"
+  method = methods.load(name, config, vit_b)
+  params = {"backbone": backbones.shapes(vit_b), "adapter": {},
+            "head": init_head(768, 100, 0)}
+  if name == "sct":  # its score needs images, its shapes do not
+    params["adapter"] = {"attention": {str(i): {
+        "kernel": np.zeros((96, 96)), "bias": np.zeros(96)}
+        for i in range(12)}}
+  elif prepare := method.stages[-1].prepare:
+    params["adapter"], _ = prepare(methods.Context(
+        Model(vit_b, "half"), params, {}, None, None, 0))
+  labels = trees.label(params, tuned_rules(method))
+  got = optim.counts(trees.split(params, labels, "tune")[0])
+  assert got.pop("head") == 76_900
+  return got["module"], got["norm"]
+
+
+@pytest.mark.parametrize("name, changes, module, norm", [
+    ("linear", {}, 0, 0),
+    # timm has 85,798,656: [CLS] has a position of its own there.
+    ("full", {}, 85_798_656 - 768 - 38_400, 38_400),
+    ("layernorm", {}, 0, 38_400),
+    ("bias", {}, 102_912 - 19_200, 19_200),
+    ("ttc", {}, 110_592, 38_400),
+    ("ttc", {"tune": "rows", "position": "mhsa"}, 884_736, 38_400),
+    ("ssf", {}, 205_824, 0),
+    ("lora", {}, 294_912, 0),
+    ("lora", {"lora.rank": 4, "lora.sites": ("fc1",)}, 12 * 4 * 3840, 0),
+    ("adapter", {}, 156_768, 0),
+    ("adapter", {"adapter.placement": "houlsby"}, 2 * 156_768, 0),
+    ("vpt_deep", {"vpt.prompts": 7}, 12 * 7 * 768, 0),
+    ("vpt_shallow", {"vpt.prompts": 7}, 7 * 768, 0),
+    ("sct", {}, 12 * (96 * 96 + 96), 0),
+])
+def test_parameters_on_vit_b16(config, name, changes, module, norm):
+  for key, value in changes.items():
+    section, _, key = key.rpartition(".")
+    (config[section] if section else config)[key] = value
+  assert counts(config, name) == (module, norm)
+
+
+def test_the_mean_of_patches_leaves_prompts_out(config, model, params, split):
+  """Prompts that no query looks at change nothing."""
+  for final_norm in (True, False):
+    vit = model.backbone.clone(pool="gap", final_norm=final_norm)
+    small = model._replace(backbone=vit)
+    _, tuned, new, selection = prepared(
+        config, "vpt_shallow", small, params, split)
+    # Keys of the prompts far away from every query: no weight in the softmax.
+    tap = {}
+    def hide(site, block, y, x):
+      return (y.at[..., :config.vpt.prompts].set(-1e9)
+              if site == "scores" else y)
+    got = tuned.features(new, split.images, selection, extra_tap=hide)
+    np.testing.assert_allclose(
+        got, small.features(params, split.images, {}), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, key, value, message", [
+    ("adapter", "adapter.placement", "serial", "unknown adapter.placement"),
+    ("adapter", "adapter.activation", "rulu", "did you mean relu"),
+    ("adapter", "adapter.width", 0, "config.adapter.width is 0"),
+    ("lora", "lora.sites", ("qkv",), "unknown lora.sites 'qkv'"),
+    ("lora", "lora.rank", 0, "rank of 1 or more"),
+    ("vpt_deep", "vpt.prompts", 0, "1 or more"),
+    ("ssf", "ssf.spread", -1.0, "config.ssf.spread is -1"),
+    ("sct", "sct.position", "stream", "unknown sct.position"),
+    ("sct", "k", 17, "among the 16 channels"),
+    ("ttc", "tune", "row", "did you mean rows"),
+])
+def test_a_wrong_option_is_one_sentence(config, vit, name, key, value, message):
+  section, _, key = key.rpartition(".")
+  (config[section] if section else config)[key] = value
+  with pytest.raises(UserError, match=message):
+    methods.load(name, config, vit)
+
+
+def test_rows_need_a_linear_layer(config, vit):
+  config.tune, config.position = "rows", "stream_mlp"
+  with pytest.raises(UserError, match="the residual stream"):
+    methods.load("ttc", config, vit)

@@ -1,0 +1,65 @@
+"""LoRA (Hu et al., 2022, Sec. 4.1): W + (alpha / r) B A on linear layers.
+
+The published layers are q and v; here any of q, k, v, proj, fc1, fc2.
+"""
+import functools
+
+import numpy as np
+
+from ttc_jax import trees
+from ttc_jax.errors import UserError, check_known
+from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options, uniform
+
+OPTIONS = ("lora",)
+SITES = ("q", "k", "v", "proj", "fc1", "fc2")
+
+
+def low_rank(p, y, x):
+  """y + s (x a) b; b starts at 0, so the model starts unchanged."""
+  change = (x @ p["a"].astype(y.dtype)) @ p["b"].astype(y.dtype)
+  return y + p["scale"].astype(y.dtype) * change
+
+
+def init(rng, layer, rank):
+  """As Microsoft's loralib: a uniform within 1 / sqrt(D_in), b 0."""
+  return {"a": uniform(rng, layer.inputs ** -0.5, (layer.inputs, rank)),
+          "b": np.zeros((rank, layer.width), np.float32)}
+
+
+def prepare(context, *, sites, rank, alpha):
+  rng = np.random.default_rng(context.seed)
+  layers = context.model.backbone.sites
+  adapter = {s: {str(i): init(rng, layer, rank)
+                 for i, layer in enumerate(layers[s])} for s in sites}
+  selection = {s: {i: {"scale": np.float32(alpha / rank)} for i in blocks}
+               for s, blocks in adapter.items()}
+  return adapter, selection
+
+
+def merge(params, selection, backbone):
+  """W' = W + s a b, exactly."""
+  flat = dict(trees.flatten(params["backbone"]))
+  for site, blocks in params["adapter"].items():
+    for block, p in blocks.items():
+      name = f"{backbone.sites[site][int(block)].path}/kernel"
+      change = np.asarray(p["a"], np.float64) @ np.asarray(p["b"], np.float64)
+      scale = np.asarray(selection[site][block]["scale"])
+      value = np.asarray(flat[name], np.float64)
+      flat[name] = (value + scale * change.reshape(value.shape)
+                    ).astype(np.float32)
+  return trees.unflatten(flat)
+
+
+def make(config, backbone) -> Method:
+  del backbone
+  c = config.lora
+  for site in c.sites:
+    check_known("lora.sites", site, SITES)
+  if c.rank < 1 or not c.sites:
+    raise UserError(f"config.lora has rank {c.rank} and sites {c.sites}; give "
+                    "a rank of 1 or more and at least one site")
+  return Method(
+      (Stage("lora", TUNE_ADAPTER, functools.partial(
+          prepare, sites=tuple(c.sites), rank=c.rank, alpha=c.alpha)),),
+      options=options(config, OPTIONS),
+      handlers=tuple((site, low_rank) for site in c.sites), merge=merge)

@@ -1,0 +1,89 @@
+"""VPT-Shallow (Jia et al., 2022, Eq. 4): prompts among the tokens that enter.
+
+They stand after [CLS], or first where there is none; the mean of a model that
+pools by it leaves them out.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttc_jax.errors import UserError
+from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options, uniform
+
+OPTIONS = ("vpt",)
+
+
+def prompts(p, y):
+  """(P, D) -> (B, P, D), some entries dropped in training."""
+  x = p["prompts"].astype(y.dtype)
+  if "key" in p:
+    keep = 1 - p["dropout"]
+    kept = jax.random.bernoulli(p["key"], keep, x.shape)
+    x = jnp.where(kept, x / keep, 0).astype(y.dtype)
+  return jnp.broadcast_to(x, (y.shape[0], *x.shape))
+
+
+# Cached, since compiled functions are found by their handlers.
+@functools.cache
+def insert(first: int):
+  """The handler that puts prompts before token number `first`."""
+  def handler(p, y, x):
+    del x
+    return jnp.concatenate([y[:, :first], prompts(p, y), y[:, first:]], 1)
+  return handler
+
+
+def leave_out(p, y, x):
+  """Only the tokens that the pooling is to see."""
+  del x
+  return y[:, p["keep"]]
+
+
+def init(rng, backbone, count):
+  """Uniform within sqrt(6 / (3 p^2 + D)), as KMnP/vpt."""
+  layer = backbone.sites["embedding"][0]
+  bound = (6 / (layer.inputs + layer.width)) ** 0.5
+  return {"prompts": uniform(rng, bound, (count, layer.width))}
+
+
+def last_site(backbone) -> tuple[str, str]:
+  """(site, block) of what the pooling reads."""
+  return (("norm", "0") if backbone.norms["norm"]
+          else ("block", str(backbone.depth - 1)))
+
+
+def pooling(backbone, count):
+  """The selection that keeps prompts out of a mean."""
+  if backbone.pool == "cls":
+    return {}
+  patches = (backbone.image_size // backbone.patch) ** 2
+  site, block = last_site(backbone)
+  return {site: {block: {"keep": np.arange(count, count + patches)}}}
+
+
+def prepare(context, *, count, dropout):
+  backbone, rng = context.model.backbone, np.random.default_rng(context.seed)
+  adapter = {"tokens": {"0": init(rng, backbone, count)}}
+  selection = {"tokens": {"0": {"dropout": np.float32(dropout)}}}
+  return adapter, selection | pooling(backbone, count)
+
+
+def check(config):
+  c = config.vpt
+  if c.prompts < 1 or not 0 <= c.dropout < 1:
+    raise UserError(f"config.vpt has {c.prompts} prompts and dropout "
+                    f"{c.dropout}; give 1 or more, and 0 to below 1")
+
+
+def make(config, backbone) -> Method:
+  check(config)
+  first = int(backbone.pool == "cls")
+  return Method(
+      (Stage("vpt", TUNE_ADAPTER, functools.partial(
+          prepare, count=config.vpt.prompts, dropout=config.vpt.dropout)),),
+      options=options(config, OPTIONS),
+      handlers=(("tokens", insert(first)),
+                (last_site(backbone)[0], leave_out)),
+      cannot_merge="prompts are tokens, not weights")
