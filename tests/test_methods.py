@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import DEPTH, WIDTH, numpy_tree, random_adapter
 from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
-from ttc_jax.jobs import tuned_rules
+from ttc_jax.methods import tuned_rules
 from ttc_jax.methods import adapter, layernorm, lora, sct, ssf, ttc
 from ttc_jax.methods import vpt_deep, vpt_shallow
 from ttc_jax.model import Model, init_head

@@ -26,8 +26,8 @@ def make_job(config, model, split, name="ttc", **changes):
   method = methods.load(name, config, model.backbone)
   job = train.Job(
       identity={"test": name}, model=model, method=method, plan=PLAN,
-      train=split, val=split, classes=CLASSES, seed=0, epochs=2,
-      warmup_epochs=1.0, lr=1e-2, weight_decay=0.1, eval_every=1,
+      train=split, val=split, holdout=(split, split), classes=CLASSES, seed=0,
+      epochs=2, warmup_epochs=1.0, lr=1e-2, weight_decay=0.1, eval_every=1,
       save_seconds=1e9, report=ignore)
   return job._replace(**changes)
 
@@ -46,7 +46,7 @@ def run(job, params, directory):
     ("full", r".*"),
     ("bias", r"head/.*|.*/bias"),
     *((name, r"head/.*|adapter/.*") for name in (
-        "adapter", "lora", "vpt_shallow", "vpt_deep", "ssf", "sct")),
+        "adapter", "lora", "vpt_shallow", "vpt_deep", "ssf", "sct", "noah")),
 ])
 def test_frozen_leaves_keep_their_bits_and_tuned_ones_move(
     config, model, params, split, tmp_path, name, moved):

@@ -6,7 +6,7 @@ import pytest
 
 from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
-from ttc_jax.jobs import tuned_rules
+from ttc_jax.methods import tuned_rules
 from ttc_jax.methods import ttc
 from tests.conftest import DEPTH, WIDTH, numpy_tree, random_adapter
 

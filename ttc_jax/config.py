@@ -78,7 +78,13 @@ def default() -> ml_collections.ConfigDict:
   c.vpt = ml_collections.ConfigDict(dict(prompts=10, dropout=0.1))
   c.ssf = ml_collections.ConfigDict(dict(spread=0.02))  # around 1 and 0
   c.sct = ml_collections.ConfigDict(dict(
-      position="attention", scale_on_x=False))          # or mlp, qv
+      position="attention",               # or mlp, qv
+      score="class_l2", scale_on_x=False))
+  c.noah = ml_collections.ConfigDict(dict(
+      prompts=(0, 5, 10), rank=(0, 4, 8), width=(0, 4, 8),  # sizes of a block
+      budget=0,                          # parameters; 0: half of the largest
+      population=50, generations=15, parents=10,
+      mutations=25, crossovers=25, mutation_rate=0.2))
 
   c.eval_every = 5            # epochs between validations
   c.save_seconds = 30.0       # least time between two saves within a stage

@@ -179,6 +179,13 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
   data = tasks.Split(np.ascontiguousarray(data.images[:]), data.labels)
   if final:
     task.split("test")
+  method = methods.load(c.method, c, base.backbone)
+  val = None if final else _split(task, "val200", c.limit)
+  holdout = None
+  if any(stage.holdout for stage in method.stages):
+    part = _split(task, "train800", c.limit)
+    holdout = (tasks.Split(np.ascontiguousarray(part.images[:]), part.labels),
+               _split(task, "val200", c.limit))
   # The method's own options enter with the stage that first uses them.
   own = methods.option_keys() | {"method"}
   identity = run.identity | {
@@ -189,20 +196,13 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
   return train.Job(
       identity=identity,
       model=Model(base.backbone, c.normalisation),
-      method=methods.load(c.method, c, base.backbone),
+      method=method,
       plan=train.Plan(c.batch_size, c.label_smoothing, c.flip,
                       c.smallest_crop, c.decay_all),
-      train=data, val=None if final else _split(task, "val200", c.limit),
+      train=data, val=val, holdout=holdout,
       classes=len(task.classes), seed=run.seed, epochs=c.epochs,
       warmup_epochs=c.warmup_epochs, lr=c.lr, weight_decay=c.weight_decay,
       eval_every=c.eval_every, save_seconds=c.save_seconds, report=report)
-
-
-def tuned_rules(method: methods.Method) -> trees.Rules:
-  """Rules for the leaves that any stage tunes: what is counted and saved."""
-  union = tuple(rule for stage in method.stages for rule in stage.rules
-                if rule[1] == "tune")
-  return (*dict.fromkeys(union), optim.FREEZE)
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
@@ -215,7 +215,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
     val = outcome.history[-1]["val_top1"]
   else:
     test, count, seconds_test = _test(run, task, outcome)
-  rules = tuned_rules(job.method)
+  rules = methods.tuned_rules(job.method)
   tuned, _ = trees.split(params, trees.label(params, rules), "tune")
   tuned = parallel.unreplicate(tuned)
   counts = optim.counts(tuned)

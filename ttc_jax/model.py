@@ -1,4 +1,5 @@
 """A backbone with its taps bound, the normalisation before, a head after."""
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,11 +20,13 @@ class Model(NamedTuple):
     normalisation: "half", "imagenet" or "none".
     handlers: ((site, handler), ...) of the method.
     start: the block to begin with; above 0 the inputs are its tokens.
+    sample: `(selection, key) -> selection` of a training step, or None.
   """
   backbone: nn.Module | None
   normalisation: str
   handlers: tuple = ()
   start: int = 0
+  sample: Callable | None = None
 
   def features(self, params: Params, images: jax.Array, selection: Params,
                mask: Params | None = None, key: jax.Array | None = None,
@@ -34,6 +37,8 @@ class Model(NamedTuple):
     """
     if self.backbone is None:
       return images
+    if self.sample is not None and key is not None:
+      selection = self.sample(selection, key)
     tap = taps.bind(dict(self.handlers), params["adapter"], selection, key)
     if extra_tap is not None:
       tap = taps.chain(tap, extra_tap)

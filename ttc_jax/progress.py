@@ -30,13 +30,15 @@ class Progress:
     self._records.append({"stage": stage, **record})
     files.write_text(self._path, "".join(
         json.dumps(r) + "\n" for r in self._records))
-    values = {"loss": f"{record['loss']:.3f}",
-              "images/s": f"{record['images_per_second']:.0f}"}
+    values = {}
+    if "loss" in record:
+      values = {"loss": f"{record['loss']:.3f}",
+                "images/s": f"{record['images_per_second']:.0f}"}
     if "val_top1" in record:
       values["val"] = f"{record['val_top1']:.1f}"
     self._bar.set_description(f"{stage} {epoch}/{epochs}", refresh=False)
     self._bar.set_postfix(values, refresh=False)
-    self._bar.update()
+    self._bar.update("loss" in record)  # what precedes a stage is no epoch
     self._bar.refresh()
 
   def __enter__(self):

@@ -140,6 +140,7 @@ class Job(NamedTuple):
     identity: JSON of all that decides the result, for the stages' names.
     model: without handlers.
     val: None where the validation images are trained on.
+    holdout: train800 and val200, where a stage must not see the latter.
     report: called as `report(stage, epoch, epochs, record)` after each epoch.
   """
   identity: dict[str, Any]
@@ -148,6 +149,7 @@ class Job(NamedTuple):
   plan: Plan
   train: Split
   val: Split | None
+  holdout: tuple[Split, Split] | None
   classes: int
   seed: int
   epochs: int
@@ -225,23 +227,23 @@ class _Progress(NamedTuple):
 def _run_stage(job, index, stage, state, store):
   """Returns (state, records of the epochs, clock)."""
   begin = time.perf_counter()
-  saved = store.load()
-  state = _prepare(job, stage, state, saved)
+  saved, log = store.load(), []
+  state = _prepare(job, stage, state, saved, store.path, log)
   for record in saved.meta["records"] if saved else ():
-    job.report(stage.name, record["epoch"], job.epochs, record)
+    _report(job, stage, record)
   if saved and saved.epoch == job.epochs:
     return state, saved.meta["records"], _Clock(*saved.meta["clock"])
   inputs = _inputs(job, stage, state)
   names = trees.label(inputs.params, stage.rules)
   tuned, frozen = trees.split(inputs.params, names, "tune")
-  now = _start(stage, tuned, frozen, saved, time.perf_counter() - begin)
+  now = _start(stage, tuned, frozen, saved, time.perf_counter() - begin, log)
   fixed = _fixed(job, index)
   last_save = time.perf_counter()
   for epoch in range(saved.epoch if saved else 0, job.epochs):
     now, losses = _epoch(job, stage, inputs, frozen, fixed, epoch, now)
     _check_finite(job, stage, epoch, losses, store)
     now = _record(job, inputs, frozen, epoch + 1, losses, now)
-    job.report(stage.name, epoch + 1, job.epochs, now.records[-1])
+    _report(job, stage, now.records[-1])
     last = epoch + 1 == job.epochs
     if last or time.perf_counter() - last_save >= job.save_seconds:
       store.save(_saved(epoch + 1, state.selection, now, last))
@@ -250,10 +252,20 @@ def _run_stage(job, index, stage, state, store):
   return State(params, state.selection), now.records, now.clock
 
 
-def _start(stage, tuned, frozen, saved, seconds):
+def _report(job, stage, record):
+  """Of an epoch, or of what a `prepare` logged under a name of its own."""
+  job.report(record.get("stage", stage.name), record["epoch"],
+             record.get("epochs", job.epochs), record)
+
+
+def _train_split(job, stage):
+  return job.holdout[0] if stage.holdout else job.train
+
+
+def _start(stage, tuned, frozen, saved, seconds, log):
   opt_state = _make_init_fn(stage.rules)(tuned, frozen)
   # The epoch donates its inputs; the base weights must survive it.
-  now = _Progress(jax.tree.map(jnp.copy, tuned), opt_state, [],
+  now = _Progress(jax.tree.map(jnp.copy, tuned), opt_state, log,
                   _Clock(prepare_seconds=seconds))
   if not saved:
     return now
@@ -267,7 +279,8 @@ def _start(stage, tuned, frozen, saved, seconds):
 
 def _fixed(job, index):
   """The hyper-parameters and the key of a stage, on every device."""
-  steps = len(job.train.labels) // job.plan.batch_size
+  split = _train_split(job, job.method.stages[index])
+  steps = len(split.labels) // job.plan.batch_size
   hyper = Hyper(np.float32(job.lr), np.float32(job.weight_decay),
                 np.int32(round(job.warmup_epochs * steps)),
                 np.int32(job.epochs * steps))
@@ -326,7 +339,7 @@ def _saved(done, selection, now, finished):
       "records": now.records, "clock": list(now.clock)})
 
 
-def _prepare(job, stage, state, saved):
+def _prepare(job, stage, state, saved, directory, log):
   """The state that the stage starts from."""
   if saved:
     arrays = {k: parallel.replicate(trees.unflatten(v) if k == "selection"
@@ -336,9 +349,13 @@ def _prepare(job, stage, state, saved):
                  arrays["selection"])
   if not stage.prepare:
     return state
+  def keep(record):
+    log.append(record)
+    _report(job, stage, record)
   adapter, selection = stage.prepare(Context(
       _with_handlers(job, state), state.params, state.selection,
-      job.train.images, job.train.labels, job.seed))
+      job.train.images, job.train.labels, job.seed,
+      job.holdout and job.holdout[1], directory, keep))
   params = {**state.params, "adapter": parallel.replicate(adapter)}
   return State(params, parallel.replicate(selection))
 
@@ -352,8 +369,9 @@ def _inputs(job, stage, state):
   model, params, selection = _with_handlers(job, state), *state
   start = frozen_blocks(model.backbone, params, stage.rules)
   random = (job.plan.flip or job.plan.smallest_crop < 1
-            or model.backbone.drop_path > 0)
-  train, val = job.train, job.val
+            or model.backbone.drop_path > 0 or stage.sample)
+  model = model._replace(sample=stage.sample)
+  train, val = _train_split(job, stage), job.val
   if start and not random and _fits(model, params, selection, start, train):
     def cached(split):
       return split and Split(evaluate.inputs(

@@ -15,16 +15,27 @@ from ttc_jax import trees
 from ttc_jax.errors import check_known
 from ttc_jax.model import Model
 from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
+from ttc_jax.tasks import Split
 
 
 class Context(NamedTuple):
-  """What a stage may look at before it starts."""
+  """What a stage may look at before it starts.
+
+  Attributes:
+    images, labels: what the run trains on.
+    val: the Split val200, for methods that hold it out.
+    directory: path of the stage's states; beside it a file may be kept.
+    log: takes records for the learning curve.
+  """
   model: Model
   params: trees.Tree
   selection: trees.Tree
   images: np.ndarray
   labels: np.ndarray
   seed: int
+  val: Split | None = None
+  directory: str = ""
+  log: Callable[[dict[str, Any]], None] = lambda record: None
 
 
 class Stage(NamedTuple):
@@ -32,10 +43,14 @@ class Stage(NamedTuple):
 
   Attributes:
     prepare: `(context) -> (adapter, selection)` before the stage, or None.
+    holdout: trains on train800 alone, whatever the protocol.
+    sample: `(selection, key) -> selection` of a training step, or None.
   """
   name: str
   rules: trees.Rules
   prepare: Callable[[Context], tuple[trees.Tree, trees.Tree]] | None = None
+  holdout: bool = False
+  sample: Callable | None = None
 
 
 # Runs share a stage that is the same in name, rules and all before it.
@@ -58,6 +73,13 @@ class Method(NamedTuple):
   handlers: tuple = ()
   merge: Callable | None = None
   cannot_merge: str = ""
+
+
+def tuned_rules(method: Method) -> trees.Rules:
+  """Rules for the leaves that any stage tunes: what is counted and saved."""
+  union = tuple(rule for stage in method.stages for rule in stage.rules
+                if rule[1] == "tune")
+  return (*dict.fromkeys(union), FREEZE)
 
 
 def names() -> tuple[str, ...]:

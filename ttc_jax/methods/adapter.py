@@ -1,4 +1,6 @@
-"""Adapters: a bottleneck beside or after a sublayer.
+"""Adapter (AdaptFormer, Chen et al., 2022): a bottleneck beside the MLP.
+
+Or after a sublayer:
 
   houlsby   after MHSA and after the MLP (Houlsby et al., 2019, Fig. 2)
   pfeiffer  after the MLP (Pfeiffer et al., 2021)
@@ -18,7 +20,9 @@ from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options, uniform
 OPTIONS = ("adapter",)
 PLACEMENTS = {"houlsby": ("proj", "fc2"), "pfeiffer": ("fc2",),
               "parallel": ("mlp",)}
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+ACTIVATIONS = {
+    "relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
 
 
 def bottleneck(p, x, activation):

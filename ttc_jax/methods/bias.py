@@ -1,6 +1,6 @@
-"""Bias tuning: every bias, those of the norms included, and the head.
+"""Bias (BitFit, Ben Zaken et al., 2022): every bias, and the head.
 
-BitFit (Ben Zaken et al., 2022, arXiv 2106.10199).
+Those of the norms included.
 """
 from ttc_jax.methods import Method, Stage
 from ttc_jax.optim import FREEZE, HEAD

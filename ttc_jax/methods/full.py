@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter."""
+"""Full (the usual fine-tuning): every parameter."""
 from ttc_jax.methods import Method, Stage
 
 

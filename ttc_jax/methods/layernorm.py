@@ -1,4 +1,4 @@
-"""LayerNorm tuning: TTC's stage 1 alone (Sec. 3.1, Eq. 4).
+"""LayerNorm (Zhao et al., 2023, Eq. 4): TTC's stage 1 alone.
 
 Scale and shift of every LayerNorm, and the head.
 """

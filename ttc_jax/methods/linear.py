@@ -1,4 +1,4 @@
-"""Linear probing: the head alone, on frozen features."""
+"""Linear (the usual probe): the head alone, on frozen features."""
 from ttc_jax.methods import TUNE_HEAD, Method
 
 

@@ -1,4 +1,4 @@
-"""SCT (Zhao et al., 2023, arXiv 2309.08513): salient channels, one stage.
+"""SCT (Zhao et al., 2023, arXiv 2309.08513): a K x K map on salient channels.
 
 The K channels of the largest norm, on the model as it was pretrained, get a
 K x K linear map with a bias. (TTC aligns the norms first and scores by the
@@ -27,10 +27,14 @@ def adapt_scaled(p, y, x):
   return y.at[..., c].set(scale * y[..., c] + change)
 
 
-def prepare(context, *, sites, k, scale):
+def prepare(context, *, sites, score, k, scale):
+  # SCT's own score is of any feature map; the others are of linear layers.
+  scored = sites if score == "class_l2" else tuple(
+      ttc.SCORED_AT.get(s, s) for s in sites)
   scores = importance.score(
-      "class_l2", context.model, context.params, context.selection,
-      context.images, context.labels, sites, context.seed)
+      score, context.model, context.params, context.selection,
+      context.images, context.labels, scored, context.seed)
+  scores = {s: scores[at] for s, at in zip(sites, scored)}
   adapter = {s: {str(i): {"kernel": np.zeros((k, k), np.float32),
                           "bias": np.zeros(k, np.float32)}
                  for i in range(len(scores[s]))} for s in sites}
@@ -57,6 +61,7 @@ def merge_scaled(params, selection, backbone):
 def make(config, backbone) -> Method:
   c = config.sct
   check_known("sct.position", c.position, POSITIONS)
+  check_known("sct.score", c.score, importance.SCORES)
   sites = POSITIONS[c.position]
   width = min(layer.width for layer in backbone.sites["fc2"])
   if not 1 <= config.k <= width:
@@ -66,7 +71,8 @@ def make(config, backbone) -> Method:
   exact = merge_scaled if c.scale_on_x else ttc.merge
   return Method(
       (Stage("sct", TUNE_ADAPTER, functools.partial(
-          prepare, sites=sites, k=config.k, scale=config.scale)),),
+          prepare, sites=sites, score=c.score, k=config.k,
+          scale=config.scale)),),
       options=options(config, OPTIONS),
       handlers=tuple((s, adapt_scaled if c.scale_on_x else ttc.adapt)
                      for s in sites),

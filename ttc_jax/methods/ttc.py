@@ -1,4 +1,5 @@
-"""TTC-Tuning (Zhao et al., 2023, arXiv 2303.07910).
+"""TTC (Zhao et al., 2023, arXiv 2303.07910): align the norms, then adapt the
+channels that matter to the task.
 
 Stage 1 aligns the backbone to the task: the LayerNorms and the head (Eq. 4).
 In between, the Taylor score picks the K channels that matter (Eq. 6-10).

@@ -1,4 +1,4 @@
-"""VPT-Shallow (Jia et al., 2022, Eq. 4): prompts among the tokens that enter.
+"""VPT-Shallow (Jia et al., 2022, Eq. 4): prompts beside the tokens that enter.
 
 They stand after [CLS], or first where there is none; the mean of a model that
 pools by it leaves them out.
@@ -18,7 +18,7 @@ OPTIONS = ("vpt",)
 def prompts(p, y):
   """(P, D) -> (B, P, D), some entries dropped in training."""
   x = p["prompts"].astype(y.dtype)
-  if "key" in p:
+  if "key" in p and "dropout" in p:
     keep = 1 - p["dropout"]
     kept = jax.random.bernoulli(p["key"], keep, x.shape)
     x = jnp.where(kept, x / keep, 0).astype(y.dtype)
@@ -56,7 +56,7 @@ def last_site(backbone) -> tuple[str, str]:
 
 def pooling(backbone, count):
   """The selection that keeps prompts out of a mean."""
-  if backbone.pool == "cls":
+  if backbone.pool == "cls" or not count:
     return {}
   patches = (backbone.image_size // backbone.patch) ** 2
   site, block = last_site(backbone)
