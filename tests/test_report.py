@@ -35,6 +35,23 @@ def test_table_by_hand():
   assert cells(linear)[:6] == ["linear", "40.0", "-", "-", "-", "-"]
 
 
+def test_costs_by_hand():
+  more = dict(flops=3e6, flops_merged=2e6, images_per_second=10.0,
+              test_images_per_second=20.0, step_memory_bytes=2 ** 21,
+              bundle_bytes=4096)
+  rows = [row("a", "ttc", 0, 50.0, **more), row("b", "ttc", 0, 60.0, **more),
+          row("a", "ttc", 1, 52.0, **{**more, "bundle_bytes": 8192}),
+          row("b", "ttc", 1, 62.0, **{**more, "images_per_second": 30.0}),
+          row("a", "ttc", 2, 99.0, **more)]  # of a seed that lacks a task
+  _, _, line = report.costs(rows).split("\n")
+  # Means over tasks: 55 and 57.
+  assert cells(line) == ["ttc", "56.0 ± 1.4", "1,000", "20", "5", "3", "2",
+                         "14", "20", "2", "8"]
+  for r in rows:
+    r["step_memory_bytes"] = None
+  assert cells(report.costs(rows).split("\n")[2])[-2] == "-"
+
+
 def test_no_row_is_an_error():
   with pytest.raises(UserError, match="no finished run"):
     report.table([row("a", "ttc", 0, 1.0)], "val")

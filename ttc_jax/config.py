@@ -14,7 +14,7 @@ PROTOCOLS = ("val", "final", "select")
 # Loaded once for all variants.
 SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "dtype",
           "matmul_precision", "drop_path", "image_size", "resample", "cache",
-          "cache_gib")
+          "cache_gib", "plots")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -89,6 +89,7 @@ def default() -> ml_collections.ConfigDict:
   c.eval_every = 5            # epochs between validations
   c.save_seconds = 30.0       # least time between two saves within a stage
   c.limit = 0                 # images of each split, 0: all
+  c.plots = False             # accuracy against parameters, beside the table
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
   c.cache_gib = 8.0           # larger splits are decoded as they stream
   return c

@@ -38,6 +38,12 @@ def features(model: Model, params: trees.Tree, selection: trees.Tree,
   return _over("features", model, params, selection, images, batch_size)
 
 
+def compile_for(model: Model, params: trees.Tree, selection: trees.Tree,
+                images: np.ndarray, batch_size: int = 256) -> None:
+  """Runs a first batch, so that what is timed next compiles nothing."""
+  logits(model, params, selection, images[:batch_size], batch_size)
+
+
 def inputs(model: Model, params: trees.Tree, selection: trees.Tree,
            images: np.ndarray, block: int,
            batch_size: int = 256) -> np.ndarray:

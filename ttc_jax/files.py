@@ -20,6 +20,12 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     raise
 
 
+def size(path: str) -> int:
+  """Bytes of the files in a folder."""
+  return sum(os.path.getsize(os.path.join(folder, name))
+             for folder, _, names in os.walk(path) for name in names)
+
+
 def write_text(path: str, text: str) -> None:
   """Writes a UTF-8 text file."""
   with replacing(path) as file:

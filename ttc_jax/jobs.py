@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from ttc_jax import backbones, checkpoint, evaluate, methods, optim, parallel
-from ttc_jax import tasks, train, trees
+from ttc_jax import backbones, checkpoint, cost, evaluate, files, methods
+from ttc_jax import optim, parallel, tasks, train, trees
 from ttc_jax.backbones import sources
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
@@ -26,7 +26,7 @@ from ttc_jax.tasks.images import NORMALISATIONS
 # Keys that choose which runs there are or where things lie, but change no
 # run's result.
 _PLACES = ("tasks", "data", "seeds", "variants", "grid", "weights", "cache",
-           "cache_gib", "save_seconds", "protocol")
+           "cache_gib", "save_seconds", "protocol", "plots")
 
 
 class Run(NamedTuple):
@@ -238,26 +238,42 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
       **{f"{part}_params": n for part, n in counts.items()},
       "seconds_train": outcome.seconds, "seconds_test": seconds_test,
       "images_per_second": outcome.images_per_second,
+      "test_images_per_second": seconds_test and count / seconds_test,
+      "step_memory_bytes": outcome.memory_bytes or None,
+      **_flops(job, outcome),
       "compile_seconds": outcome.compile_seconds,
       "device": f"{len(parallel.devices())} x "
                 f"{parallel.devices()[0].device_kind}",
       "versions": versions(), "run": run.name,
   }
-  checkpoint.save_bundle(f"{directory}/bundle", checkpoint.Bundle(
+  checkpoint.save_bundle(bundle := f"{directory}/bundle", checkpoint.Bundle(
       trees.flatten(tuned),
       trees.flatten(parallel.unreplicate(outcome.state.selection)),
       row | {"classes": list(task.classes), "resample": c.resample,
              "weights_source": _source(c.weights),
              "fields": base.backbone.fields}))
-  return row
+  return row | {"bundle_bytes": files.size(bundle)}
 
 
 def _test(run, task, outcome):
   split = _split(task, "test", run.config.limit)
+  evaluate.compile_for(outcome.model, outcome.state.params,
+                       outcome.state.selection, split.images)
   begin = time.perf_counter()
   top1 = evaluate.top1(outcome.model, outcome.state.params,
                        outcome.state.selection, *split)
   return top1, len(split.labels), time.perf_counter() - begin
+
+
+def _flops(job, outcome):
+  """Of one image at inference, with the adapter and, if it can be, merged."""
+  params, selection = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+      (outcome.state.params, outcome.state.selection))
+  tuned = cost.flops(outcome.model, params, selection)
+  merged = tuned if job.method.cannot_merge else cost.flops(
+      job.model, params | {"adapter": {}}, {})
+  return {"flops": tuned, "flops_merged": merged}
 
 
 def _source(weights: str) -> str:

@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
-         "save_seconds")
+         "save_seconds", "plots")
 
 
 def open_workdir(config, weights_sha256: str, path: str) -> int:
@@ -152,6 +152,8 @@ def main(argv) -> int:
     raise UserError(f"unexpected argument {argv[1]!r}; after --config=FILE: "
                     "there must be no blanks")
   config = _CONFIG.value
+  if config.plots:
+    from ttc_jax import plots  # an extra; missed before the long work
   workdir = _WORKDIR.value or default_workdir(
       config, flags.FLAGS["config"].config_filename)
   session = Session(config, workdir)
@@ -160,6 +162,9 @@ def main(argv) -> int:
   rows = list(session.done.values())
   if rows:
     text = report.summary(rows)
+    if config.plots:
+      for file in plots.write(rows, workdir):
+        print(f"plot: {file}")
     files.write_text(os.path.join(workdir, "results.md"), text)
     print(f"\n{text}\nRows, bundles and curves: {workdir}")
   for failure in session.failed:

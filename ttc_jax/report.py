@@ -79,6 +79,45 @@ def table(rows: Sequence[Row], protocol: str) -> str:
   return _align(lines)
 
 
+def costs(rows: Sequence[Row]) -> str:
+  """The Markdown table of what the variants of final runs cost.
+
+  Tuned parameters; FLOPs of an image at inference, after merging where that
+  is exact; images/s; memory of a training step; size of a bundle. Over tasks
+  and seeds the mean, but of memory and size the largest.
+  """
+  lines = [["", "mean", "module", "norm", "head", "MFLOPs", "merged",
+            "train images/s", "test images/s", "step MiB", "bundle KiB"]]
+  for variant in dict.fromkeys(r["variant"] for r in rows):
+    mine = [r for r in rows if r["variant"] == variant]
+
+    def mean(key, unit=1.0, form=",.0f", rows=mine):
+      return f"{np.mean([r[key] for r in rows]) / unit:{form}}"
+
+    def largest(key, unit, rows=mine):
+      known = [r[key] for r in rows if r[key]]
+      return f"{max(known) / unit:,.0f}" if known else "-"
+    lines.append([
+        variant, _cell(by_seed(mine)),
+        *(_range(r[f"{part}_params"] for r in mine)
+          for part in ("module", "norm", "head")),
+        mean("flops", 1e6), mean("flops_merged", 1e6),
+        mean("images_per_second"), mean("test_images_per_second"),
+        largest("step_memory_bytes", 2 ** 20), largest("bundle_bytes", 1024)])
+  return _align(lines)
+
+
+def by_seed(rows: Sequence[Row]) -> list[float]:
+  """The mean over tasks of the test accuracy, for each seed; only seeds that
+  have every task."""
+  tasks = {r["task"] for r in rows}
+  scores = {}
+  for r in rows:
+    scores.setdefault(r["seed"], {})[r["task"]] = r["test_top1"]
+  return [float(np.mean(list(s.values()))) for s in scores.values()
+          if len(s) == len(tasks)]
+
+
 def _cell(scores):
   if not scores:
     return "-"
@@ -121,6 +160,9 @@ def summary(rows: Sequence[Row]) -> str:
     # Of several settings tried on val200, the table shows the best of each.
     shown = best(mine) if protocol == "val" else mine
     parts.append(f"{what}.\n\n{table(shown, protocol)}\n")
+    if protocol == "final" and len({r["variant"] for r in mine}) > 1:
+      parts.append("What they cost: MFLOPs of an image at inference, then "
+                   f"after merging where that is exact.\n\n{costs(mine)}\n")
     if protocol == "val":
       parts[-1] += "\nThe best setting of each, see results.jsonl for all.\n"
   first = rows[0]

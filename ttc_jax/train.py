@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttc_jax import augment, checkpoint, evaluate, optim, parallel, trees
+from ttc_jax import augment, checkpoint, cost, evaluate, optim, parallel
+from ttc_jax import trees
 from ttc_jax.errors import RunError
 from ttc_jax.methods import Context, Method
 from ttc_jax.model import Model, init_head
@@ -46,6 +47,7 @@ class Outcome(NamedTuple):
   seconds: float
   compile_seconds: float
   images_per_second: float
+  memory_bytes: int  # of a step, on a device; 0 where nobody says
 
 
 def loss_fn(params, model, plan, selection, images, labels, key):
@@ -187,7 +189,7 @@ def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
     total = total.plus(clock)
   return Outcome(state, _with_handlers(job, state), history,
                  total.prepare_seconds + total.seconds, total.compile_seconds,
-                 total.images / total.seconds)
+                 total.images / total.seconds, total.memory_bytes)
 
 
 class _Clock(NamedTuple):
@@ -196,9 +198,12 @@ class _Clock(NamedTuple):
   prepare_seconds: float = 0.0
   compile_seconds: float = 0.0
   images: int = 0
+  memory_bytes: int = 0
 
   def plus(self, other):
-    return _Clock(*(a + b for a, b in zip(self, other)))
+    sums = _Clock(*(a + b for a, b in zip(self, other)))
+    return sums._replace(
+        memory_bytes=max(self.memory_bytes, other.memory_bytes))
 
 
 def _with_handlers(job, state):
@@ -299,7 +304,7 @@ def _epoch(job, stage, inputs, frozen, fixed, epoch, now):
   losses = np.asarray(losses[0])
   clock = now.clock.plus(_Clock(
       time.perf_counter() - begin, 0.0, compile_seconds,
-      len(losses) * job.plan.batch_size))
+      len(losses) * job.plan.batch_size, cost.step_bytes(fn) or 0))
   return now._replace(tuned=tuned, opt_state=opt_state, clock=clock), losses
 
 

@@ -13,11 +13,6 @@ from ttc_jax import backbones, cli, config as config_lib, cost, methods
 from ttc_jax import optim, trees
 from ttc_jax.model import Model, init_head
 
-_BACKBONE = flags.DEFINE_string("backbone", "vit_b16", "name, as vit_s14")
-_SIZE = flags.DEFINE_integer("size", 224, "of the images, pixels a side")
-_CLASSES = flags.DEFINE_integer("classes", 100, "of the head", lower_bound=1)
-_JSON = flags.DEFINE_bool("json", False, "a list of objects, for machines")
-
 
 def described(name: str) -> tuple[str, str]:
   """(source, what it does): "Title (source): what it does." is how the
@@ -92,4 +87,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  _BACKBONE = flags.DEFINE_string("backbone", "vit_b16", "name, as vit_s14")
+  _SIZE = flags.DEFINE_integer("size", 224, "of the images, pixels a side")
+  _CLASSES = flags.DEFINE_integer("classes", 100, "of the head", lower_bound=1)
+  _JSON = flags.DEFINE_bool("json", False, "a list of objects, for machines")
   cli.run(main)

@@ -1,0 +1,58 @@
+"""Every method on the same tasks, tuned with the same effort.
+
+Equal work: methods of one stage train for as many epochs as those of two have
+together. Equal search: each tries the learning rates of one grid on val200
+(train on 800), the best one trains on 1000 and is tested once for each seed.
+Full tuning has a grid of its own, ten times lower.
+
+  python -m ttc_jax.main --config=configs/compare.py:\
+task=dtd10,rsscn7,data=DIR --workdir=DIR
+"""
+import os
+
+from ttc_jax.config import default, parse_arg, variants
+from ttc_jax.errors import check_known
+
+WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
+                       "vit_ti16_64.safetensors")
+GRID = (2e-3, 6e-3, 2e-2)
+
+
+def get_config(arg=None):
+  arg = parse_arg(
+      arg, task=("digits", "sprites_location"), data="", backbone="vit_ti16",
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="half",
+      epochs=4, method=())
+  config = default()
+  config.tasks, config.data = arg.task, arg.data
+  config.backbone, config.weights = arg.backbone, arg.weights
+  config.image_size, config.normalisation = arg.size, arg.normalisation
+  config.protocol, config.plots = "select", True
+  config.grid.lr = GRID
+  config.seeds = (0, 1, 2)
+  config.epochs, config.warmup_epochs = arg.epochs, 1.0
+  both = 2 * config.get_ref("epochs")
+
+  def one(method, **more):
+    return dict(method=method, epochs=both, **more)
+  everything = dict(
+      linear=dict(method="linear", epochs=100),
+      full=one("full", grid=dict(lr=tuple(lr / 10 for lr in GRID))),
+      bias=one("bias"),
+      layernorm=one("layernorm"),
+      adapter=one("adapter"),
+      lora=one("lora"),
+      vpt_shallow=one("vpt_shallow"),
+      vpt_deep=one("vpt_deep"),
+      ssf=one("ssf"),
+      sct=one("sct"),
+      noah=dict(method="noah", noah=dict(
+          population=16, generations=5, parents=4, mutations=8,
+          crossovers=4)),
+      ttc=dict(method="ttc"),
+      ttc_joint=one("ttc", stage1="none"),
+      ttc_random=dict(method="ttc", score="random"))
+  config.variants = variants(**{
+      name: everything[check_known("method", name, everything)]
+      for name in arg.method or everything})
+  return config

@@ -1,0 +1,48 @@
+"""Pictures show the rows that they are given, and nothing else."""
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+from tests.test_report import row
+from ttc_jax import plots
+
+
+def rows():
+  return [row(task, variant, seed, 50.0 + 10 * seed + i, run=f"{task}{i}{seed}",
+              module_params=10 ** (3 + i))
+          for task in "ab" for i, variant in enumerate(("linear", "noah"))
+          for seed in (0, 1)]
+
+
+def test_a_point_is_the_mean_over_tasks_with_the_deviation_over_seeds():
+  axes, = plots.accuracy_against_parameters(rows()).axes
+  one, two = axes.containers
+  assert one.get_label() == "linear" and two.get_label() == "noah"
+  for i, container in enumerate((one, two)):
+    line, _, (bar,) = container
+    np.testing.assert_allclose(
+        line.get_xydata(), [[10 ** (3 + i) + 25, 55.0 + i]])
+    low, high = bar.get_segments()[0][:, 1]
+    np.testing.assert_allclose((high - low) / 2, np.std([50, 60], ddof=1))
+
+
+def test_files_are_whole_and_the_same_for_the_same_rows(tmp_path):
+  folder = tmp_path / "runs" / "a10"
+  folder.mkdir(parents=True)
+  records = [{"stage": "supernet", "epoch": 1, "loss": 1.0},
+             *({"stage": "search", "epoch": i, "val_top1": 40.0 + i,
+                "mean_top1": 30.0} for i in (1, 2, 3))]
+  (folder / "metrics.jsonl").write_text(
+      "".join(json.dumps(r) + "\n" for r in records))
+  written = plots.write(rows(), str(tmp_path))
+  assert [p.rsplit("/", 1)[1] for p in written] == [
+      "accuracy.png", "accuracy.svg", "search.png", "search.svg"]
+  contents = [pathlib.Path(p).read_bytes() for p in written]
+  assert contents[0].startswith(b"\x89PNG") and b"</svg>" in contents[1]
+  assert plots.write(rows(), str(tmp_path)) == written
+  assert [pathlib.Path(p).read_bytes() for p in written] == contents
+  curve = plots.search({"a": records[1:]}).axes[0].lines[0]
+  np.testing.assert_array_equal(curve.get_xydata(), [[1, 41], [2, 42], [3, 43]])
