@@ -15,7 +15,7 @@ from ttc_jax.errors import check_known
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
-GRID = (2e-3, 6e-3, 2e-2)
+GRID = (6e-3, 2e-2)
 
 
 def get_config(arg=None):
