@@ -1,9 +1,11 @@
 """Every method on the same tasks, tuned with the same effort.
 
 Equal work: methods of one stage train for as many epochs as those of two have
-together. Equal search: each tries the learning rates of one grid on val200
-(train on 800), the best one trains on 1000 and is tested once for each seed.
-Full tuning has a grid of its own, ten times lower.
+together. (Two exceptions: Linear has 100 epochs, on cached features, and of
+NOAH's two stages the winner gets the second alone, after a search.) Equal
+search: each tries the learning rates of one grid on val200 (train on 800), the
+best one trains on 1000 and is tested once for each seed. Full tuning has a
+grid of its own, ten times lower.
 
   python -m ttc_jax.main --config=configs/compare.py:\
 task=dtd10,rsscn7,data=DIR --workdir=DIR
@@ -30,7 +32,7 @@ def get_config(arg=None):
   config.protocol, config.plots = "select", True
   config.grid.lr = GRID
   config.seeds = (0, 1, 2)
-  config.epochs, config.warmup_epochs = arg.epochs, 1.0
+  config.epochs, config.warmup_epochs = arg.epochs, min(1.0, arg.epochs / 2)
   both = 2 * config.get_ref("epochs")
 
   def one(method, **more):
@@ -51,6 +53,8 @@ def get_config(arg=None):
           crossovers=4)),
       ttc=dict(method="ttc"),
       ttc_joint=one("ttc", stage1="none"),
+      ttc_no_align=dict(method="ttc", stage1="linear", tune_norm=False),
+      ttc_rows=dict(method="ttc", tune="rows", position="mhsa"),
       ttc_random=dict(method="ttc", score="random"))
   config.variants = variants(**{
       name: everything[check_known("method", name, everything)]

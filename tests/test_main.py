@@ -13,7 +13,7 @@ from PIL import Image
 import pytest
 
 from ttc_jax import backbones, checkpoint, jobs, main, predict, trees
-from ttc_jax.backbones import weights as weights_lib
+from ttc_jax.backbones import vit as vit_lib, weights as weights_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.errors import UserError
 
@@ -274,6 +274,33 @@ def test_select_tests_the_setting_that_is_best_on_val200(
   best = max(val, key=lambda r: (r["val_top1"], -r["lr"]))
   assert [(r["seed"], r["lr"]) for r in final] == [
       (0, best["lr"]), (1, best["lr"])]
+
+
+def test_a_bundle_of_any_method_gives_its_row_s_accuracy(
+    data, tmp_path, monkeypatch):
+  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 64))
+  file = tmp_path / "small.safetensors"
+  weights_lib.write(str(file), backbones.init(backbones.make("vit_ti16", 32)),
+                    {"gelu": "tanh", "epsilon": 1e-6})
+  s = session(data, file, tmp_path, epochs=2, lr=1e-2)
+  small = dict(population=3, generations=2, parents=2, mutations=1,
+               crossovers=1)
+  s.config.variants = {name: {"method": name} for name in (
+      "bias", "layernorm", "lora", "ssf", "sct", "adapter", "vpt_deep")}
+  s.config.variants.noah = dict(method="noah", noah=small)
+  s.run_all()
+  assert not s.failed
+  test = s.tasks["colours"].split("test")
+  for row in rows(tmp_path / "work"):
+    bundle = str(tmp_path / "work" / "runs" / row["run"] / "bundle")
+    merged, unmerged = (predict.load(bundle, merge=m) for m in (True, False))
+    found = unmerged.predict(test.images)
+    assert 100 * (found.argmax(1) == test.labels).mean() == pytest.approx(
+        row["test_top1"]), row["variant"]
+    np.testing.assert_allclose(
+        merged.predict(test.images), found, atol=1e-4, err_msg=row["variant"])
+    assert 0 < row["bundle_bytes"] < 4e6
+    assert row["flops"] >= row["flops_merged"] > 0
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(

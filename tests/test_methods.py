@@ -112,11 +112,12 @@ def test_a_handler_is_its_formula_and_so_is_its_gradient(name):
                                  rtol=1e-3, atol=1e-8)
 
 
-def test_prompts_drop_out_in_training_alone():
+def test_prompts_drop_out_in_training_alone_and_per_example():
   p = {"prompts": jnp.ones((50, 16)), "dropout": jnp.float32(0.25)}
-  y = jnp.zeros((1, 2, 16))
-  assert (vpt_shallow.insert(1)(p, y, y)[0, 1:51] == 1).all()
-  some = vpt_shallow.insert(1)({**p, "key": jax.random.key(0)}, y, y)[0, 1:51]
+  y = jnp.zeros((2, 2, 16))
+  assert (vpt_shallow.insert(1)(p, y, y)[:, 1:51] == 1).all()
+  some = vpt_shallow.insert(1)({**p, "key": jax.random.key(0)}, y, y)[:, 1:51]
+  assert (some[0] != some[1]).any()
   np.testing.assert_allclose(np.unique(some), [0, 1 / 0.75], rtol=1e-6)
   assert 0.15 < float((some == 0).mean()) < 0.35
 
@@ -135,6 +136,7 @@ VARIANTS = {
     "ttc/rows": {"tune": "rows", "position": "mhsa", "bias": True},
     "ttc/joint": {"stage1": "none"},
 }
+RULES_ALONE = ("bias", "layernorm", "linear", "full")
 
 
 def configured(config, variant):
@@ -156,7 +158,8 @@ def prepared(config, variant, model, params, split):
   return (method, model._replace(handlers=method.handlers), params, selection)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "vpt" not in v])
+@pytest.mark.parametrize("variant", [
+    v for v in VARIANTS if v not in RULES_ALONE and "vpt" not in v])
 def test_starts_as_the_pretrained_model(config, model, params, split, variant):
   _, tuned, new, selection = prepared(config, variant, model, params, split)
   np.testing.assert_array_equal(
@@ -174,8 +177,8 @@ def test_ssf_starts_near_the_pretrained_model(config, model, params, split):
 
 
 @pytest.mark.parametrize("pool", ["cls", "gap"])
-@pytest.mark.parametrize("variant", [
-    v for v in VARIANTS if v not in ("bias", "layernorm", "linear", "full")])
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v not in RULES_ALONE])
 def test_what_can_be_merged_is_exact_and_the_rest_says_why_not(
     config, model, params, split, variant, pool):
   model = model._replace(backbone=model.backbone.clone(pool=pool))
@@ -207,16 +210,12 @@ def test_norms_fold_into_the_layers_after_them(model, params, split):
 def counts(config, name):
   """Tuned parameters on ViT-B/16 at 224 px."""
   vit_b = backbones.make("vit_b16", 224)
-  config.k = config.k if config.k == 96 else 96
-  config.score = "random"
+  config.k = 96
+  config.score = config.sct.score = "random"
   method = methods.load(name, config, vit_b)
   params = {"backbone": backbones.shapes(vit_b), "adapter": {},
             "head": init_head(768, 100, 0)}
-  if name == "sct":  # its score needs images, its shapes do not
-    params["adapter"] = {"attention": {str(i): {
-        "kernel": np.zeros((96, 96)), "bias": np.zeros(96)}
-        for i in range(12)}}
-  elif prepare := method.stages[-1].prepare:
+  if prepare := method.stages[-1].prepare:
     params["adapter"], _ = prepare(methods.Context(
         Model(vit_b, "half"), params, {}, None, None, 0))
   labels = trees.label(params, tuned_rules(method))
@@ -257,7 +256,7 @@ def test_the_mean_of_patches_leaves_prompts_out(config, model, params, split):
     _, tuned, new, selection = prepared(
         config, "vpt_shallow", small, params, split)
     # Keys of the prompts far away from every query: no weight in the softmax.
-    tap = {}
+
     def hide(site, block, y, x):
       return (y.at[..., :config.vpt.prompts].set(-1e9)
               if site == "scores" else y)
@@ -283,6 +282,18 @@ def test_a_wrong_option_is_one_sentence(config, vit, name, key, value, message):
   (config[section] if section else config)[key] = value
   with pytest.raises(UserError, match=message):
     methods.load(name, config, vit)
+
+
+@pytest.mark.parametrize("placement, scale", [
+    ("parallel", 0.1), ("pfeiffer", 1.0), ("houlsby", 1.0)])
+def test_adapters_have_the_scale_of_their_paper(
+    config, model, placement, scale):
+  config.adapter.placement = placement
+  method = methods.load("adapter", config, model.backbone)
+  _, selection = method.stages[0].prepare(methods.Context(
+      model, {}, {}, None, None, 0))
+  assert {float(v) for v in trees.flatten(selection).values()} == {
+      float(np.float32(scale))}
 
 
 def test_rows_need_a_linear_layer(config, vit):

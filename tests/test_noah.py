@@ -11,7 +11,7 @@ from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
 from ttc_jax.methods import lora, noah, vpt_deep, vpt_shallow
 from ttc_jax.tasks import Split
-from tests.test_train import make_job, run
+from tests.test_train import Killed, make_job, run
 
 GENOMES = [((2, 1, 3), (0, 2, 0), (3, 0, 1)), ((0, 0, 0),) * 3,
            ((3, 2, 4),) * 3, ((0, 1, 0), (1, 0, 0), (0, 0, 2))]
@@ -78,7 +78,7 @@ def test_the_largest_is_vpt_deep_with_lora_and_adapters(
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_a_training_step_draws_every_choice_and_q_and_v_agree_on_the_set():
+def test_a_training_step_draws_every_choice():
   selection = {"q": {"0": {"choices": jnp.array([0, 4, 8])}},
                "input": {"1": {"before": jnp.arange(3)}}}
   drawn = jax.vmap(lambda key: noah.sample(selection, key)["q"]["0"]["size"])(
@@ -125,9 +125,58 @@ def test_of_equals_the_smaller_network_wins():
   assert space.count(best) == min(map(space.count, asked))
 
 
-def test_no_subnet_within_the_budget_is_an_error():
-  with pytest.raises(UserError, match="no subnet drawn has so few"):
-    searched(-1, lambda g: 1.0)
+def test_a_tight_budget_is_met():
+  """Less than a random network of a thousand has."""
+  space, best, asked, _ = searched(600, lambda g: 1.0)
+  assert len(asked) > 20 and max(map(space.count, asked)) <= 600
+
+
+def test_the_search_is_on_val200(config, model, params, split, tmp_path,
+                                 monkeypatch):
+  half = Split(split.images[:20], split.labels[:20])
+  seen, top1 = [], noah.evaluate.top1
+  monkeypatch.setattr(noah.evaluate, "top1", lambda *args: (
+      seen.append(len(args[-1])), top1(*args))[1])
+  job = make_job(
+      config, model, split, "noah", val=None, holdout=(split, half))
+  run(job, params, tmp_path)
+  assert set(seen) == {20}
+
+
+@pytest.mark.parametrize("stage, epoch", [("supernet", 2), ("winner", 1),
+                                          ("winner", 2), ("winner", 3)])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    config, model, params, split, tmp_path, stage, epoch):
+  config.noah.budget = 400  # so that the winner lacks modules
+  job = make_job(config, model, split, "noah", epochs=3, save_seconds=0)
+  _, want = run(job, params, tmp_path / "a")
+
+  def kill(name, done, epochs, record):
+    if (name, done) == (stage, epoch):
+      raise Killed
+  with pytest.raises(Killed):
+    run(job._replace(report=kill), params, tmp_path / "b")
+  for _ in range(2):  # goes on, then reloads
+    _, got = run(job, params, tmp_path / "b")
+    assert got.keys() == want.keys()
+    assert all((got[k] == want[k]).all() for k in want)
+
+
+def test_blocks_below_the_first_module_run_once(
+    config, model, params, split, tmp_path):
+  """Their tokens must not hold the prompts of the block that comes next."""
+  adapter, selection = noah.network(
+      model.backbone, 0, ((0, 0, 0), (2, 0, 0), (0, 0, 0)))
+  method = methods.load("noah", config, model.backbone)
+  tuned = model._replace(handlers=method.handlers)
+  new = {**params, "adapter": adapter}
+  assert train.frozen_blocks(
+      model.backbone, new, method.stages[1].rules) == 1
+  tokens = tuned.tokens(new, split.images, selection, 1)
+  assert tokens.shape == (37, 5, WIDTH)
+  np.testing.assert_allclose(
+      tuned._replace(start=1).features(new, tokens, selection),
+      tuned.features(new, split.images, selection), atol=1e-5)
 
 
 def test_an_interrupted_search_goes_the_same_way(
@@ -172,11 +221,21 @@ def test_the_winner_has_no_leaf_that_it_does_not_use(
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("prompts", (), "config.noah.prompts is \\(\\); give sizes >= 0"),
+    ("prompts", (), "config.noah.prompts is \\(\\); give integers >= 0"),
+    ("prompts", ("a", "b"), "give integers >= 0"),
+    ("rank", (0.5, 4), "give integers >= 0"),
+    ("mutation_rate", float("nan"), "give a probability"),
+    ("width", (-1, 2), "give integers >= 0"),
     ("rank", (0,), "at least one of them above 0"),
     ("generations", 0, "config.noah.generations is 0; give 1 or more"),
 ])
 def test_wrong_options_are_one_sentence(config, vit, key, value, message):
   config.noah[key] = value
   with pytest.raises(UserError, match=message):
+    methods.load("noah", config, vit)
+
+
+def test_a_budget_below_the_smallest_subnet_is_one_sentence(config, vit):
+  config.noah.prompts, config.noah.budget = (2, 3), 10
+  with pytest.raises(UserError, match="the smallest subnet has 96 parameters"):
     methods.load("noah", config, vit)

@@ -804,7 +804,7 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "fsspec", None)
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   for source in ("gs://bucket/x.npz", "https://host/x.npz", "hf://owner/name"):
-    check_source(source, tmp_path, source, "pip install ttc_jax[hub]")
+    check_source(source, tmp_path, source, "pip install -e '.[hub]'")
 
 
 def test_an_unknown_protocol(tmp_path):

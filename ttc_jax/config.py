@@ -72,7 +72,9 @@ def default() -> ml_collections.ConfigDict:
   # The other methods, as published; k and scale are SCT's too.
   c.adapter = ml_collections.ConfigDict(dict(
       width=8, placement="parallel",     # or pfeiffer, houlsby
-      activation="relu", scale=0.1))
+      activation="relu",
+      # None: 0.1 for parallel, as AdaptFormer; else 1, as Houlsby, Pfeiffer.
+      scale=config_dict.placeholder(float)))
   c.lora = ml_collections.ConfigDict(dict(
       rank=8, alpha=8.0, sites=("q", "v")))
   c.vpt = ml_collections.ConfigDict(dict(prompts=10, dropout=0.1))

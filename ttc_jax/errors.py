@@ -23,7 +23,7 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> str:
   known = sorted(known)
   if name in known:
     return name
-  near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join(near)}? " if near else ""
   raise UserError(
       f"unknown {kind} {name!r}: {hint}known: {', '.join(known) or 'none'}")

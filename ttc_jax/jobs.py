@@ -192,7 +192,8 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
       "config": {k: v for k, v in run.identity["config"].items()
                  if k not in own},
       "weights": base.sha256, "devices": len(parallel.devices()),
-      "images": zlib.crc32(data.images), "classes": len(task.classes)}
+      "images": [zlib.crc32(np.ascontiguousarray(split.images[:]))
+                 for split in (data, *(holdout or ()))], "classes": len(task.classes)}
   return train.Job(
       identity=identity,
       model=Model(base.backbone, c.normalisation),

@@ -163,7 +163,7 @@ def main(argv) -> int:
   if rows:
     text = report.summary(rows)
     if config.plots:
-      for file in plots.write(rows, workdir):
+      for file in plots.write(rows, workdir) or ["none: no final run yet"]:
         print(f"plot: {file}")
     files.write_text(os.path.join(workdir, "results.md"), text)
     print(f"\n{text}\nRows, bundles and curves: {workdir}")

@@ -20,7 +20,8 @@ class Model(NamedTuple):
     normalisation: "half", "imagenet" or "none".
     handlers: ((site, handler), ...) of the method.
     start: the block to begin with; above 0 the inputs are its tokens.
-    sample: `(selection, key) -> selection` of a training step, or None.
+    sample: `(selection, key) -> selection` of a training step, the same on
+      every device; None where the selection stays.
   """
   backbone: nn.Module | None
   normalisation: str
@@ -37,8 +38,6 @@ class Model(NamedTuple):
     """
     if self.backbone is None:
       return images
-    if self.sample is not None and key is not None:
-      selection = self.sample(selection, key)
     tap = taps.bind(dict(self.handlers), params["adapter"], selection, key)
     if extra_tap is not None:
       tap = taps.chain(tap, extra_tap)
@@ -54,9 +53,13 @@ class Model(NamedTuple):
              block: int) -> jax.Array:
     """uint8 images -> the residual stream that enters a block, (B, N, D)."""
     seen = {}
-    self.features(params, images, selection,
-                  extra_tap=taps.record(("input",), seen))
-    return seen["input", block]
+
+    def before_handlers(site, i, y, x):
+      if site == "input":
+        seen[i] = x
+      return y
+    self.features(params, images, selection, extra_tap=before_handlers)
+    return seen[block]
 
   def logits(self, params: Params, images: jax.Array, selection: Params,
              **kwargs: Any) -> jax.Array:

@@ -11,7 +11,7 @@ from ttc_jax.errors import UserError
 try:
   import matplotlib
 except ImportError as e:
-  raise UserError("plots need matplotlib: pip install 'ttc_jax[plots]', or "
+  raise UserError("plots need matplotlib: pip install -e '.[plots]', or "
                   "leave config.plots off") from e
 matplotlib.use("Agg")
 # After the choice of the backend.
@@ -30,7 +30,8 @@ def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
   if final:
     written += _save(accuracy_against_parameters(final),
                      os.path.join(workdir, "accuracy"))
-  curves = {r["run"]: found for r in final if (found := _search(workdir, r))}
+  curves = {r["run"]: found for r in final or rows
+            if (found := _search(workdir, r))}
   if curves:
     written += _save(search(curves), os.path.join(workdir, "search"))
   return written
@@ -43,7 +44,7 @@ def accuracy_against_parameters(rows: Sequence[report.Row]):
   markers = "osD^vP*X"
   for i, variant in enumerate(dict.fromkeys(r["variant"] for r in rows)):
     mine = [r for r in rows if r["variant"] == variant]
-    scores = report.by_seed(mine)
+    scores = report.by_seed(rows, variant)
     if not scores:
       continue
     count = np.mean([sum(r[f"{part}_params"] for part in (

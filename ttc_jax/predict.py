@@ -56,9 +56,7 @@ def load(bundle: str, weights: str | None = None,
   params = checkpoint.overlay(
       {"backbone": params, "adapter": {}, "head": {}}, saved.tuned)
   selection, handlers = trees.unflatten(saved.selection), method.handlers
-  if not params["adapter"]:
-    handlers = ()
-  elif merge and method.merge:
+  if merge and method.merge:
     backbone = method.merge(params, selection, module)
     params = params | {"backbone": backbone, "adapter": {}}
     selection, handlers = {}, ()

@@ -98,7 +98,7 @@ def costs(rows: Sequence[Row]) -> str:
       known = [r[key] for r in rows if r[key]]
       return f"{max(known) / unit:,.0f}" if known else "-"
     lines.append([
-        variant, _cell(by_seed(mine)),
+        variant, _cell(by_seed(rows, variant)),
         *(_range(r[f"{part}_params"] for r in mine)
           for part in ("module", "norm", "head")),
         mean("flops", 1e6), mean("flops_merged", 1e6),
@@ -107,12 +107,11 @@ def costs(rows: Sequence[Row]) -> str:
   return _align(lines)
 
 
-def by_seed(rows: Sequence[Row]) -> list[float]:
-  """The mean over tasks of the test accuracy, for each seed; only seeds that
-  have every task."""
-  tasks = {r["task"] for r in rows}
-  scores = {}
-  for r in rows:
+def by_seed(rows: Sequence[Row], variant: str) -> list[float]:
+  """A variant's mean test accuracy over all tasks of the rows, for each seed
+  that has every one of them."""
+  tasks, scores = {r["task"] for r in rows}, {}
+  for r in [r for r in rows if r["variant"] == variant]:
     scores.setdefault(r["seed"], {})[r["task"]] = r["test_top1"]
   return [float(np.mean(list(s.values()))) for s in scores.values()
           if len(s) == len(tasks)]

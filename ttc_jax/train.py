@@ -77,6 +77,8 @@ def make_update_fn(model, rules, plan):
     tx = optim.make_tx(
         names, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup),
         hyper.weight_decay, plan.decay_all)
+    if model.sample is not None:
+      selection = model.sample(selection, key)
     key = jax.random.fold_in(key, parallel.device_index())
     loss, grads = jax.value_and_grad(loss_fn)(
         params, model, plan, selection, images, labels, key)
@@ -350,7 +352,10 @@ def _prepare(job, stage, state, saved, directory, log):
     arrays = {k: parallel.replicate(trees.unflatten(v) if k == "selection"
                                     else v)
               for k, v in saved.arrays.items() if k != "opt_state"}
-    return State(checkpoint.overlay(state.params, arrays["tuned"]),
+    params = state.params
+    if stage.prepare:  # which replaces the adapter that there was
+      params = {**params, "adapter": {}}
+    return State(checkpoint.overlay(params, arrays["tuned"]),
                  arrays["selection"])
   if not stage.prepare:
     return state

@@ -75,7 +75,7 @@ def _remote(address: str) -> Iterator[None]:
   except ImportError as e:
     raise UserError(
         f"weights '{address}' need a library that is not installed ({e}): "
-        "pip install ttc_jax[hub]") from e
+        "pip install -e '.[hub]'") from e
   except Exception as e:  # Every file system has errors of its own.
     # fsspec calls a silent server a missing file; its cause knows better.
     cause = e.__cause__ or e

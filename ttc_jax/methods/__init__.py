@@ -64,7 +64,7 @@ class Method(NamedTuple):
     options: what distinguishes this variant, for the results row.
     handlers: ((site, handler), ...).
     merge: `(params, selection, backbone) -> backbone params` that give the
-      same features without taps; None where nothing is added.
+      same features without taps; None where there is nothing to fold.
     cannot_merge: why not, if it cannot.
   """
   stages: tuple[Stage, ...]

@@ -67,9 +67,10 @@ def make(config, backbone) -> Method:
   if c.width < 1:
     raise UserError(f"config.adapter.width is {c.width}; give 1 or more")
   sites, parallel = PLACEMENTS[c.placement], c.placement == "parallel"
+  scale = c.scale if c.scale is not None else 0.1 if parallel else 1.0
   return Method(
       (Stage("adapter", TUNE_ADAPTER, functools.partial(
-          prepare, sites=sites, width=c.width, scale=c.scale)),),
+          prepare, sites=sites, width=c.width, scale=scale)),),
       options=options(config, OPTIONS),
       handlers=tuple((s, handler(c.activation, parallel)) for s in sites),
       cannot_merge="its activation is no linear map")

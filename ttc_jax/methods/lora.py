@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2022, Sec. 4.1): W + (alpha / r) B A for linear layers.
+"""LoRA (Hu et al., 2022, Eq. 3): W + (alpha / r) B A for linear layers.
 
 The published layers are q and v; here any of q, k, v, proj, fc1, fc2.
 """

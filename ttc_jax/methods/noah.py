@@ -7,6 +7,9 @@ every step draws a subnet: the first so many prompts, ranks and hidden units of
 each block. Then an evolutionary search on val200 finds the best subnet within
 a budget of parameters, and that one is trained from its start on all that a
 run trains on. (The authors' search draws depths too; here 0 is a size.)
+
+Under protocol=val the winner's accuracy on val200 is optimistic: the search
+looked at it. Under protocol=final nothing looks at the test set.
 """
 import functools
 import json
@@ -146,6 +149,10 @@ class Space(NamedTuple):
   width: int
 
   @property
+  def smallest(self) -> Genome:
+    return (tuple(min(self.choices[m]) for m in MODULES),) * self.depth
+
+  @property
   def largest(self) -> Genome:
     return (tuple(max(self.choices[m]) for m in MODULES),) * self.depth
 
@@ -154,6 +161,16 @@ class Space(NamedTuple):
     D = self.width
     return sum(p * D + 4 * r * D + (w and w * (2 * D + 1) + D)
                for p, r, w in genome)
+
+  def fit(self, rng, genome: Genome) -> Genome:
+    """Makes random modules smaller until the budget holds."""
+    sizes = [list(block) for block in genome]
+    while self.count(sizes) > self.budget:
+      i, m = rng.integers(self.depth), rng.integers(len(MODULES))
+      smaller = [s for s in self.choices[MODULES[m]] if s < sizes[i][m]]
+      if smaller:
+        sizes[i][m] = smaller[-1]
+    return tuple(map(tuple, sizes))
 
   def draw(self, rng) -> Genome:
     return tuple(tuple(int(rng.choice(self.choices[m])) for m in MODULES)
@@ -196,8 +213,8 @@ def search(space: Space, c, seed: int, score, on_generation) -> Genome:
     for _ in range(tries):
       if count <= 0:
         return
-      genome = draw()
-      if space.count(genome) <= space.budget and genome not in scores:
+      genome = space.fit(rng, draw())
+      if genome not in scores:
         scores[genome] = None
         population.append(genome)
         count -= 1
@@ -214,11 +231,7 @@ def search(space: Space, c, seed: int, score, on_generation) -> Genome:
     add(lambda: space.draw(rng), c.population - len(population))
     for genome in population:
       scores[genome] = score(genome)
-    best = ranked()[0] if scores else None
-    if best is None:
-      raise UserError(f"config.noah.budget is {space.budget}: no subnet drawn "
-                      "has so few parameters; raise it, or add 0 to the "
-                      "choices")
+    best = ranked()[0]
     on_generation(generation, best, scores, population)
     population.clear()
   return best
@@ -255,17 +268,25 @@ def prepare_winner(context, *, space, config):
 
 def make(config, backbone) -> Method:
   c = config.noah
-  choices = {m: tuple(sorted(set(c[m]))) for m in MODULES}
-  for name, values in choices.items():
-    if not values or values[0] < 0 or values[-1] < 1:
-      raise UserError(f"config.noah.{name} is {c[name]}; give sizes >= 0, at "
-                      "least one of them above 0")
+  for name in MODULES:
+    if not all(isinstance(v, int) and v >= 0 for v in c[name]) or not any(
+        c[name]):
+      raise UserError(f"config.noah.{name} is {c[name]}; give integers >= 0, "
+                      "at least one of them above 0")
   for key in ("population", "generations", "parents"):
     if c[key] < 1:
       raise UserError(f"config.noah.{key} is {c[key]}; give 1 or more")
-  space = Space(choices, 0, backbone.depth, backbone.width)
-  largest = space.count(space.largest)
-  space = space._replace(budget=c.budget or largest // 2)
+  if not 0 <= c.mutation_rate <= 1:
+    raise UserError(f"config.noah.mutation_rate is {c.mutation_rate}; give a "
+                    "probability")
+  space = Space({m: tuple(sorted(set(c[m]))) for m in MODULES}, 0,
+                backbone.depth, backbone.width)
+  smallest, largest = map(space.count, (space.smallest, space.largest))
+  space = space._replace(budget=c.budget or (smallest + largest) // 2)
+  if space.budget < smallest:
+    raise UserError(f"config.noah.budget is {c.budget}, but the smallest "
+                    f"subnet has {smallest} parameters; raise it, or add 0 to "
+                    "the choices")
   return Method(
       (Stage("supernet", TUNE_ADAPTER,
              functools.partial(prepare_supernet, space=space), holdout=True,

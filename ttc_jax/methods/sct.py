@@ -14,8 +14,9 @@ from ttc_jax.errors import UserError, check_known
 from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options, ttc
 
 OPTIONS = ("k", "scale", "sct")
-# As the authors' sct_attn, sct_mlp and sct_qkv: the residual stream after
-# MHSA, the output of the MLP, q and v.
+# The authors' sct_attn, sct_mlp and sct_qkv: the residual stream after MHSA,
+# the MLP's output, q and v. Each is scored where it acts; their script scores
+# sct_mlp on the residual stream after the MLP.
 POSITIONS = {"attention": ("attention",), "mlp": ("fc2",), "qv": ("q", "v")}
 
 

@@ -1,4 +1,4 @@
-"""VPT-Deep (Jia et al., 2022, Eq. 5): new prompts in every block.
+"""VPT-Deep (Jia et al., 2022, Eq. 7): new prompts in every block.
 
 Those that leave a block are replaced by the next block's.
 """

@@ -1,4 +1,5 @@
-"""VPT-Shallow (Jia et al., 2022, Eq. 4): prompts beside the tokens that enter.
+"""VPT-Shallow (Jia et al., 2022, Eq. 4 and 5): prompts beside the tokens that
+enter.
 
 They stand after [CLS], or first where there is none; the mean of a model that
 pools by it leaves them out.
@@ -16,13 +17,14 @@ OPTIONS = ("vpt",)
 
 
 def prompts(p, y):
-  """(P, D) -> (B, P, D), some entries dropped in training."""
+  """(P, D) -> (B, P, D), in training some entries of each example dropped."""
   x = p["prompts"].astype(y.dtype)
+  x = jnp.broadcast_to(x, (y.shape[0], *x.shape))
   if "key" in p and "dropout" in p:
     keep = 1 - p["dropout"]
     kept = jax.random.bernoulli(p["key"], keep, x.shape)
     x = jnp.where(kept, x / keep, 0).astype(y.dtype)
-  return jnp.broadcast_to(x, (y.shape[0], *x.shape))
+  return x
 
 
 # Cached, since compiled functions are found by their handlers.
