@@ -20,7 +20,7 @@ from ttc_jax.backbones import sources
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model
-from ttc_jax.tasks import folder
+from ttc_jax.tasks import folder, vtab
 from ttc_jax.tasks.images import NORMALISATIONS
 
 # Keys that choose which runs there are or where things lie, but change no
@@ -84,10 +84,11 @@ def task_names(config) -> tuple[str, ...]:
     return tuple(config.tasks)
   if not config.data:
     raise UserError("task=all needs a folder of tasks: add data=DIR")
-  names = folder.names(config.data)
+  names = (*folder.names(config.data), *vtab.names(config.data))
   if not names:
     raise UserError(f"no task in the folder '{config.data}': a task is a "
-                    "folder with train800.txt")
+                    "folder with train800.txt, or a VTAB data set that TFDS "
+                    "prepared")
   return names
 
 

@@ -3,6 +3,8 @@
 Every other file here that defines `names(data)` and `load(name, data, decode)`
 is a family of tasks; adding a family is adding such a file. `decode` turns an
 `images.Source` into the decoded images, so a family knows no size and no cache.
+A family may also have `hint(name, data)`: what to do about a name that it knows
+but cannot load.
 """
 import dataclasses
 import functools
@@ -102,6 +104,9 @@ def _families() -> tuple[types.ModuleType, ...]:
 
 def _hint(name: str, data: str | None) -> str:
   """What a user who asks for an unknown task has most likely overlooked."""
+  for family in _families():
+    if hasattr(family, "hint") and (hint := family.hint(name, data)):
+      return hint
   if data is None:
     return "; tasks in folders need data=DIR"
   if os.path.isfile(os.path.join(os.path.expanduser(data), "train800.txt")):

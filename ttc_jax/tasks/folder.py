@@ -13,22 +13,11 @@ from collections.abc import Callable
 import numpy as np
 
 from ttc_jax import errors
-from ttc_jax.tasks import SPLITS, Split, Task, images
+from ttc_jax.tasks import SPLITS, Split, Task, images, vtab
 
 # VTAB-1K: group and number of classes, which small lists may not show whole.
-_VTAB = {
-    "cifar": ("Natural", 100), "cifar100": ("Natural", 100),
-    "caltech101": ("Natural", 102), "dtd": ("Natural", 47),
-    "oxford_flowers102": ("Natural", 102), "oxford_iiit_pet": ("Natural", 37),
-    "svhn": ("Natural", 10), "sun397": ("Natural", 397),
-    "patch_camelyon": ("Specialized", 2), "eurosat": ("Specialized", 10),
-    "resisc45": ("Specialized", 45),
-    "diabetic_retinopathy": ("Specialized", 5),
-    "clevr_count": ("Structured", 8), "clevr_dist": ("Structured", 6),
-    "dmlab": ("Structured", 6), "kitti": ("Structured", 4),
-    "dsprites_loc": ("Structured", 16), "dsprites_ori": ("Structured", 16),
-    "smallnorb_azi": ("Structured", 18), "smallnorb_ele": ("Structured", 9),
-}
+_VTAB = {name: (row.group, row.classes) for name, row in vtab.ROWS.items()}
+_VTAB["cifar"] = _VTAB["cifar100"]  # as NOAH's folders call it
 
 _MAX_CLASSES = 100_000  # a larger label is a slip, and would eat the memory
 

@@ -1,0 +1,276 @@
+"""VTAB's 19 rows: label rules by hand, and data sets that TFDS wrote."""
+import numpy as np
+from PIL import Image
+import pytest
+
+from ttc_jax import tasks
+from ttc_jax.errors import UserError
+from ttc_jax.tasks import vtab
+
+# --- Label rules --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distance, want", [
+    (0.1, 0), (8.0, 0), (8.001, 1), (8.5, 1), (8.6, 2), (9.0, 2), (9.1, 3),
+    (9.5, 3), (9.6, 4), (10.0, 4), (10.1, 5), (100.0, 5)])
+def test_clevr_dist_takes_the_closest_and_a_threshold_counts_below(
+    distance, want):
+  places = [np.array([1.0, 2.0, d]) for d in (50.0, distance, 99.0)
+            if d == distance or d > distance]
+  assert vtab.clevr_dist({"objects": {"pixel_coords": places}}) == want
+
+
+@pytest.mark.parametrize("objects, want", [(3, 0), (4, 1), (10, 7)])
+def test_clevr_count(objects, want):
+  assert vtab.clevr_count({"objects": {"color": [0] * objects}}) == want
+
+
+@pytest.mark.parametrize("objects, want", [
+    ([], 3), ([(3, 5.0)], 3), ([(7, 1.0)], 3),  # no car, van or truck
+    ([(0, 8.0)], 0), ([(1, 8.01)], 1), ([(2, 20.0)], 1), ([(0, 20.1)], 2),
+    ([(0, 999.0)], 2), ([(0, -3.0)], 0),
+    ([(0, 50.0), (3, 2.0), (2, 9.0)], 1)])
+def test_kitti_is_by_the_closest_vehicle(objects, want):
+  assert vtab.kitti({"objects": {
+      "type": [kind for kind, _ in objects],
+      "location": [np.array([0.0, 0.0, z]) for _, z in objects]}}) == want
+
+
+@pytest.mark.parametrize("name, key, pairs", [
+    ("dsprites_loc", "label_x_position", [(0, 0), (1, 0), (2, 1), (31, 15)]),
+    ("dsprites_ori", "label_orientation",
+     [(0, 0), (2, 0), (3, 1), (4, 1), (5, 2), (39, 15)]),
+    ("smallnorb_azi", "label_azimuth", [(0, 0), (17, 17)]),
+    ("smallnorb_ele", "label_elevation", [(0, 0), (8, 8)]),
+    ("svhn", "label", [(9, 9)])])
+def test_other_labels(name, key, pairs):
+  for value, want in pairs:
+    assert vtab.ROWS[name].label({key: np.int64(value)}) == want
+
+
+def test_the_rows_are_the_benchmark():
+  groups = [row.group for row in vtab.ROWS.values()]
+  assert {g: groups.count(g) for g in set(groups)} == {
+      "Natural": 7, "Specialized": 4, "Structured": 8}
+  for row in vtab.ROWS.values():
+    start, end = row.val.split("[")[1].rstrip("]").split(":")
+    assert int(end) - int(start or 0) == 200
+    assert row.splits["train800val200"] == f"train[:800]+{row.val}"
+
+
+# --- Data sets ----------------------------------------------------------------
+
+SMALL = {"train": 1010, "validation": 205, "test": 410}
+
+
+def features(f):
+  """As the builders of TFDS specify them: {tfds name: (version, features)}."""
+  def labelled(version, count, shape=(None, None, 3), **more):
+    return version, {"image": f.Image(shape=shape),
+                     "label": f.ClassLabel(num_classes=count), **more}
+  text, box = f.Text(), f.BBoxFeature
+  vector = lambda: f.Tensor(shape=(3,), dtype=np.float32)
+  return {
+      "cifar100": labelled("3.0.2", 100, (32, 32, 3), id=text,
+                           coarse_label=f.ClassLabel(num_classes=20)),
+      "caltech101": labelled("3.0.1", 102, **{"image/file_name": text}),
+      "dtd": labelled("3.0.1", 47, file_name=text),
+      "oxford_flowers102": labelled("2.1.1", 102, file_name=text),
+      "oxford_iiit_pet": labelled(
+          "3.2.0", 37, species=f.ClassLabel(names=["Cat", "Dog"]),
+          file_name=text),
+      "svhn_cropped": labelled("3.0.0", 10, (32, 32, 3)),
+      "sun397/tfds": labelled("4.0.0", 397, file_name=text),
+      "patch_camelyon": labelled("2.0.0", 2, (96, 96, 3), id=text),
+      "eurosat/rgb": labelled("2.0.0", 10, (64, 64, 3), filename=text),
+      "resisc45": labelled("3.0.0", 45, (256, 256, 3), filename=text),
+      "diabetic_retinopathy_detection/btgraham-300": labelled(
+          "3.0.0", 5, name=text),
+      "dmlab": labelled("2.0.1", 6, (360, 480, 3), filename=text),
+      "clevr": ("3.1.0", {
+          "image": f.Image(), "file_name": text,
+          "objects": f.Sequence({
+              "color": f.ClassLabel(num_classes=8),
+              "3d_coords": vector(), "pixel_coords": vector(),
+              "rotation": np.float32}),
+          "question_answer": f.Sequence({"question": text, "answer": text})}),
+      "kitti": ("3.2.0", {
+          "image": f.Image(), "image/file_name": text,
+          "objects": f.Sequence({
+              "type": f.ClassLabel(num_classes=8), "truncated": np.float32,
+              "occluded": f.ClassLabel(num_classes=4), "alpha": np.float32,
+              "bbox": box(), "dimensions": vector(), "location": vector(),
+              "rotation_y": np.float32})}),
+      "dsprites": ("2.0.0", {
+          "image": f.Image(shape=(64, 64, 1)),
+          "label_shape": f.ClassLabel(num_classes=3),
+          "label_scale": f.ClassLabel(num_classes=6),
+          "label_orientation": f.ClassLabel(num_classes=40),
+          "label_x_position": f.ClassLabel(num_classes=32),
+          "label_y_position": f.ClassLabel(num_classes=32),
+          "value_orientation": np.float32}),
+      "smallnorb": ("2.0.0", {
+          "image": f.Image(shape=(96, 96, 1)),
+          "image2": f.Image(shape=(96, 96, 1)),
+          "label_category": f.ClassLabel(num_classes=5),
+          "instance": f.ClassLabel(num_classes=10),
+          "label_elevation": f.ClassLabel(num_classes=9),
+          "label_azimuth": f.ClassLabel(num_classes=18),
+          "label_lighting": f.ClassLabel(num_classes=6)}),
+  }
+
+
+def example(tfds, spec, i, picture):
+  """Number i of a data set: every label is i modulo its classes."""
+  f = tfds.features
+
+  def value(feature, i):
+    if isinstance(feature, f.Image):
+      return picture(feature.shape, i)
+    if isinstance(feature, f.ClassLabel):
+      return i % feature.num_classes
+    if isinstance(feature, f.Text):
+      return str(i)
+    if isinstance(feature, f.BBoxFeature):
+      return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+    if isinstance(feature, f.Sequence):
+      return [{k: value(v, j) for k, v in feature.feature.items()}
+              for j in range(3 + i % 8)]
+    shape = getattr(feature, "shape", ())
+    return np.full(shape, i + 7.25, np.float32)[()]
+  return {k: value(v, i) for k, v in f.FeaturesDict(spec).items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """All 14 data sets, small, prepared by TFDS as array_record."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+  root = tmp_path_factory.mktemp("tfds")
+  files = tmp_path_factory.mktemp("pictures")
+
+  def picture(shape, i):
+    grey, path = shape[-1] == 1, files / f"{shape[-1]}_{i}.png"
+    if not path.exists():
+      pixels = (np.indices((10, 12)).sum(0) % 2 if grey  # else its number
+                else np.full((10, 12, 3), (i % 256, i // 256, 0)))
+      Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return str(path)
+
+  def examples(spec, start, count):
+    for i in range(start, start + count):
+      yield f"{i:05d}", example(tfds, spec, i, picture)
+
+  for path, (version, spec) in features(tfds.features).items():
+    name, _, config = path.partition("/")
+    with tfds.core.registered.skip_registration():
+      class Builder(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+
+        def _info(self, spec=spec):
+          return tfds.core.DatasetInfo(
+              builder=self, features=tfds.features.FeaturesDict(spec))
+
+        def _split_generators(self, manager, spec=spec):
+          del manager
+          starts = np.cumsum([0, *SMALL.values()])
+          return {split: examples(spec, start, count)
+                  for start, (split, count) in zip(starts, SMALL.items())}
+
+        def _generate_examples(self):
+          raise NotImplementedError
+    Builder.name = name
+    Builder(data_dir=root, config=config or None,
+            file_format="array_record").download_and_prepare()
+  return root
+
+
+def small(row):
+  """The row with the splits of large sets moved to where the small ones are."""
+  late = {"val": "train[800:1000]", "test": "train[1000:]"}
+  row = row._replace(**{
+      part: split for part, split in late.items()
+      if getattr(row, part).startswith("train")})
+  return row._replace(count={
+      "train[1000:]": 10, "test[50%:]": 205}.get(row.test) or SMALL[row.test])
+
+
+@pytest.fixture
+def small_rows(monkeypatch):
+  for name, row in list(vtab.ROWS.items()):
+    monkeypatch.setitem(vtab.ROWS, name, small(row))
+
+
+def test_all_19_are_found(data):
+  assert vtab.names(str(data)) == tuple(vtab.ROWS)
+  assert set(vtab.ROWS) <= set(tasks.names(str(data)))
+
+
+def features_of(row):
+  tfds = pytest.importorskip("tensorflow_datasets")
+  return features(tfds.features)[row.tfds][1]
+
+
+@pytest.mark.parametrize("name", vtab.ROWS)
+def test_a_row_reads_its_data_set(data, small_rows, tmp_path, name):
+  task = tasks.load(name, size=16, data=str(data), cache=str(tmp_path))
+  row = vtab.ROWS[name]
+  assert task.group == row.group and len(task.classes) == row.classes
+  for part in tasks.SPLITS:
+    split = task.split(part)
+    assert split.labels.dtype == np.int32
+    count = {"train800": 800, "val200": 200, "train800val200": 1000}.get(part)
+    assert len(split.labels) == len(split.images) > 0
+    assert count in (None, len(split.labels))
+    assert 0 <= split.labels.min() and split.labels.max() < row.classes
+    np.testing.assert_array_equal(split.labels, task.labels[part])
+  both = task.split("train800val200")
+  np.testing.assert_array_equal(both.labels, np.concatenate(
+      [task.labels["train800"], task.labels["val200"]]))
+  if "label" in features_of(row):  # of the example that the picture shows
+    low, high, _ = both.images[:, 8, 8].astype(int).T
+    np.testing.assert_array_equal(both.labels, (low + 256 * high) % row.classes)
+  if row.binary:
+    assert both.images.min() == 0 and both.images.max() == 255
+
+
+def test_the_digest_follows_the_data(data, small_rows, tmp_path):
+  one = tasks.load("dtd", size=8, data=str(data), cache=str(tmp_path)).digest
+  two = tasks.load("svhn", size=8, data=str(data), cache=str(tmp_path)).digest
+  assert one != two
+  assert one == tasks.load(
+      "dtd", size=16, data=str(data), cache=str(tmp_path)).digest
+
+
+def test_another_test_set_is_refused(data, tmp_path):
+  with pytest.raises(UserError, match="has 410 images, VTAB's has 1880"):
+    tasks.load("dtd", size=8, data=str(data), cache=str(tmp_path))
+
+
+def test_missing_data_name_the_command(tmp_path):
+  with pytest.raises(UserError, match="tfds build svhn_cropped --data_dir="):
+    tasks.load("svhn", size=8, data=str(tmp_path))
+
+
+def test_damaged_data_are_one_sentence(data, small_rows, tmp_path):
+  import shutil
+  folder = tmp_path / "dtd" / "3.0.1"
+  shutil.copytree(data / "dtd" / "3.0.1", folder)
+  for shard in folder.glob("*array_record*"):
+    shard.unlink()
+  with pytest.raises(UserError, match="prepare"):
+    task = tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
+    task.labels["train800"]
+  (folder / "features.json").write_text("{")
+  with pytest.raises(UserError, match="is no whole TFDS data set"):
+    tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
+
+
+def test_another_format_names_the_fix(data, tmp_path):
+  import shutil
+  folder = tmp_path / "dtd" / "3.0.1"
+  shutil.copytree(data / "dtd" / "3.0.1", folder)
+  info = folder / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(UserError, match="is stored as tfrecord, expected"):
+    tasks.load("dtd", size=8, data=str(tmp_path))
