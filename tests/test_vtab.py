@@ -165,7 +165,8 @@ def data(tmp_path_factory):
     with tfds.core.registered.skip_registration():
       class Builder(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version(version)
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+        BUILDER_CONFIGS = [
+            tfds.core.BuilderConfig(name=c) for c in (config,) if c]
 
         def _info(self, spec=spec):
           return tfds.core.DatasetInfo(

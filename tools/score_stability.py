@@ -52,8 +52,8 @@ def main(argv):
           "rank_correlation": round(float(np.mean(
               [spearmanr(a, b)[0] for a, b in zip(one, two)])), 2),
           "common_top_k": round(float(np.mean(common)), 2),
-          "chance": K / D, "negative": round(float(np.mean(np.less(one, 0))), 2)}),
-            flush=True)
+          "chance": K / D,
+          "negative": round(float(np.mean(np.less(one, 0))), 2)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
                  if k not in own},
       "weights": base.sha256, "devices": len(parallel.devices()),
       "images": [zlib.crc32(np.ascontiguousarray(split.images[:]))
-                 for split in (data, *(holdout or ()))], "classes": len(task.classes)}
+                 for split in (data, *(holdout or ()))],
+      "classes": len(task.classes)}
   return train.Job(
       identity=identity,
       model=Model(base.backbone, c.normalisation),
