@@ -18,6 +18,7 @@ from ttc_jax.errors import check_known
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
 GRID = (6e-3, 2e-2)
+GRID_FULL = (6e-4, 2e-3)
 
 
 def get_config(arg=None):
@@ -39,7 +40,7 @@ def get_config(arg=None):
     return dict(method=method, epochs=both, **more)
   everything = dict(
       linear=dict(method="linear", epochs=100),
-      full=one("full", grid=dict(lr=tuple(lr / 10 for lr in GRID))),
+      full=one("full", grid=dict(lr=GRID_FULL)),
       bias=one("bias"),
       layernorm=one("layernorm"),
       adapter=one("adapter"),
