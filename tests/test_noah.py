@@ -11,7 +11,7 @@ from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
 from ttc_jax.methods import lora, noah, vpt_deep, vpt_shallow
 from ttc_jax.tasks import Split
-from tests.test_train import Killed, make_job, run
+from tests.test_train import kill_after, make_job, run
 
 GENOMES = [((2, 1, 3), (0, 2, 0), (3, 0, 1)), ((0, 0, 0),) * 3,
            ((3, 2, 4),) * 3, ((0, 1, 0), (1, 0, 0), (0, 0, 2))]
@@ -150,12 +150,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
   config.noah.budget = 400  # so that the winner lacks modules
   job = make_job(config, model, split, "noah", epochs=3, save_seconds=0)
   _, want = run(job, params, tmp_path / "a")
-
-  def kill(name, done, epochs, record):
-    if (name, done) == (stage, epoch):
-      raise Killed
-  with pytest.raises(Killed):
-    run(job._replace(report=kill), params, tmp_path / "b")
+  kill_after(stage, epoch, job, params, tmp_path / "b")
   for _ in range(2):  # goes on, then reloads
     _, got = run(job, params, tmp_path / "b")
     assert got.keys() == want.keys()

@@ -32,6 +32,15 @@ def make_job(config, model, split, name="ttc", **changes):
   return job._replace(**changes)
 
 
+def kill_after(stage, epoch, job, params, directory):
+  """Runs a job until that epoch of that stage has been reported."""
+  def report(name, done, epochs, record):
+    if (name, done) == (stage, epoch):
+      raise Killed
+  with pytest.raises(Killed):
+    run(job._replace(report=report), params, directory)
+
+
 def run(job, params, directory):
   outcome = train.run(job, parallel.replicate(params["backbone"]),
                       str(directory))
@@ -169,12 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     config, model, params, split, tmp_path, stage, epoch):
   job = make_job(config, model, split, epochs=3, save_seconds=0)
   undisturbed, want = run(job, params, tmp_path / "a")
-
-  def kill(name, done, epochs, record):
-    if (name, done) == (stage, epoch):
-      raise Killed
-  with pytest.raises(Killed):
-    run(job._replace(report=kill), params, tmp_path / "b")
+  kill_after(stage, epoch, job, params, tmp_path / "b")
   seen = []
   resumed, got = run(job._replace(report=lambda *r: seen.append(r[:2])),
                      params, tmp_path / "b")

@@ -96,9 +96,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
   """softmax(q k^T / sqrt(D/H)) v per head, with softmax in float32.
 
   q (B, M, D), k and v (B, N, D) -> (B, M, D). The tap "scores" sees what goes
-  into the softmax, (B, H, M, N). The heads are moved before the
-  tokens first: left to XLA, the products on CPU transpose every head's keys
-  and values, element by element.
+  into the softmax, (B, H, M, N).
+
+  The heads are moved before the tokens first: left to XLA, the products on
+  CPU transpose every head's keys and values, element by element.
   """
   B, M, D = q.shape
   q = q / math.sqrt(D // heads)
