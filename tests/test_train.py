@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from ttc_jax import methods, model as model_lib, optim, parallel, train, trees
+from ttc_jax import methods, model as model_lib, optim, parallel
+from ttc_jax import train, trees
 from ttc_jax.errors import RunError
 from ttc_jax.tasks import Split
 from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
@@ -44,8 +45,9 @@ def kill_after(stage, epoch, job, params, directory):
 def run(job, params, directory):
   outcome = train.run(job, parallel.replicate(params["backbone"]),
                       str(directory))
-  flat = trees.flatten(parallel.unreplicate(outcome.state.params))
-  return outcome, flat
+  params = dict(outcome.state.params)
+  params["head"] = model_lib.trim_head(params["head"], job.classes)
+  return outcome, trees.flatten(parallel.unreplicate(params))
 
 
 @pytest.mark.parametrize("name,moved", [
@@ -92,7 +94,7 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   tuned, frozen = trees.split(params, labels, "tune")
   images, y = split.images[:16], split.labels[:16]
   hyper = train.Hyper(np.float32(1e-2), np.float32(0.1), np.int32(0),
-                      np.int32(10))
+                      np.int32(10), np.int32(CLASSES))
   opt_state = train._make_init_fn(rules)(
       parallel.replicate(tuned), parallel.replicate(frozen))
   update_fn = parallel.pmap(train.make_update_fn(model, rules, PLAN))
@@ -198,9 +200,9 @@ def test_runs_that_begin_alike_share_their_first_stage(
   shared = tmp_path / "shared"
   run(make_job(config, model, split, "layernorm", identity=same), params,
       shared)
-  before = set(shared.iterdir())
+  before = set(shared.glob("[!.]*"))
   _, got = run(alone, params, shared)
-  assert len(set(shared.iterdir()) - before) == 1
+  assert len(set(shared.glob("[!.]*")) - before) == 1
   assert all((got[k] == want[k]).all() for k in got)
 
 
@@ -217,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
   with pytest.raises(RunError, match="lower config.lr") as error:
     run(job, params, tmp_path)
   from ttc_jax import checkpoint
-  kept, = tmp_path.iterdir()
+  kept, = tmp_path.glob("[!.]*")
   with checkpoint.StageStore(str(kept)) as store:
     saved = store.load()
   assert f"the state after epoch {saved.epoch} is kept in" in str(error.value)
@@ -237,7 +239,7 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
   tuned, frozen = trees.split(params, labels, "tune")
   fn = train.make_epoch_fn(model_lib.Model(None, "none"), rules, PLAN)
   hyper = train.Hyper(np.float32(1e-3), np.float32(0), np.int32(0),
-                      np.int32(100))
+                      np.int32(100), np.int32(2))
   visited = []
   for epoch in range(2):
     device = parallel.replicate((tuned, frozen, {}, tuple(data), hyper))
@@ -257,12 +259,70 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
 def test_label_smoothing_is_optax_on_smoothed_targets(
     model, params, split):
   plan = PLAN._replace(label_smoothing=0.2)
-  got = train.loss_fn(params, model, plan, {}, split.images, split.labels,
-                      jax.random.key(0))
+  hyper = train.Hyper(0, 0, 0, 1, CLASSES)
+  padded = params | {"head": model_lib.pad_head(params["head"])}
+  got = train.loss_fn(padded, model, plan, {}, hyper, split.images,
+                      split.labels, jax.random.key(0))
   log_p = jax.nn.log_softmax(model.logits(params, split.images, {}))
   target = np.full((len(split.labels), CLASSES), 0.2 / CLASSES)
   target[np.arange(len(target)), split.labels] += 0.8
   np.testing.assert_allclose(got, -(target * log_p).sum(-1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_padded_head_trains_as_the_task_s_own(
+    model, params, split, smoothing):
+  """Loss, gradients and AdamW with decay of everything, against no padding."""
+  plan = PLAN._replace(label_smoothing=smoothing, decay_all=True)
+  hyper = train.Hyper(np.float32(1e-2), np.float32(0.1), np.int32(0),
+                      np.int32(10), np.int32(CLASSES))
+  rules = ((r".*", "tune"),)
+  one, key = split.images[:16], jax.random.key(0)
+
+  def three_steps(head):
+    tuned = params | {"head": head}
+    frozen = jax.tree.map(lambda _: None, tuned)
+    opt_state = optim.make_tx(
+        trees.label(tuned, rules), lambda _: 0.0, 0.0).init(tuned)
+    step = parallel.pmap(train.make_update_fn(model, rules, plan))
+    state = parallel.replicate((tuned, opt_state))
+    for _ in range(3):
+      *state, loss = step(
+          *state, frozen, *parallel.replicate(({}, hyper)),
+          parallel.shard(one), parallel.shard(split.labels[:16]),
+          jnp.stack([key] * 2))
+    return parallel.unreplicate(state[0]), loss
+  want, want_loss = three_steps(params["head"])
+  got, loss = three_steps(model_lib.pad_head(params["head"]))
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+  assert (got["head"]["kernel"][:, CLASSES:] == 0).all()
+  assert (got["head"]["bias"][CLASSES:] < -1e8).all()
+  got["head"] = model_lib.trim_head(got["head"], CLASSES)
+  flat = trees.flatten(got)
+  for name, value in trees.flatten(want).items():
+    if not name.endswith("key/bias"):  # Adam magnifies a gradient of 0
+      np.testing.assert_allclose(value, flat[name], atol=1e-5, err_msg=name)
+
+
+def test_tasks_of_any_number_of_classes_share_every_compilation(
+    config, model, params, split, tmp_path):
+  seen = []
+
+  def listen(event, seconds, fun_name="", **_):
+    if event.endswith("backend_compile_duration"):
+      seen.append(fun_name)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  for classes in (4, 7):
+    seen.clear()
+    job = make_job(config, model, split, identity={"classes": classes},
+                   classes=classes, plan=PLAN._replace(batch_size=12))
+    train.run(job, parallel.replicate(params["backbone"]), str(tmp_path))
+    pmapped = [name for name in seen if "_fun" in name]
+    if classes == 4:
+      assert len(pmapped) >= 2
+    else:
+      assert not pmapped and len(seen) < 8  # to draw a head, in milliseconds
+  jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_norm_parameters_are_float32_numpy_after_the_run(

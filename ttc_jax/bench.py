@@ -127,7 +127,7 @@ def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
   tuned, frozen = trees.split(params, names, "tune")
   opt_state = optim.make_tx(names, lambda step: 0.0, 0.0).init(params)
   hyper = train.Hyper(np.float32(1e-3), np.float32(1e-4), np.int32(1),
-                      np.int32(100))
+                      np.int32(100), np.int32(CLASSES))
   state = parallel.replicate((tuned, opt_state))
   fixed = parallel.replicate((
       frozen, selection, (images, labels), hyper,

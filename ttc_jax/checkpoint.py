@@ -4,6 +4,7 @@ Both are written by orbax, whole or not at all: into a temporary folder that
 is renamed when it is complete.
 """
 from collections.abc import Mapping
+import contextlib
 import errno
 import hashlib
 import json
@@ -11,10 +12,11 @@ import os
 import shutil
 from typing import Any, NamedTuple
 
+from absl import logging
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ttc_jax import trees
+from ttc_jax import files, trees
 from ttc_jax.errors import UserError
 
 Flat = dict[str, np.ndarray]
@@ -41,6 +43,8 @@ class Saved(NamedTuple):
 class StageStore:
   """The newest state of one stage, in a folder of its own.
 
+  While it is open no other process can open it: errors.Busy.
+
   The folder's name is a hash of everything that decides the result, so a
   killed run finds its state, and runs that begin alike (LayerNorm tuning and
   TTC's stage 1, TTC with another score) share what they have in common.
@@ -48,6 +52,10 @@ class StageStore:
 
   def __init__(self, path: str):
     self.path = os.path.abspath(path)
+    self._lock = contextlib.ExitStack()
+    folder, name = os.path.split(self.path)
+    self._lock.enter_context(
+        files.lock(os.path.join(folder, ".locks", name)))
     self._manager = ocp.CheckpointManager(
         self.path, options=ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False))
@@ -63,6 +71,7 @@ class StageStore:
     return self._manager.latest_step()
 
   def load(self) -> Saved | None:
+    """The newest state; one that is damaged is deleted, aloud."""
     epoch = self.latest_epoch()
     if epoch is None:
       return None
@@ -70,15 +79,19 @@ class StageStore:
                               meta=ocp.args.JsonRestore())
     try:
       got = self._manager.restore(epoch, args=args)
-    except Exception as e:  # orbax and tensorstore raise many kinds
+      return Saved(epoch, _unfill(got.arrays), got.meta)
+    except PermissionError as e:
       raise UserError(
-          f"the saved state '{self.path}' cannot be read "
-          f"({type(e).__name__}); delete that folder to run the stage "
-          "again") from e
-    return Saved(epoch, _unfill(got.arrays), got.meta)
+          f"the saved state '{self.path}' cannot be read: {e.strerror}") from e
+    except Exception as e:  # orbax and tensorstore raise many kinds
+      logging.warning("the saved state %s is damaged (%s): its stage is run "
+                      "again", self.path, type(e).__name__)
+      self._manager.delete(epoch)
+      return None
 
   def close(self) -> None:
     self._manager.close()
+    self._lock.close()
 
   def __enter__(self):
     return self

@@ -14,7 +14,7 @@ PROTOCOLS = ("val", "final", "select")
 # Loaded once for all variants.
 SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "dtype",
           "matmul_precision", "drop_path", "image_size", "resample", "cache",
-          "cache_gib", "plots")
+          "cache_gib", "plots", "compilation_cache")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -94,6 +94,7 @@ def default() -> ml_collections.ConfigDict:
   c.plots = False             # accuracy against parameters, beside the table
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
   c.cache_gib = 8.0           # larger splits are decoded as they stream
+  c.compilation_cache = ""    # empty: ~/.cache/ttc_jax/programs; or "none"
   return c
 
 

@@ -18,6 +18,14 @@ class RunError(RuntimeError):
   """
 
 
+class Stopped(Exception):
+  """The process was asked to end, and what can be saved is saved."""
+
+
+class Busy(Exception):
+  """Another process does this already."""
+
+
 def check_known(kind: str, name: str, known: Iterable[str]) -> str:
   """Returns `name` if it is one of `known`, else raises with the nearest."""
   known = sorted(known)

@@ -3,7 +3,7 @@ import functools
 
 import numpy as np
 
-from ttc_jax import parallel, trees
+from ttc_jax import interrupt, parallel, trees
 from ttc_jax.model import Model
 
 
@@ -18,6 +18,7 @@ def _over(output, model, params, selection, images, batch_size, *args):
   batch_size = parallel.round_up(min(batch_size, len(images)))
   fn, outputs = _pmapped(model, output, *args), []
   for start in range(0, len(images), batch_size):
+    interrupt.check()
     batch = images[start:start + batch_size]
     padded = parallel.shard(parallel.pad_to(batch, batch_size))
     outputs.append((fn(params, selection, padded), len(batch)))

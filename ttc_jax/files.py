@@ -1,9 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and locks between processes."""
 from collections.abc import Iterator
 import contextlib
+import fcntl
 import os
 from typing import BinaryIO
 import uuid
+
+from ttc_jax.errors import Busy
 
 
 @contextlib.contextmanager
@@ -30,3 +33,24 @@ def write_text(path: str, text: str) -> None:
   """Writes a UTF-8 text file."""
   with replacing(path) as file:
     file.write(text.encode())
+
+
+@contextlib.contextmanager
+def lock(path: str, wait: bool = False) -> Iterator[None]:
+  """Holds a lock, which the system frees when the process ends in any way.
+
+  Between hosts it needs a file system with locks, such as NFS 4.
+
+  Raises:
+    Busy: another process holds it, and `wait` is off.
+  """
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      raise Busy(path) from None
+    yield
+  finally:
+    os.close(descriptor)

@@ -19,14 +19,15 @@ from ttc_jax import optim, parallel, tasks, train, trees
 from ttc_jax.backbones import sources
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.model import Model
+from ttc_jax.model import Model, trim_head
 from ttc_jax.tasks import folder, vtab
 from ttc_jax.tasks.images import NORMALISATIONS
 
 # Keys that choose which runs there are or where things lie, but change no
 # run's result.
 _PLACES = ("tasks", "data", "seeds", "variants", "grid", "weights", "cache",
-           "cache_gib", "save_seconds", "protocol", "plots")
+           "cache_gib", "save_seconds", "protocol", "plots",
+           "compilation_cache")
 
 
 class Run(NamedTuple):
@@ -131,8 +132,26 @@ def check_config(config) -> None:
     check_known("method", c.method, methods.names())
 
 
-def load_tasks(config) -> dict[str, tasks.Task]:
-  return {name: load_task(config, name) for name in task_names(config)}
+def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
+  """Returns ({name: task}, {name: why its data cannot be read}).
+
+  Raises:
+    UserError: a name that nobody knows, or not one task is left.
+  """
+  loaded, missing, error = {}, {}, None
+  known = {*vtab.ROWS, *tasks.names(config.data or None)}
+  for name in task_names(config):
+    try:
+      loaded[name] = load_task(config, name)
+      loaded[name].labels["train800"]  # the first look into the files
+    except UserError as e:
+      if name not in known:
+        raise
+      missing[name], error = str(e), e
+      loaded.pop(name, None)
+  if error and not loaded:
+    raise error
+  return loaded, missing
 
 
 def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
@@ -211,13 +230,16 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
            outcome: train.Outcome, directory: str) -> dict[str, Any]:
   """Tests, saves the bundle and returns the row."""
-  c, params = resolved(run.config, base), outcome.state.params
+  c = resolved(run.config, base)
   val = test = seconds_test = None
   count = 0
   if job.val:
     val = outcome.history[-1]["val_top1"]
   else:
     test, count, seconds_test = _test(run, task, outcome)
+  state = outcome.state
+  params = state.params | {
+      "head": trim_head(state.params["head"], job.classes)}
   rules = methods.tuned_rules(job.method)
   tuned, _ = trees.split(params, trees.label(params, rules), "tune")
   tuned = parallel.unreplicate(tuned)
@@ -243,7 +265,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
       "images_per_second": outcome.images_per_second,
       "test_images_per_second": seconds_test and count / seconds_test,
       "step_memory_bytes": outcome.memory_bytes or None,
-      **_flops(job, outcome),
+      **_flops(job, outcome.model, params, state.selection),
       "compile_seconds": outcome.compile_seconds,
       "device": f"{len(parallel.devices())} x "
                 f"{parallel.devices()[0].device_kind}",
@@ -251,7 +273,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
   }
   checkpoint.save_bundle(bundle := f"{directory}/bundle", checkpoint.Bundle(
       trees.flatten(tuned),
-      trees.flatten(parallel.unreplicate(outcome.state.selection)),
+      trees.flatten(parallel.unreplicate(state.selection)),
       row | {"classes": list(task.classes), "resample": c.resample,
              "weights_source": _source(c.weights),
              "fields": base.backbone.fields}))
@@ -268,12 +290,12 @@ def _test(run, task, outcome):
   return top1, len(split.labels), time.perf_counter() - begin
 
 
-def _flops(job, outcome):
+def _flops(job, model, params, selection):
   """Of one image at inference, with the adapter and, if it can be, merged."""
   params, selection = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-      (outcome.state.params, outcome.state.selection))
-  tuned = cost.flops(outcome.model, params, selection)
+      (params, selection))
+  tuned = cost.flops(model, params, selection)
   merged = tuned if job.method.cannot_merge else cost.flops(
       job.model, params | {"adapter": {}}, {})
   return {"flops": tuned, "flops_merged": merged}

@@ -4,16 +4,21 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
 task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 """
-import fcntl
+import contextlib
+import itertools
 import json
 import os
 import sys
+import threading
+import time
 
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 
-from ttc_jax import checkpoint, cli, files, jobs, report, train
-from ttc_jax.errors import RunError, UserError
+from ttc_jax import checkpoint, cli, compilation, files, interrupt, jobs
+from ttc_jax import report, tasks, train
+from ttc_jax.errors import Busy, RunError, Stopped, UserError
 from ttc_jax.progress import Progress
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,23 +29,18 @@ _WORKDIR = flags.DEFINE_string(
 
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
-         "save_seconds", "plots")
+         "save_seconds", "plots", "compilation_cache")
+_POLL_SECONDS = 1.0  # between looks at what other processes have done
 
 
-def open_workdir(config, weights_sha256: str, path: str) -> int:
-  """Creates a work directory, or checks that it is of this configuration.
-
-  Returns:
-    The descriptor of the lock: until it is closed, or the process ends, no
-    other process may work there.
-  """
+def open_workdir(config, weights_sha256: str, path: str) -> None:
+  """Creates a work directory, or checks that it is of this configuration."""
   keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
           if k not in _FREE}
   keep["weights_sha256"] = weights_sha256
   file = os.path.join(path, "config.json")
   try:
     os.makedirs(os.path.join(path, "runs"), exist_ok=True)
-    lock = _lock(os.path.join(path, ".lock"))
     if not os.path.exists(file):
       files.write_text(file, json.dumps(keep, indent=2, sort_keys=True) + "\n")
     with open(file, encoding="utf-8") as f:
@@ -53,85 +53,145 @@ def open_workdir(config, weights_sha256: str, path: str) -> int:
           f"work directory '{path}' is of another configuration: {key} is "
           f"{old.get(key)!r} there and {keep.get(key)!r} here; choose another "
           "--workdir")
-  return lock
-
-
-def _lock(path: str) -> int:
-  descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(descriptor)
-    raise UserError(f"another process is at work in '{os.path.dirname(path)}'; "
-                    "wait for it, or choose another --workdir") from None
-  return descriptor
 
 
 class Session:
-  """A work directory with what all its runs share."""
+  """This process's part in the runs of a work directory.
+
+  Any number of processes may share one: each takes runs that are neither done
+  nor being done, and leaves when there are none.
+
+  Attributes:
+    missing: {task: why it is skipped}.
+    done: {run: row}, also of other processes.
+    failed: {run: why}, those that this process tried.
+  """
 
   def __init__(self, config, workdir: str):
     self.config, self.workdir = config, workdir
     jobs.check_config(config)
-    self.tasks = jobs.load_tasks(config)
+    compilation.start(config.compilation_cache)
+    self.tasks, self.missing = jobs.load_tasks(config)
     self.base = jobs.load_base(config)
     jobs.check_runs(config, self.base, self.tasks)
-    self._lock = open_workdir(config, self.base.sha256, workdir)
+    open_workdir(config, self.base.sha256, workdir)
     self.results = os.path.join(workdir, "results.jsonl")
-    self.done = {row["run"]: row for row in report.read(self.results)}
-    self.failed = []
+    self.done, self.failed, self._ahead = self._read(), {}, {}
+    self._write_plan()
 
-  def close(self) -> None:
-    """Lets another process work in the directory."""
-    os.close(self._lock)
+  def _write_plan(self) -> None:
+    """For those who watch: which runs there will be."""
+    files.write_text(os.path.join(self.workdir, "plan.json"), json.dumps({
+        "tasks": [*self.tasks, *self.missing], "missing": self.missing,
+        "variants": {label: {
+            "settings": len(jobs.settings(c)), "seeds": list(c.seeds),
+            "protocol": c.protocol} for label, c in jobs.variants(self.config).items()}},
+        indent=2) + "\n")
 
-  def row(self, run: jobs.Run) -> dict | None:
-    """The row of a run: from the results if it is there, else by running."""
-    if run.name in self.done:
-      return self.done[run.name]
-    directory = os.path.join(self.workdir, "runs", run.name)
-    os.makedirs(directory, exist_ok=True)
-    task = self.tasks[run.task]
-    with Progress(run.name, os.path.join(directory, "metrics.jsonl")) as bar:
-      job = jobs.make_job(run, self.base, task, bar.update)
-      bar.expect(len(job.method.stages) * job.epochs)
-      try:
-        outcome = train.run(job, self.base.params,
-                            os.path.join(self.workdir, "stages"))
-      except RunError as error:
-        self.failed.append(f"{run.name}: {error}")
-        return None
-      row = jobs.finish(run, job, self.base, task, outcome, directory)
-    report.append(self.results, row)
-    self.done[run.name] = row
-    print(_line(row), flush=True)
-    return row
+  def _read(self):
+    return {row["run"]: row for row in report.read(self.results)}
 
   def run_all(self) -> None:
-    for task in self.tasks:
-      for variant, config in jobs.variants(self.config).items():
-        protocol = config.protocol
-        if protocol == "select":
-          config, protocol = self.select(task, variant, config), "final"
-        for seed in config.seeds if config else ():
-          self.row(self.make_run(task, variant, config, protocol, seed))
+    """Returns when all runs are done or have failed, by whomever."""
+    while not all([self._do_task(*pair) for pair in itertools.zip_longest(
+        self.tasks, list(self.tasks)[1:])]):
+      interrupt.check()
+      time.sleep(_POLL_SECONDS)
+
+  def _do_task(self, task: str, after: str | None) -> bool:
+    """Does what is free of a task; whether that was all."""
+    if task in self._ahead:
+      self._ahead[task].join()
+    self._decode_ahead(after)
+    return all([self._do(task, variant, config)
+                for variant, config in jobs.variants(self.config).items()])
+
+  def _decode_ahead(self, task: str | None) -> None:
+    """Fills the cache with a task's images while the one before it trains.
+
+    Built-in tasks are drawn in no time. An error waits for the run that needs
+    the image.
+    """
+    if task is None or task in self._ahead or not self.config.data:
+      return
+    def decode():
+      with contextlib.suppress(UserError):
+        for split in tasks.SPLITS:
+          self.tasks[task].split(split)
+    self._ahead[task] = threading.Thread(target=decode, daemon=True)
+    self._ahead[task].start()
+
+  def _do(self, task: str, variant: str, config) -> bool:
+    """Does what is free of a task and a variant; whether that was all."""
+    protocol = config.protocol
+    if protocol == "select":
+      config, protocol = self.select(task, variant, config), "final"
+    if config is None:
+      return False
+    return all([self.settle(self.make_run(task, variant, config, protocol, s))
+                for s in config.seeds])
+
+  def select(self, task: str, variant: str, config):
+    """The configuration with the setting that is best on val200.
+
+    None while others are at some of them; without seeds if all have failed.
+    """
+    by_run = {}
+    for setting in jobs.settings(config):
+      tried = config.copy_and_resolve_references()
+      tried.update(setting)
+      run = self.make_run(task, variant, tried, "val", config.seeds[0])
+      by_run[run.name] = tried
+      self.settle(run)
+    if not by_run.keys() <= self.done.keys() | self.failed.keys():
+      return None
+    rows = [self.done[name] for name in by_run if name in self.done]
+    if not rows:
+      return ml_collections.ConfigDict({"seeds": ()})
+    return by_run[report.best(rows)[0]["run"]]
 
   def make_run(self, task, variant, config, protocol, seed) -> jobs.Run:
     return jobs.Run(task, variant, config, protocol, seed,
                     self.tasks[task].digest)
 
-  def select(self, task: str, variant: str, config):
-    """The configuration with the setting that is best on val200."""
-    rows, by_run = [], {}
-    for setting in jobs.settings(config):
-      tried = config.copy_and_resolve_references()
-      tried.update(setting)
-      run = self.make_run(task, variant, tried, "val", config.seeds[0])
-      row = self.row(run)
-      if row:
-        rows.append(row)
-        by_run[run.name] = tried
-    return by_run[report.best(rows)[0]["run"]] if rows else None
+  def settle(self, run: jobs.Run) -> bool:
+    """Does a run if nobody has or does; whether it is done or has failed."""
+    if run.name in self.done or run.name in self.failed:
+      return True
+    directory = os.path.join(self.workdir, "runs", run.name)
+    try:
+      with files.lock(os.path.join(directory, ".lock")):
+        # Whoever had the lock before may have done it.
+        self.done |= self._read()
+        if run.name not in self.done:
+          row = self._row(run, directory)
+          report.append(self.results, row)
+          self.done[run.name] = row
+          print(_line(row), flush=True)
+    except Busy:
+      return False
+    except RunError as error:
+      self._fail(run, str(error))
+    return True
+
+  def _row(self, run, directory):
+    interrupt.check()
+    task = self.tasks[run.task]
+    with Progress(run.name, os.path.join(directory, "metrics.jsonl")) as bar:
+      try:
+        job = jobs.make_job(run, self.base, task, bar.update)
+      except UserError as error:  # an image, say; the others may go on
+        raise RunError(str(error)) from error
+      bar.expect(len(job.method.stages) * job.epochs)
+      outcome = train.run(job, self.base.params,
+                          os.path.join(self.workdir, "stages"))
+      return jobs.finish(run, job, self.base, task, outcome, directory)
+
+  def _fail(self, run, error):
+    self.failed[run.name] = error
+    report.append(os.path.join(self.workdir, "failed.jsonl"), {
+        "run": run.name, "task": run.task, "variant": run.variant,
+        "error": error})
 
 
 def _line(row) -> str:
@@ -156,20 +216,33 @@ def main(argv) -> int:
     from ttc_jax import plots  # an extra; missed before the long work
   workdir = _WORKDIR.value or default_workdir(
       config, flags.FLAGS["config"].config_filename)
+  interrupt.listen()
   session = Session(config, workdir)
-  session.run_all()
-  session.close()
-  rows = list(session.done.values())
+  for task, why in session.missing.items():
+    print(f"skipped: {task}: {why}", file=sys.stderr)
+  try:
+    session.run_all()
+  except Stopped as stop:
+    print(f"{stop}; start the same command again to go on", file=sys.stderr)
+    return 0
+  _conclude(session)
+  for name, why in [*session.missing.items(), *session.failed.items()]:
+    print(f"failed: {name}: {why}", file=sys.stderr)
+  return 1 if session.missing or session.failed else 0
+
+
+def _conclude(session) -> None:
+  """Writes and prints the tables."""
+  workdir, rows = session.workdir, list(session.done.values())
   if rows:
     text = report.summary(rows)
-    if config.plots:
+    if session.config.plots:
+      from ttc_jax import plots
       for file in plots.write(rows, workdir) or ["none: no final run yet"]:
         print(f"plot: {file}")
     files.write_text(os.path.join(workdir, "results.md"), text)
     print(f"\n{text}\nRows, bundles and curves: {workdir}")
-  for failure in session.failed:
-    print(f"failed: {failure}", file=sys.stderr)
-  return 1 if session.failed else 0
+  print(compilation.count())
 
 
 if __name__ == "__main__":

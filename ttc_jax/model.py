@@ -74,3 +74,24 @@ def init_head(width: int, classes: int, seed: int) -> Params:
   kernel = 0.02 * jax.random.truncated_normal(
       jax.random.key(seed), -2, 2, (width, classes))
   return {"kernel": kernel, "bias": jnp.zeros(classes)}
+
+
+PADDED = 512  # classes; VTAB has 2 to 397
+_NEVER = -1e9  # a logit whose probability and gradient are 0 in float32
+
+
+def pad_head(head: Params, multiple: int = PADDED) -> Params:
+  """The head with classes that no image has, up to a multiple.
+
+  Tasks of any number of classes share a compilation so. The new columns are 0
+  and stay so, for nothing ever reaches them; losses and gradients of the
+  others are the same to rounding.
+  """
+  more = -head["bias"].shape[-1] % multiple
+  return {"kernel": jnp.pad(head["kernel"], ((0, 0), (0, more))),
+          "bias": jnp.pad(head["bias"], (0, more), constant_values=_NEVER)}
+
+
+def trim_head(head: Params, classes: int) -> Params:
+  """The inverse of `pad_head`, also with an axis of devices."""
+  return {name: x[..., :classes] for name, x in head.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
+from ttc_jax import files
 from ttc_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -32,9 +33,11 @@ def read(path: str) -> list[Row]:
 
 
 def append(path: str, row: Row) -> None:
-  """Adds a row and waits until the disk has it."""
+  """Adds a row and waits until the disk has it; processes take turns."""
   line = json.dumps(row).encode() + b"\n"
-  with open(path, "ab+") as f:
+  folder, name = os.path.split(path)
+  with files.lock(os.path.join(folder, f".{name}.lock"), wait=True), open(
+      path, "ab+") as f:
     if f.tell():
       f.seek(-1, os.SEEK_END)
       if f.read(1) != b"\n":  # the line before was cut short

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttc_jax import augment, checkpoint, cost, evaluate, optim, parallel
-from ttc_jax import trees
+from ttc_jax import augment, checkpoint, cost, evaluate, interrupt, optim
+from ttc_jax import parallel, trees
 from ttc_jax.errors import RunError
 from ttc_jax.methods import Context, Method
-from ttc_jax.model import Model, init_head
+from ttc_jax.model import Model, init_head, pad_head
 from ttc_jax.tasks import Split
 
 
@@ -31,6 +31,7 @@ class Hyper(NamedTuple):
   weight_decay: float
   warmup: int
   steps: int
+  classes: int  # those of the head beyond are padding
 
 
 class State(NamedTuple):
@@ -40,7 +41,7 @@ class State(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What a run ends with."""
+  """What a run ends with; the head is still padded."""
   state: State
   model: Model
   history: list[dict[str, Any]]
@@ -50,7 +51,7 @@ class Outcome(NamedTuple):
   memory_bytes: int  # of a step, on a device; 0 where nobody says
 
 
-def loss_fn(params, model, plan, selection, images, labels, key):
+def loss_fn(params, model, plan, selection, hyper, images, labels, key):
   """Mean cross-entropy of a batch, with label smoothing and augmentation."""
   crop_key, flip_key, path_key = jax.random.split(key, 3)
   if plan.smallest_crop < 1:
@@ -59,8 +60,11 @@ def loss_fn(params, model, plan, selection, images, labels, key):
   if plan.flip:
     images = augment.random_flip(images, flip_key)
   logits = model.logits(params, images, selection, key=path_key)
-  targets = optax.smooth_labels(
-      jax.nn.one_hot(labels, logits.shape[-1]), plan.label_smoothing)
+  targets = jax.nn.one_hot(labels, logits.shape[-1])
+  if plan.label_smoothing:  # over the task's classes, not the padding
+    known = jnp.arange(logits.shape[-1]) < hyper.classes
+    targets = ((1 - plan.label_smoothing) * targets
+               + plan.label_smoothing * known / hyper.classes)
   return optax.softmax_cross_entropy(logits, targets).mean()
 
 
@@ -81,7 +85,7 @@ def make_update_fn(model, rules, plan):
       selection = model.sample(selection, key)
     key = jax.random.fold_in(key, parallel.device_index())
     loss, grads = jax.value_and_grad(loss_fn)(
-        params, model, plan, selection, images, labels, key)
+        params, model, plan, selection, hyper, images, labels, key)
     grads = parallel.pmean(grads)
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -175,8 +179,11 @@ def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
   Raises:
     RunError: the loss, a parameter or a score is not finite.
     UserError: a state cannot be saved or read.
+    Busy: another process is at one of the stages.
+    Stopped: this process was asked to end; the last epoch is saved.
   """
-  head = init_head(job.model.backbone.width, job.classes, job.seed)
+  head = pad_head(
+      init_head(job.model.backbone.width, job.classes, job.seed))
   params = {"backbone": base, "adapter": {},
             "head": parallel.replicate(head)}
   state, history, total = State(params, {}), [], _Clock()
@@ -247,14 +254,17 @@ def _run_stage(job, index, stage, state, store):
   fixed = _fixed(job, index)
   last_save = time.perf_counter()
   for epoch in range(saved.epoch if saved else 0, job.epochs):
-    now, losses = _epoch(job, stage, inputs, frozen, fixed, epoch, now)
-    _check_finite(job, stage, epoch, losses, store)
-    now = _record(job, inputs, frozen, epoch + 1, losses, now)
-    _report(job, stage, now.records[-1])
-    last = epoch + 1 == job.epochs
-    if last or time.perf_counter() - last_save >= job.save_seconds:
-      store.save(_saved(epoch + 1, state.selection, now, last))
-      last_save = time.perf_counter()
+    interrupt.check()
+    with interrupt.held():  # an epoch that has begun ends, and is saved
+      now, losses = _epoch(job, stage, inputs, frozen, fixed, epoch, now)
+      _check_finite(job, stage, epoch, losses, store)
+      now = _record(job, inputs, frozen, epoch + 1, losses, now)
+      _report(job, stage, now.records[-1])
+      last = epoch + 1 == job.epochs
+      if (last or interrupt.asked()
+          or time.perf_counter() - last_save >= job.save_seconds):
+        store.save(_saved(epoch + 1, state.selection, now, last))
+        last_save = time.perf_counter()
   params = {**state.params, **trees.join(now.tuned, frozen)}
   return State(params, state.selection), now.records, now.clock
 
@@ -290,7 +300,7 @@ def _fixed(job, index):
   steps = len(split.labels) // job.plan.batch_size
   hyper = Hyper(np.float32(job.lr), np.float32(job.weight_decay),
                 np.int32(round(job.warmup_epochs * steps)),
-                np.int32(job.epochs * steps))
+                np.int32(job.epochs * steps), np.int32(job.classes))
   key = jax.random.fold_in(jax.random.key(job.seed), index)
   return parallel.replicate((hyper, jax.random.key_data(key)))
 

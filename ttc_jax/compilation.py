@@ -1,0 +1,74 @@
+"""Compiled programs: the cache that outlives a process, and their number."""
+import collections
+import hashlib
+import os
+import platform
+from typing import NamedTuple
+
+import jax
+
+_PROGRAM = "/jax/core/compile/backend_compile_duration"  # got, either way
+_CACHED = "/jax/compilation_cache/cache_hits"
+_seen = collections.Counter()
+
+
+class Count(NamedTuple):
+  """Of programs that this process needed: all, and those not in the cache."""
+  programs: int
+  compiled: int
+  seconds: float  # to compile or to read them
+
+  def __str__(self):
+    return (f"{self.programs} compiled programs in {self.seconds:.0f} s: "
+            f"{self.compiled} new, {self.programs - self.compiled} from the "
+            "cache")
+
+
+def count() -> Count:
+  """Since the first call of `start`."""
+  return Count(_seen[_PROGRAM], _seen[_PROGRAM] - _seen[_CACHED],
+               _seen["seconds"])
+
+
+def start(cache: str) -> None:
+  """Begins to count, and keeps programs in the folder `cache`.
+
+  Args:
+    cache: "" for $XDG_CACHE_HOME/ttc_jax/programs, by default
+      ~/.cache/ttc_jax/programs; "none" for no cache.
+  """
+  if not _seen["started"]:
+    _seen["started"] = 1
+    jax.monitoring.register_event_listener(_on_event)
+    jax.monitoring.register_event_duration_secs_listener(_on_duration)
+  if cache == "none":
+    return
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = os.path.expanduser(cache) or os.path.join(
+      home, "ttc_jax", "programs")
+  jax.config.update("jax_compilation_cache_dir",
+                    os.path.join(folder, _host()))
+  # The small ones too: together they take as long as a large one.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _host() -> str:
+  """Home folders are shared, but a program may use what one CPU alone has."""
+  what = platform.machine() + platform.processor()
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+      what += next((line for line in f if line.startswith("flags")), "")
+  except OSError:  # no Linux
+    pass
+  return hashlib.sha256(what.encode()).hexdigest()[:8]
+
+
+def _on_event(event, **_):
+  _seen[event] += 1
+
+
+def _on_duration(event, seconds, **_):
+  if event == _PROGRAM:
+    _seen[event] += 1
+    _seen["seconds"] += seconds
