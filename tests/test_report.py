@@ -86,6 +86,19 @@ def test_columns_have_vtabs_order_whatever_that_of_the_rows():
                     "mean of groups"]
 
 
+def test_the_readmes_table():
+  """Groups of one task have no column of their own."""
+  rows = [row("sprites_location", "linear", 0, 51.7, "Structured"),
+          row("digits", "linear", 0, 89.6, "Other", head_params=1930)]
+  _, header, _, linear, *notes = filter(None, formats.markdown(
+      tables.make(rows, "final")).split("\n"))
+  assert cells(header) == ["", "sprites_location", "digits", "mean of 2",
+                           "mean of groups", "module", "norm", "head", "seeds"]
+  assert cells(linear) == ["linear", "51.7", "89.6", "70.7", "70.7", "1,000",
+                           "20", "5 to 1,930", "1"]
+  assert len(notes) == 1  # no ± to explain
+
+
 def test_one_task_has_no_mean():
   table = tables.make([row("a", "ttc", 0, 1.0)], "final")
   assert [c.title for c in table.columns] == ["a"]
@@ -111,6 +124,12 @@ def test_costs_by_hand():
   for r in rows:
     r["step_memory_bytes"] = None
   assert cells(report.costs(rows).split("\n")[2])[-2] == "-"
+
+
+def test_a_difference_has_a_sign_and_nothing_is_no_negative():
+  numbers = [formats.number(tables.Score(x), signed=True)
+             for x in (1.25, -0.01, 0.0, -3.0)]
+  assert numbers == ["+1.2", "+0.0", "+0.0", "-3.0"]
 
 
 # --- Published ----------------------------------------------------------------

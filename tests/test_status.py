@@ -92,7 +92,7 @@ def test_without_a_plan_what_there_is_is_all(workdir):
 
 
 def test_a_new_work_directory(tmp_path):
-  assert status.text(status.gather(str(tmp_path), NOW)) == "\n\n0 runs"
+  assert status.text(status.gather(str(tmp_path), NOW)) == "0 runs"
   with pytest.raises(UserError, match="no work directory"):
     status.gather(str(tmp_path / "none"), NOW)
 

@@ -36,7 +36,8 @@ def number(score: Score | None, interval: bool = False,
   if score is None:
     return "-"
   spread = score.interval if interval else score.deviation
-  return f"{score.mean:{'+' if signed else ''}.1f}" + (
+  mean = round(score.mean, 1) + 0.0  # no "-0.0"
+  return f"{mean:{'+' if signed else ''}.1f}" + (
       "" if spread is None else f" ± {spread:.1f}")
 
 

@@ -61,26 +61,30 @@ def collect(workdirs: Sequence[str]) -> list[Row]:
   Raises:
     UserError: a directory is missing or has no finished run.
   """
-  found = {}
-  for workdir in workdirs:
-    check_workdir(workdir)
-    found[workdir] = read(os.path.join(workdir, "results.jsonl"))
-    if not found[workdir]:
+  found = {workdir: of(workdir) for workdir in workdirs}
+  for workdir, rows in found.items():
+    if not rows:
       raise UserError(f"no finished run in '{workdir}' yet; --watch shows how "
                       "far it is")
-    for row in found[workdir]:
-      if lacking := [key for key in _NEEDED if key not in row]:
-        raise UserError(
-            f"'{workdir}': the row of {row['run']} has no {lacking[0]!r}, it "
-            "is no row of ours; remove it from results.jsonl")
   return merge(found)
 
 
-def check_workdir(path: str) -> None:
-  """UserError unless there is such a folder."""
-  if not os.path.isdir(path):
-    raise UserError(f"no work directory '{path}': give what main's --workdir "
-                    "was, or what it printed last")
+def of(workdir: str) -> list[Row]:
+  """The rows of a work directory, perhaps none yet.
+
+  Raises:
+    UserError: there is no such directory, or a row is none of ours.
+  """
+  if not os.path.isdir(workdir):
+    raise UserError(f"no work directory '{workdir}': give what main's "
+                    "--workdir was, or what it printed last")
+  rows = read(os.path.join(workdir, "results.jsonl"))
+  for row in rows:
+    if lacking := [key for key in _NEEDED if key not in row]:
+      raise UserError(
+          f"'{workdir}': the row of {row['run']} has no {lacking[0]!r}, it is "
+          "no row of ours; remove it from results.jsonl")
+  return rows
 
 
 def merge(found: Mapping[str, Sequence[Row]]) -> list[Row]:

@@ -58,12 +58,11 @@ def gather(workdir: str, now: float) -> Status:
   Raises:
     UserError: there is no such directory.
   """
-  rows_lib.check_workdir(workdir)
-  rows = rows_lib.read(os.path.join(workdir, "results.jsonl"))
+  rows = rows_lib.of(workdir)
   finished = {r["run"] for r in rows}
   plan = _json(os.path.join(workdir, "plan.json"))
   failures = {f["run"]: f for f in _lines(
-      os.path.join(workdir, "failed.jsonl")) if f.get("run") not in finished}
+      os.path.join(workdir, "failed.jsonl")) if f["run"] not in finished}
   expected = _expected(plan)
   done = _by_pair([r for r in rows if _is_planned(r, plan)])
   failed = _by_pair(failures.values())
@@ -84,7 +83,7 @@ def text(status: Status) -> str:
       [task, *(_cell(status, (task, v), at_work) for v in variants)]
       for task in tasks]
   return "\n\n".join("\n".join(part) for part in (
-      ["  ".join(x).rstrip() for x in formats.align(lines)],
+      ["  ".join(x).rstrip() for x in formats.align(lines)] * bool(tasks),
       [f"missing: {task}: {why}" for task, why in status.missing.items()],
       [f"running: {_line(r)}" for r in status.running],
       [f"failed: {run}: {f.get('error', 'no reason given')}"
