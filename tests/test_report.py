@@ -99,6 +99,17 @@ def test_the_readmes_table():
   assert len(notes) == 1  # no ± to explain
 
 
+def test_a_planned_task_without_a_run_is_a_hole():
+  rows = [row(t, "lora", 0, 1.0) for t in ("dtd", "svhn")]
+  table = tables.make(rows, "final", planned=["eurosat", "dtd", "mine"])
+  assert [c.title for c in table.columns] == [
+      "dtd", "svhn", "eurosat", "mine", "Natural", "mean of 4",
+      "mean of groups"]
+  assert formats.cells(table.lines[0])[:8] == [
+      "lora", "1.0", "1.0", "-", "-", "1.0", "-", "-"]
+  assert "| eurosat |" in report.summary(rows, ["eurosat"])
+
+
 def test_one_task_has_no_mean():
   table = tables.make([row("a", "ttc", 0, 1.0)], "final")
   assert [c.title for c in table.columns] == ["a"]

@@ -10,7 +10,7 @@ from tests.test_report import row
 from ttc_jax.errors import UserError
 from ttc_jax.report import __main__ as command_line, status
 
-PLAN = {"tasks": ["a", "b/c", "gone"], "missing": {"gone": "no folder 'gone'"},
+PLAN = {"tasks": ["a", "b/c"], "missing": {"gone": "no folder 'gone'"},
         "variants": {"ttc": {"settings": 2, "seeds": [0, 1],
                              "protocol": "select"},
                      "my-linear": {"settings": 1, "seeds": [0, 1],
@@ -120,7 +120,10 @@ def test_the_command_only_reads_a_work_directory(workdir, tmp_path_factory):
   before = state(workdir)
   shown = command(workdir, "--format=markdown", f"--out={out}")
   assert shown.returncode == 0 and "| ttc" in shown.stdout
+  assert "| gone |" in shown.stdout and "mean of 3" in shown.stdout
   assert (out / "table.md").read_text() == shown.stdout
+  some = command(workdir, "--tasks=a")
+  assert some.stdout.split("\n")[2].split()[:2] == ["a", "module"]
   watched = command(workdir, "--watch")  # no terminal: once
   assert watched.returncode == 0
   assert watched.stdout.startswith(f"{workdir}\n\n") and (

@@ -22,12 +22,17 @@ __all__ = ["Row", "append", "best", "by_seed", "chosen", "collect", "costs",
            "protocols", "read", "summary"]
 
 
-def summary(rows: Sequence[Row]) -> str:
-  """All that one needs to read beside the numbers, in Markdown."""
+def summary(rows: Sequence[Row], planned: Sequence[str] = ()) -> str:
+  """All that one needs to read beside the numbers, in Markdown.
+
+  Args:
+    planned: tasks that have a column even if no run of theirs is finished.
+  """
   parts = []
   for protocol in protocols(rows):
     shown = chosen(rows, protocol)
-    parts.append(formats.markdown(tables.make(shown, protocol)))
+    parts.append(formats.markdown(
+        tables.make(shown, protocol, planned=planned)))
     if protocol == "final" and len({r["variant"] for r in shown}) > 1:
       parts.append("What they cost: MFLOPs of an image at inference, then "
                    f"after merging where that is exact.\n\n{costs(shown)}\n")

@@ -13,7 +13,7 @@ import time
 from absl import flags
 
 from ttc_jax import cli, files, report
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, check_known
 from ttc_jax.report import formats, status, tables
 
 
@@ -37,11 +37,17 @@ def watch(workdirs: Sequence[str], every: float) -> None:
 def show(workdirs: Sequence[str]) -> None:
   """Prints the table and writes what was asked for into --out."""
   rows = report.collect(workdirs)
-  protocol = _PROTOCOL.value or report.protocols(rows)[0]
+  planned = [task for workdir in workdirs
+             for task in status.planned(workdir)]
+  if _TASKS.value:
+    planned = [check_known("task", t, {r["task"] for r in rows} | {*planned})
+               for t in _TASKS.value]
+    rows = [r for r in rows if r["task"] in planned]
+  protocol = _PROTOCOL.value or (*report.protocols(rows), "final")[0]
   if _PUBLISHED.value and protocol == "val":
     raise UserError("published numbers are of the test set: add "
                     "--protocol=final, or leave --published out")
-  table = tables.make(rows, protocol, _PUBLISHED.value)
+  table = tables.make(rows, protocol, _PUBLISHED.value, planned)
   form = formats.FORMATS[_FORMAT.value]
   text = form.write(table, _INTERVAL.value)
   if _OUT.value:
@@ -83,6 +89,8 @@ if __name__ == "__main__":
   _PROTOCOL = flags.DEFINE_enum(
       "protocol", None, ["val", "final"],
       "accuracy on val200 or on the test set; default: final if there is one")
+  _TASKS = flags.DEFINE_list(
+      "tasks", None, "those alone; default: all that were planned or run")
   _FORMAT = flags.DEFINE_enum("format", "text", list(formats.FORMATS),
                               "csv has a line per run, the others a table")
   _INTERVAL = flags.DEFINE_bool(

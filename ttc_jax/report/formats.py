@@ -120,10 +120,10 @@ def latex(table: Table, interval: bool = False) -> str:
            for block in blocks if block]
   return (
       "% \\usepackage{booktabs,graphicx}\n"
-      "\\resizebox{\\linewidth}{!}{%\n"
+      "\\noindent\\resizebox{\\linewidth}{!}{%\n"
       f"\\begin{{tabular}}{{l{'r' * (len(header(table)) - 1)}}}\n\\toprule\n"
       f"{_headings(table)}{_latex_line(header(table))}{''.join(rules)}"
-      "\\bottomrule\n\\end{tabular}}\n\n{\\footnotesize\n"
+      "\\bottomrule\n\\end{tabular}}\n\n{\\footnotesize\\noindent\n"
       + "\\\\\n".join(_escape(note) for note in (
           table.what + ".", *notes(table, interval))) + "\\par}\n")
 

@@ -26,7 +26,8 @@ class Running(NamedTuple):
 
   Attributes:
     record: the last of its learning curve.
-    epochs: of each stage; None if unknown.
+    epochs: of each stage; None if unknown, or if what goes on is no training
+      (a search).
   """
   run: str
   pair: Pair | None
@@ -140,6 +141,12 @@ def duration(seconds: float) -> str:
 
 # --- What there is ------------------------------------------------------------
 
+def planned(workdir: str) -> list[str]:
+  """The tasks of the plan, with those whose data is missing; [] without."""
+  plan = _json(os.path.join(workdir, "plan.json"))
+  return list(dict.fromkeys([*plan.get("tasks", ()), *plan.get("missing", ())]))
+
+
 def _json(path):
   try:
     with open(path, encoding="utf-8") as f:
@@ -204,7 +211,8 @@ def _running(workdir, now, pairs: Sequence[Pair], over):
     if records and now - os.path.getmtime(curve) < LATELY:
       stem = _RUN.fullmatch(run)
       pair = by_stem.get(stem[1]) if stem else None
-      found.append(Running(run, pair, records[-1], _epochs(config, pair)))
+      epochs = _epochs(config, pair) if "loss" in records[-1] else None
+      found.append(Running(run, pair, records[-1], epochs))
   return found
 
 

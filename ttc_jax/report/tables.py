@@ -85,10 +85,12 @@ class Table(NamedTuple):
   sources: list[str]
 
 
-def make(rows: Sequence[Row], protocol: str, compare: bool = False) -> Table:
+def make(rows: Sequence[Row], protocol: str, compare: bool = False,
+         planned: Sequence[str] = ()) -> Table:
   """The table of one protocol.
 
   Args:
+    planned: tasks that have a column even if no run of theirs is finished.
     compare: adds the published rows and how far the runs are from them; a
       published mean is over the tasks of this table.
 
@@ -96,7 +98,8 @@ def make(rows: Sequence[Row], protocol: str, compare: bool = False) -> Table:
     UserError: no row of that protocol.
   """
   shown = rows_lib.chosen(rows, protocol)
-  across = columns({r["task"]: r["group"] for r in shown})
+  across = columns({t: _group(t) for t in planned} |
+                   {r["task"]: r["group"] for r in shown})
   lines = [line(variant, [r for r in shown if r["variant"] == variant], across)
            for variant in dict.fromkeys(r["variant"] for r in shown)]
   table = Table(_WHAT[protocol], across, lines, protocol, _bases(shown))
@@ -118,6 +121,10 @@ def columns(groups: Mapping[str, str]) -> list[Column]:
   if len(parts) > 1:
     found.append(Column("mean of groups", tuple(parts.values())))
   return found
+
+
+def _group(task):
+  return vtab.ROWS[task].group if task in vtab.ROWS else "Other"
 
 
 def mean(groups: Sequence[Sequence[str]],
