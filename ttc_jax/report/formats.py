@@ -16,7 +16,10 @@ _LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}",
 
 
 class Format(NamedTuple):
-  """Attributes:
+  """How a table is written.
+
+  Attributes:
+    suffix: of a file's name, without the dot.
     write: (table, interval) -> str; of `interval` see `number`.
   """
   suffix: str
@@ -55,10 +58,12 @@ def counts(rows: Sequence[rows_lib.Row]) -> list[str]:
 
 
 def header(table: Table) -> list[str]:
+  """The titles of the columns."""
   return ["", *(c.title for c in table.columns), *PARTS, "seeds"]
 
 
 def cells(line: Line, interval: bool = False) -> list[str]:
+  """What stands under the header; of `interval` see `number`."""
   return [line.name, *(number(s, interval, line.kind == "difference")
                        for s in line.scores),
           *(count(line.params.get(part)) for part in PARTS),
@@ -89,6 +94,7 @@ def align(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 # --- Formats ------------------------------------------------------------------
 
 def text(table: Table, interval: bool = False) -> str:
+  """Columns apart by two blanks."""
   lines = align([header(table), *(cells(x, interval) for x in table.lines)])
   return _paragraphs(
       table.what + ".", "\n".join("  ".join(x).rstrip() for x in lines),
@@ -96,6 +102,7 @@ def text(table: Table, interval: bool = False) -> str:
 
 
 def markdown(table: Table, interval: bool = False) -> str:
+  """With pipes, aligned in the source too."""
   return _paragraphs(
       table.what + ".",
       pipes([header(table), *(cells(x, interval) for x in table.lines)]),

@@ -36,7 +36,9 @@ class Running(NamedTuple):
 
 
 class Status(NamedTuple):
-  """Attributes:
+  """What a work directory holds, beside what it should.
+
+  Attributes:
     expected: {pair: runs}; empty without a plan.
     done, failed: {pair: {run: row}}, {pair: {run: failure}}.
     missing: {task: sentence}: its data is not there.

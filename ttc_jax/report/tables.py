@@ -1,5 +1,5 @@
 """Rows -> a table of numbers: variants down, tasks across, then the means."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +57,9 @@ class Column(NamedTuple):
 
 
 class Line(NamedTuple):
-  """Attributes:
+  """What stands beside one name.
+
+  Attributes:
     kind: "run", "published", or "difference", of a run's and a published one.
     scores: one a column; None where something is missing.
     params: {part: (smallest, largest) number over tasks}, or as published.
@@ -75,7 +77,10 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-  """Attributes:
+  """Columns, lines and what to say about them.
+
+  Attributes:
+    what: the numbers are, without a full stop.
     sources: sentences on what was run, and where the rest was printed.
   """
   what: str
@@ -155,7 +160,8 @@ def line(name: str, rows: Sequence[Row], across: Sequence[Column]) -> Line:
       extent(map(len, by_task.values())), rows)
 
 
-def extent(numbers) -> tuple[int, int]:
+def extent(numbers: Iterable[int]) -> tuple[int, int]:
+  """The smallest and the largest."""
   numbers = list(numbers)
   return min(numbers), max(numbers)
 
