@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 from tests.test_report import row
 from ttc_jax import plots
+from ttc_jax.report import tables
 
 
 def rows():
@@ -46,3 +47,32 @@ def test_files_are_whole_and_the_same_for_the_same_rows(tmp_path):
   assert [pathlib.Path(p).read_bytes() for p in written] == contents
   curve = plots.search({"a": records[1:]}).axes[0].lines[0]
   np.testing.assert_array_equal(curve.get_xydata(), [[1, 41], [2, 42], [3, 43]])
+
+
+@pytest.mark.parametrize("interval", [False, True])
+def test_a_dot_is_a_cell_and_a_published_one_is_hollow(interval):
+  table = tables.make(
+      [row(task, variant, seed, 50.0 + 10 * seed)
+       for task, variant in (("dtd", "lora"), ("svhn", "lora"), ("x", "lora"),
+                             ("dtd", "mine")) for seed in (0, 1)],
+      "final", compare=True)
+  axes, = plots.by_task(table, interval).axes
+  shown = {c.get_label(): c for c in axes.containers}
+  # What no run stands beside is in the table alone.
+  assert list(shown) == ["lora", "mine", "LoRA (published)"]
+  lora, mine, theirs = (c[0] for c in shown.values())
+  titles = [label.get_text() for label in axes.get_xticklabels()]
+  assert titles == [c.title for c in table.columns] == [
+      "dtd", "svhn", "x", "mean of 3"]
+  np.testing.assert_allclose(lora.get_xydata()[:, 1], 55.0)
+  np.testing.assert_allclose(np.round(mine.get_xydata()), [[0, 55.0]])
+  np.testing.assert_allclose(theirs.get_xydata()[:, 1], [69.4, 85.3])
+  np.testing.assert_allclose(theirs.get_xydata()[:, 0],
+                             lora.get_xydata()[:2, 0])
+  assert theirs.get_markerfacecolor() == "none"
+  assert theirs.get_color() == lora.get_color() != mine.get_color()
+  bar, = shown["lora"][2]
+  score = table.lines[0].scores[0]
+  low, high = bar.get_segments()[0][:, 1]
+  assert (high - low) / 2 == pytest.approx(
+      score.interval if interval else score.deviation)

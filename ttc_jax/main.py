@@ -235,7 +235,7 @@ def _conclude(session) -> None:
   """Writes and prints the tables."""
   workdir, rows = session.workdir, list(session.done.values())
   if rows:
-    text = report.summary(rows)
+    text = report.summary(rows, [*session.tasks, *session.missing])
     if session.config.plots:
       from ttc_jax import plots
       for file in plots.write(rows, workdir) or ["none: no final run yet"]:

@@ -1,4 +1,4 @@
-"""Pictures of finished runs, as PNG and SVG."""
+"""Pictures of finished runs and of tables, as PNG and SVG."""
 from collections.abc import Sequence
 import json
 import os
@@ -7,6 +7,7 @@ import numpy as np
 
 from ttc_jax import files, report
 from ttc_jax.errors import UserError
+from ttc_jax.report import tables
 
 try:
   import matplotlib
@@ -21,6 +22,7 @@ matplotlib.rcParams.update({
     "svg.hashsalt": "ttc_jax",  # the same runs give the same file
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
+_MARKERS = "osD^vP*X"
 
 
 def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
@@ -28,12 +30,12 @@ def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
   written = []
   final = [r for r in rows if r["protocol"] == "final"]
   if final:
-    written += _save(accuracy_against_parameters(final),
+    written += save(accuracy_against_parameters(final),
                      os.path.join(workdir, "accuracy"))
   curves = {r["run"]: found for r in final or rows
             if (found := _search(workdir, r))}
   if curves:
-    written += _save(search(curves), os.path.join(workdir, "search"))
+    written += save(search(curves), os.path.join(workdir, "search"))
   return written
 
 
@@ -41,7 +43,6 @@ def accuracy_against_parameters(rows: Sequence[report.Row]):
   """Mean test accuracy of each variant, with the deviation over seeds, over
   all its tuned parameters, head included; the mean over tasks."""
   figure, axes = plt.subplots(figsize=(7, 4.5))
-  markers = "osD^vP*X"
   for i, variant in enumerate(dict.fromkeys(r["variant"] for r in rows)):
     mine = [r for r in rows if r["variant"] == variant]
     scores = report.by_seed(rows, variant)
@@ -51,8 +52,7 @@ def accuracy_against_parameters(rows: Sequence[report.Row]):
         "module", "norm", "head")) for r in mine])
     spread = np.std(scores, ddof=1) if len(scores) > 1 else None
     axes.errorbar(count, np.mean(scores), yerr=spread, capsize=2,
-                  marker=markers[i // 10 % len(markers)], color=f"C{i % 10}",
-                  label=variant, linestyle="none")
+                  label=variant, linestyle="none", **_mark(i))
   axes.set_xscale("log")
   axes.set_xlabel("tuned parameters, head included")
   tasks = len({r["task"] for r in rows})
@@ -61,6 +61,56 @@ def accuracy_against_parameters(rows: Sequence[report.Row]):
   axes.legend(fontsize=8, frameon=False, loc="center left",
               bbox_to_anchor=(1, 0.5))
   return figure
+
+
+def by_task(table: tables.Table, interval: bool = False):
+  """Dots of each line of a table over its columns, whole groups together.
+
+  Error bars are the deviation over seeds, or half of the 95 % interval. What
+  was published for a method is a hollow dot, at the place and in the colour
+  of the first line that it is compared with; the rest of what was published
+  is in the table alone.
+  """
+  places = {x.name: i for i, x in enumerate(table.lines) if x.kind == "run"}
+  across = range(len(table.columns))
+  figure, axes = plt.subplots(figsize=(max(7, 0.55 * len(across) + 3), 5))
+  for line in table.lines:
+    place = places.get((*line.beside, line.name)[0])
+    if place is not None:
+      offset = 0.7 * ((place + 0.5) / len(places) - 0.5)
+      _dots(axes, line, offset, interval,
+            **_mark(place, hollow=line.kind == "published"))
+  headings = [c.heading or "means" for c in table.columns]
+  for heading in dict.fromkeys(headings):
+    first = headings.index(heading)
+    middle = first + (headings.count(heading) - 1) / 2
+    axes.text(middle, 1.01, heading, ha="center",
+              transform=axes.get_xaxis_transform())
+    if first:
+      axes.axvline(first - 0.5, color="0.6", linewidth=0.8)
+  axes.set_xticks(across, [c.title for c in table.columns], rotation=45,
+                  ha="right", rotation_mode="anchor")
+  axes.set_xlim(-0.6, len(across) - 0.4)
+  axes.grid(axis="x", visible=False)
+  axes.set_ylabel("top-1 (%)")
+  axes.legend(fontsize=8, frameon=False, loc="center left",
+              bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def _dots(axes, line, offset, interval, **look):
+  known = [(x, s) for x, s in enumerate(line.scores) if s]
+  spreads = [s.interval if interval else s.deviation for _, s in known]
+  axes.errorbar(
+      [x + offset for x, _ in known], [s.mean for _, s in known],
+      yerr=[s or 0.0 for s in spreads] if any(spreads) else None,
+      label=line.name, linestyle="none", elinewidth=1, **look)
+
+
+def _mark(i, hollow=False):
+  """The look of the i-th series; a hollow mark is wider than a full one."""
+  return {"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)],
+          **({"markerfacecolor": "none", "markersize": 9} if hollow else {})}
 
 
 def search(curves: dict[str, list[dict]]):
@@ -90,7 +140,8 @@ def _search(workdir, row):
     return [r for r in records if r["stage"] == "search"]
 
 
-def _save(figure, stem):
+def save(figure, stem: str) -> list[str]:
+  """Writes STEM.png and STEM.svg, and returns their paths."""
   paths = [f"{stem}.png", f"{stem}.svg"]
   for path in paths:
     with files.replacing(path) as temporary:

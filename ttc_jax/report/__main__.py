@@ -1,0 +1,108 @@
+"""Tables of one or several work directories, at any time.
+
+  python -m ttc_jax.report WORKDIR... --published --format=latex
+  python -m ttc_jax.report WORKDIR... --watch
+
+Work directories are only read, whether or not a run is going on.
+"""
+from collections.abc import Sequence
+import os
+import sys
+import time
+
+from absl import flags
+
+from ttc_jax import cli, files, report
+from ttc_jax.errors import UserError, check_known
+from ttc_jax.report import formats, status, tables
+
+
+def watch(workdirs: Sequence[str], every: float) -> None:
+  """Prints how far they are; on a terminal again and again, until Ctrl-C."""
+  try:
+    while True:
+      now = time.time()
+      shown = "\n\n".join(f"{path}\n\n{status.text(status.gather(path, now))}"
+                          for path in workdirs)
+      if not sys.stdout.isatty():
+        print(shown)
+        return
+      print(f"\x1b[2J\x1b[H{shown}\n\nevery {every:g} s; Ctrl-C ends",
+            flush=True)
+      time.sleep(every)
+  except KeyboardInterrupt:
+    print()
+
+
+def show(workdirs: Sequence[str]) -> None:
+  """Prints the table and writes what was asked for into --out."""
+  rows = report.collect(workdirs)
+  planned = [task for workdir in workdirs
+             for task in status.planned(workdir)]
+  if _TASKS.value:
+    planned = [check_known("task", t, {r["task"] for r in rows} | {*planned})
+               for t in _TASKS.value]
+    rows = [r for r in rows if r["task"] in planned]
+  protocol = _PROTOCOL.value or (*report.protocols(rows), "final")[0]
+  if _PUBLISHED.value and protocol == "val":
+    raise UserError("published numbers are of the test set: add "
+                    "--protocol=final, or leave --published out")
+  table = tables.make(rows, protocol, _PUBLISHED.value, planned)
+  form = formats.FORMATS[_FORMAT.value]
+  text = form.write(table, _INTERVAL.value)
+  if _OUT.value:
+    try:
+      os.makedirs(_OUT.value, exist_ok=True)
+      write(table, text, form.suffix)
+    except OSError as e:
+      raise UserError(f"--out='{_OUT.value}' cannot be written: "
+                      f"{e.strerror}") from e
+  print(text, end="")
+
+
+def write(table: tables.Table, text: str, suffix: str) -> None:
+  """The table, and the picture if it was asked for."""
+  path = os.path.join(_OUT.value, f"table.{suffix}")
+  files.write_text(path, text)
+  written = [path]
+  if _PLOT.value:
+    from ttc_jax import plots  # an extra
+    written += plots.save(plots.by_task(table, _INTERVAL.value),
+                          os.path.join(_OUT.value, "tasks"))
+  for path in written:
+    print(f"written: {path}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> None:
+  workdirs = argv[1:]
+  if not workdirs:
+    raise UserError("name a work directory: python -m ttc_jax.report DIR...")
+  if _PLOT.value and not _OUT.value:
+    raise UserError("--plot writes files: add --out=DIR")
+  if _WATCH.value:
+    watch(workdirs, _EVERY.value)
+  else:
+    show(workdirs)
+
+
+if __name__ == "__main__":
+  _PROTOCOL = flags.DEFINE_enum(
+      "protocol", None, ["val", "final"],
+      "accuracy on val200 or on the test set; default: final if there is one")
+  _TASKS = flags.DEFINE_list(
+      "tasks", None, "those alone; default: all that were planned or run")
+  _FORMAT = flags.DEFINE_enum("format", "text", list(formats.FORMATS),
+                              "csv has a line per run, the others a table")
+  _INTERVAL = flags.DEFINE_bool(
+      "interval", False, "± is half of the 95 % interval over seeds, not the "
+      "standard deviation")
+  _PUBLISHED = flags.DEFINE_bool(
+      "published", False, "adds what papers printed for VTAB-1K, and how far "
+      "the runs are from it")
+  _OUT = flags.DEFINE_string("out", None, "folder to write into as well")
+  _PLOT = flags.DEFINE_bool("plot", False, "adds a picture to --out")
+  _WATCH = flags.DEFINE_bool("watch", False, "how far the runs are, instead")
+  _EVERY = flags.DEFINE_float(
+      "every", 5.0, "seconds between two looks of --watch on a terminal",
+      lower_bound=0.1)
+  cli.run(main)
