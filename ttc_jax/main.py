@@ -109,7 +109,7 @@ class Session:
 
   def run_all(self) -> None:
     for task in self.tasks:
-      for variant, config in jobs.variants(self.config).items():
+      for variant, config in jobs.variants(self.config, task).items():
         protocol = config.protocol
         if protocol == "select":
           config, protocol = self.select(task, variant, config), "final"

@@ -174,10 +174,10 @@ def summary(rows: Sequence[Row]) -> str:
 
 def best(rows: Sequence[Row]) -> list[Row]:
   """Per task, variant and seed the best val200 row; ties go to the smaller
-  learning rate, then the smaller weight decay."""
+  learning rate, then weight decay, then scale."""
   chosen = {}
   for row in sorted(rows, key=lambda r: (
-      -r["val_top1"], r["lr"], r["weight_decay"])):
+      -r["val_top1"], r["lr"], r["weight_decay"], r.get("scale") or 0)):
     chosen.setdefault((row["task"], row["variant"], row["seed"]), row)
   order = dict.fromkeys((r["task"], r["variant"], r["seed"]) for r in rows)
   return [chosen[key] for key in order]
