@@ -12,7 +12,8 @@ LEVELS = {
     "augment": 1, "config": 1, "cli": 1, "backbones": 2, "optim": 2,
     "taps": 3, "model": 4,
     "cost": 5, "evaluate": 5, "importance": 5, "checkpoint": 5, "methods": 6,
-    "report": 1, "plots": 2, "progress": 2, "train": 7, "jobs": 8, "predict": 9,
+    "presets": 2, "report": 1, "plots": 2, "progress": 2, "train": 7,
+    "jobs": 8, "predict": 9,
     "main": 9, "bench_torch": 1, "bench": 9,
 }
 
