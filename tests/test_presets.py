@@ -21,7 +21,7 @@ def vtab_config(arg):
 @pytest.fixture
 def small(monkeypatch):
   """A vit_ti16 of another size, for speed."""
-  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 64))
+  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 2, 2, 64))
 
 
 def on(preset, task, method=""):
@@ -162,6 +162,11 @@ def test_a_row_has_the_values_of_its_task(small, tmp_path):
   session.run_all()
   session.close()
   assert not session.failed
+  settled = jobs.variants(c, "digits")["linear"]
+  job = jobs.make_job(
+      session.make_run("digits", "linear", settled, "final", 0), session.base,
+      session.tasks["digits"], print)
+  assert job.model.backbone.drop_path == 0.2
   rows = report.read(session.results)
   assert [(r["variant"], r["scale"]) for r in rows[:2]] == [
       ("sct", 0.25), ("sct", 0.5)]

@@ -160,11 +160,15 @@ def load_base(config) -> Base:
 def check_config(config) -> None:
   """Checks all values that need no file."""
   check(config)
-  for c in (config, *(c for task in ("", *_tasks_set_apart(config))
-                      for c in variants(config, task).values())):
-    check(c)
-    check_known("normalisation", c.normalisation, NORMALISATIONS)
-    check_known("method", c.method, methods.names())
+  for task in ("", *_tasks_set_apart(config)):
+    try:
+      for c in variants(config, task).values():
+        check(c)
+        check_known("normalisation", c.normalisation, NORMALISATIONS)
+        check_known("method", c.method, methods.names())
+    except UserError as error:
+      raise UserError(f"of task '{task}': {error}" if task else str(error)
+                      ) from error
 
 
 def load_tasks(config) -> dict[str, tasks.Task]:
