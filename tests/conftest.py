@@ -1,6 +1,14 @@
-"""Two fake CPU devices for every test, and a tiny problem."""
+"""Two fake CPU devices and one empty cache for all tests, and a tiny problem.
+"""
+import atexit
 import os
+import shutil
+import tempfile
 
+# Of images and compiled programs; the processes that tests start share it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"],
+                ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Several fake devices on few cores: programs in flight at once can wait for
 # each other's collectives for ever.

@@ -66,6 +66,7 @@ def test_settings_are_the_grid_smallest_first():
     ("smallest_crop", 0.0, "config.smallest_crop"),
     ("dtype", "float16", "unknown dtype"),
     ("warmup_epochs", 50.0, "config.warmup_epochs is 50.0"),
+    ("optimiser", "adam", "unknown optimiser 'adam': did you mean adamw"),
     ("label_smoothing", 1.0, "config.label_smoothing"),
     ("seeds", (-1,), "at least one integer"),
     ("seeds", (), "at least one integer"),
@@ -81,8 +82,8 @@ def test_values_that_cannot_be_are_refused(key, value, message):
 
 def test_variants_cannot_set_what_all_share():
   c = config_lib.default()
-  c.variants = config_lib.variants(ttc=dict(drop_path=0.1))
-  with pytest.raises(UserError, match="sets drop_path, which all"):
+  c.variants = config_lib.variants(ttc=dict(image_size=96))
+  with pytest.raises(UserError, match="sets image_size, which all"):
     config_lib.check(c)
 
 
@@ -103,3 +104,105 @@ def test_an_unknown_key_of_a_variant_is_refused():
   c.variants = config_lib.variants(ttc=dict(scor="l2"))
   with pytest.raises(UserError, match="did you mean score"):
     config_lib.check(c)
+
+
+def test_settings_of_a_task_are_those_of_that_task_alone():
+  c = config_lib.default()
+  c.per_task = {"dtd": dict(lr=0.5, scale=0.4, sct=dict(scale_on_x=True)),
+                "svhn": dict(grid=dict(lr=(0.1, 0.2)))}
+  c.lock()
+  jobs.check_config(c)
+  got = jobs.variants(c, "dtd")["ttc"]
+  assert (got.lr, got.scale, got.sct.scale_on_x) == (0.5, 0.4, True)
+  assert got.sct.position == c.sct.position
+  assert jobs.variants(c, "svhn")["ttc"].grid.lr == (0.1, 0.2)
+  assert jobs.variants(c, "svhn")["ttc"].lr == c.lr
+  assert jobs.variants(c, "other")["ttc"].grid.lr == ()
+
+
+def test_a_variant_s_settings_win_over_a_task_s_and_its_own_over_both():
+  c = config_lib.default()
+  c.per_task = {"dtd": dict(lr=0.5, epochs=7, weight_decay=0.1)}
+  c.variants = config_lib.variants(
+      a=dict(epochs=8, weight_decay=0.2, per_task={
+          "dtd": dict(weight_decay=0.3), "svhn": dict(lr=0.6)}), b={})
+  c.lock()
+  jobs.check_config(c)
+
+  def values(task, label):
+    got = jobs.variants(c, task)[label]
+    return got.lr, got.epochs, got.weight_decay
+  assert values("dtd", "a") == (0.5, 8, 0.3)
+  assert values("dtd", "b") == (0.5, 7, 0.1)
+  assert values("svhn", "a") == (0.6, 8, 0.2)
+  assert values("svhn", "b") == (c.lr, c.epochs, c.weight_decay)
+
+
+def test_a_run_is_named_by_its_values_not_by_where_they_came_from():
+  def name(lr, per_task):
+    c = config_lib.default()
+    c.lr, c.per_task = lr, per_task
+    return jobs.Run("dtd", "ttc", jobs.variants(c, "dtd")["ttc"], "final", 0,
+                    "digest").name
+  plain = name(0.5, {})
+  assert plain == name(0.1, {"dtd": dict(lr=0.5), "svhn": dict(lr=0.7)})
+  assert plain != name(0.5, {"dtd": dict(scale=0.5)})
+
+
+@pytest.mark.parametrize("table,message", [
+    (dict(scal=1.0), "unknown key of config.per_task.dtd 'scal': did you mean"),
+    (dict(sct=dict(scale_onx=True)), "key of config.per_task.dtd.sct"),
+    (dict(image_size=96), "per_task.dtd sets image_size, which all runs share"),
+    (dict(backbone="vit_s16"), "set config.backbone"),
+    (dict(method="sct"), "set config.method"),
+    (dict(epochs=0), "of task 'dtd': config.epochs is 0"),
+    (dict(normalisation="imagnet"), "of task 'dtd': unknown normalisation"),
+    (dict(epochs="x"), "config.per_task.dtd: Could not override"),
+    (dict(sct=3), "config.per_task.dtd.sct is 3; give"),
+    (0.1, "config.per_task.dtd is 0.1; give"),
+])
+@pytest.mark.parametrize("of_variant", [False, True])
+def test_mistakes_in_a_task_s_settings_are_refused(table, message, of_variant):
+  c = config_lib.default()
+  if of_variant:
+    c.variants = config_lib.variants(ttc=dict(per_task={"dtd": table}))
+    message = message.replace("config.per_task", "config.variants.ttc.per_task")
+  else:
+    c.per_task = {"dtd": table}
+  c.lock()
+  with pytest.raises(UserError, match=message):
+    jobs.check_config(c)
+
+
+def test_the_grid_of_a_task_is_enough_to_select():
+  c = config_lib.default()
+  c.protocol = "select"
+  c.per_task = {"dtd": dict(grid=dict(lr=(0.1,)))}
+  jobs.check_config(c)
+
+
+def test_scale_is_tried_with_the_methods_that_have_one():
+  c = config_lib.default()
+  c.grid.lr, c.grid.scale = (0.2, 0.1), (1.0, 0.5)
+  for method in ("ttc", "sct"):
+    c.method = method
+    assert jobs.settings(c) == [
+        dict(lr=lr, scale=s) for lr in (0.1, 0.2) for s in (0.5, 1.0)]
+  c.method = "adapter"
+  assert jobs.settings(c) == [dict(lr=0.1), dict(lr=0.2)]
+
+
+@pytest.mark.parametrize("key", ["warmup_lr", "min_lr"])
+def test_the_ends_of_the_schedule_lie_below_every_learning_rate(key):
+  c = config_lib.default()
+  c[key], c.lr, c.grid.lr = 1e-3, 1e-2, (1e-4, 1e-2)
+  with pytest.raises(UserError, match=f"config.{key} is 0.001, above the"):
+    config_lib.check(c)
+
+
+def test_vtab_names_its_19_tasks_once():
+  from ttc_jax.tasks import vtab
+  c = config_lib.default()
+  c.tasks = ("digits", "vtab", "dtd")
+  assert jobs.task_names(c) == ("digits", *vtab.ROWS)
+  assert len(vtab.ROWS) == 19

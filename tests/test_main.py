@@ -2,6 +2,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +118,140 @@ def test_the_same_command_again_does_nothing_twice(finished):
   assert sorted(os.listdir(workdir / "stages")) == stages
 
 
+def test_another_work_directory_compiles_nothing(finished, tmp_path):
+  _, args, first = finished
+  done = call("main", *args, f"--workdir={tmp_path}")
+  assert done.returncode == 0, done.stderr
+  new, cached = map(int, re.search(
+      r": (\d+) new, (\d+) from the cache", done.stdout).groups())
+  assert (new, cached > 20) == (0, True), done.stdout
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(data, weights, tmp_path):
+  args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
+                   epochs=200, save_seconds=1e9, method="layernorm",
+                   eval_every=1000)
+  process = subprocess.Popen(command("main", *args), cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  wait_for(process, tmp_path / "work", '"align"', 2)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  assert "start the same command again" in errors
+  assert not (tmp_path / "work" / "results.jsonl").exists()
+  stage, = (tmp_path / "work" / "stages").glob("[!.]*")
+  with checkpoint.StageStore(str(stage)) as store:
+    assert 2 <= store.latest_epoch() < 200
+    saved = store.load()
+  curve, = (tmp_path / "work").glob("runs/*/metrics.jsonl")
+  assert len(curve.read_text().splitlines()) == saved.epoch
+
+
+def wait_for(process, workdir, text, count):
+  """Until a run's curve has so many lines with the text, or none can come."""
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline and process.poll() is None:
+    found = list(workdir.glob("runs/*/metrics.jsonl"))
+    if found and found[0].read_text().count(text) >= count:
+      return
+    time.sleep(0.002)
+
+
+def test_two_processes_share_the_runs_of_a_directory(data, weights, tmp_path):
+  args = [*arguments(data, weights, tmp_path / "cache", tmp_path / "work",
+                     method="linear", seeds="0,1,2,3,4,5")]
+  both = [subprocess.Popen(command("main", *args), cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+          for _ in range(2)]
+  printed = [process.communicate(timeout=300) for process in both]
+  assert [p.returncode for p in both] == [0, 0], printed
+  found = rows(tmp_path / "work")
+  assert sorted(r["seed"] for r in found) == [0, 1, 2, 3, 4, 5]
+  tables = [out[out.index("Top-1"):out.index("Rows,")] for out, _ in printed]
+  assert tables[0] == tables[1]
+  done = [len(re.findall("colours  linear  seed", out)) for out, _ in printed]
+  assert sum(done) == 6
+
+
+def test_a_task_without_data_is_skipped_and_shows_as_a_hole(
+    data, weights, tmp_path):
+  args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
+                   method="linear")
+  config = args[0].replace("task=colours", "task=colours,dtd")
+  done = call("main", config, *args[1:])
+  assert done.returncode == 1
+  assert "skipped: dtd: " in done.stderr and "tfds build dtd" in done.stderr
+  row, = rows(tmp_path / "work")
+  assert row["task"] == "colours"
+  header, _, line = [x for x in done.stdout.splitlines()
+                     if x.startswith("|")][:3]
+  cells = dict(zip(*([c.strip() for c in x.split("|")]
+                     for x in (header, line))))
+  assert cells["dtd"] == "-" and cells["mean of 2"] == "-"
+  assert cells["colours"] == f"{row['test_top1']:.1f}"
+
+
+def test_an_image_that_cannot_be_read_fails_its_task_alone(
+    data, weights, tmp_path):
+  shutil.copytree(data / "colours", tmp_path / "data" / "colours")
+  shutil.copytree(data / "colours", tmp_path / "data" / "broken")
+  (tmp_path / "data" / "broken" / "test_3.png").write_bytes(b"no image")
+  s = session(tmp_path / "data", weights, tmp_path, method="linear", epochs=1,
+              tasks=("broken", "colours"))
+  s.run_all()
+  (name, why), = s.failed.items()
+  assert name.startswith("broken-") and "test_3.png" in why
+  assert [r["task"] for r in rows(tmp_path / "work")] == ["colours"]
+  failed, = (tmp_path / "work" / "failed.jsonl").read_text().splitlines()
+  assert json.loads(failed)["run"] == name
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(
+    data, weights, tmp_path):
+  """Linux's /dev/full in place of the results: every write is ENOSPC."""
+  args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
+                   method="linear")
+  results = tmp_path / "work" / "results.jsonl"
+  results.parent.mkdir()
+  results.symlink_to("/dev/full")
+  done = call("main", *args)
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert "No space left on device" in done.stderr
+  results.unlink()
+  assert call("main", *args).returncode == 0
+  assert len(rows(tmp_path / "work")) == 1
+
+
+def test_a_damaged_state_runs_its_stage_again_to_the_same_bits(
+    finished, tmp_path):
+  workdir, args, _ = finished
+  shutil.copytree(workdir, tmp_path / "work")
+  (tmp_path / "work" / "results.jsonl").unlink()
+  hit = [p for p in (tmp_path / "work" / "stages").rglob("*")
+         if p.is_file() and p.stat().st_size > 1000]
+  for path in hit:
+    path.write_bytes(path.read_bytes()[:500])
+  done = call("main", *args, f"--workdir={tmp_path / 'work'}")
+  assert hit and done.returncode == 0, done.stderr
+  assert "damaged" in done.stderr
+  one, two = rows(workdir)[0], rows(tmp_path / "work")[0]
+  bundles = [checkpoint.load_bundle(str(w / "runs" / one["run"] / "bundle"))
+             for w in (workdir, tmp_path / "work")]
+  assert one["test_top1"] == two["test_top1"]
+  assert all((bundles[0].tuned[k] == bundles[1].tuned[k]).all()
+             for k in bundles[0].tuned)
+
+
+def test_the_data_folder_is_only_read(finished, data):
+  before = {p: (p.stat().st_mtime_ns, p.stat().st_size)
+            for p in data.rglob("*")}
+  assert len(before) == 1 + 5 + 72  # what the fixture wrote, and no more
+  _, args, _ = finished
+  call("main", *args)
+  assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size)
+                    for p in data.rglob("*")}
+
+
 def test_another_configuration_needs_another_work_directory(finished):
   workdir, args, _ = finished
   refused = call("main", *args, "--config.weight_decay=0.5")
@@ -173,14 +309,8 @@ def test_a_run_killed_in_stage_2_ends_with_the_same_bits(
   process = subprocess.Popen(
       command("main", *start("killed")), cwd=ROOT,
       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  curve = None
-  deadline = time.monotonic() + 120
-  while time.monotonic() < deadline and process.poll() is None:
-    found = list((tmp_path / "killed").glob("runs/*/metrics.jsonl"))
-    curve = found[0].read_text() if found else ""
-    if curve.count('"adapt"') >= 2:  # the first epoch of stage 2 is saved
-      break
-    time.sleep(0.002)
+  # The first epoch of stage 2 is saved.
+  wait_for(process, tmp_path / "killed", '"adapt"', 2)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
   assert not (tmp_path / "killed" / "results.jsonl").exists()
@@ -243,7 +373,6 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
 
 
 def test_changed_lists_make_another_run(data, weights, tmp_path):
-  import shutil
   shutil.copytree(data, tmp_path / "data")
   s = session(tmp_path / "data", weights, tmp_path)
   before = s.make_run("colours", "ttc", s.config, "final", 0).name
@@ -255,7 +384,7 @@ def test_changed_lists_make_another_run(data, weights, tmp_path):
 
 def session(folder, weights_file, workdir, **changes):
   c = default()
-  c.tasks, c.data = ("colours",), str(folder)
+  c.tasks, c.data = changes.pop("tasks", ("colours",)), str(folder)
   c.weights = str(weights_file)
   c.backbone, c.image_size, c.batch_size = "vit_ti16", 32, 16
   c.cache = str(workdir / "cache")

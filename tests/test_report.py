@@ -309,6 +309,13 @@ def test_the_latest_of_final_runs_counts():
   assert [r["test_top1"] for r in report.chosen(rows, "final")] == [3.0, 2.0]
 
 
+def test_of_equal_scales_too_the_smaller_is_best():
+  rows = [row("a", "ttc", 0, None, val_top1=60., lr=0.1, weight_decay=0.,
+              scale=s) for s in (1., 0.5, 0.7)]
+  best, = report.best(rows)
+  assert best["scale"] == 0.5
+
+
 def test_a_line_cut_short_is_skipped_and_the_next_row_is_whole(tmp_path):
   path = str(tmp_path / "results.jsonl")
   report.append(path, {"run": 1})

@@ -127,6 +127,86 @@ def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
     np.testing.assert_allclose(ours(step), want, rtol=1e-5, atol=1e-8)
 
 
+def test_schedule_from_its_start_to_its_floor_is_the_formula():
+  """With traced ends, so that another schedule compiles nothing."""
+  lr, start, floor, warmup, steps = 0.01, 1e-4, 1e-3, 10, 100
+  ours = jax.jit(lambda step, *ends: optim.warmup_cosine(*ends)(step))
+  for step in range(steps):
+    if step < warmup:
+      want = start + (lr - start) * (step + 1) / warmup
+    else:
+      share = (step - warmup) / (steps - warmup)
+      want = floor + (lr - floor) * (1 + np.cos(np.pi * share)) / 2
+    got = ours(step, lr, steps, warmup, start, floor)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert ours._cache_size() == 1
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_the_optimisers_are_those_of_pytorch(optimiser):
+  """Five steps of a schedule, with weight decay on the matrix alone."""
+  torch = pytest.importorskip("torch")
+  rng = np.random.default_rng(0)
+  start = {"kernel": rng.normal(size=(3, 4)).astype(np.float32),
+           "bias": rng.normal(size=4).astype(np.float32)}
+  grads = [{k: rng.normal(size=v.shape).astype(np.float32)
+            for k, v in start.items()} for _ in range(5)]
+  rates = [optim.warmup_cosine(0.1, 5, 2, 1e-3, 1e-2)(i) for i in range(5)]
+
+  theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+  groups = [dict(params=[theirs["kernel"]], weight_decay=0.3),
+            dict(params=[theirs["bias"]], weight_decay=0.0)]
+  opt = (torch.optim.SGD(groups, lr=1.0, momentum=0.9) if optimiser == "sgd"
+         else torch.optim.AdamW(groups, lr=1.0))
+  params = {"head": start}
+  tx = optim.make_tx({"head": dict.fromkeys(start, "tune")},
+                     lambda step: jnp.stack(rates)[step], 0.3,
+                     optimiser=optimiser)
+  state = tx.init(params)
+  for grad, rate in zip(grads, rates):
+    for name, value in grad.items():
+      theirs[name].grad = torch.tensor(value)
+    for group in opt.param_groups:
+      group["lr"] = float(rate)
+    opt.step()
+    updates, state = tx.update({"head": grad}, state, params)
+    params = optax.apply_updates(params, updates)
+    for name, value in params["head"].items():
+      np.testing.assert_allclose(
+          value, theirs[name].detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_sgd_s_weight_decay_enters_the_momentum():
+  """By hand: v <- 0.9 v + (g + w p), p <- p - lr v."""
+  params = {"head": {"kernel": np.full((1, 2), 2.0, np.float32)}}
+  tx = optim.make_tx({"head": {"kernel": "tune"}}, lambda _: 0.1, 0.5,
+                     optimiser="sgd")
+  state, p, v = tx.init(params), 2.0, 0.0
+  for g in (1.0, -3.0, 0.5):
+    updates, state = tx.update(
+        {"head": {"kernel": np.full((1, 2), g, np.float32)}}, state, params)
+    params = optax.apply_updates(params, updates)
+    v = 0.9 * v + g + 0.5 * p
+    p -= 0.1 * v
+    np.testing.assert_allclose(params["head"]["kernel"], p, rtol=1e-6)
+
+
+def test_a_run_with_sgd_goes_on_to_the_same_bits_and_differs_from_adamw(
+    config, model, params, split, tmp_path):
+  job = make_job(config, model, split, "layernorm", epochs=3, save_seconds=0,
+                 warmup_lr=1e-3, min_lr=1e-4)
+  sgd = job._replace(plan=PLAN._replace(optimiser="sgd"))
+  _, want = run(sgd, params, tmp_path / "a")
+  kill_after("align", 2, sgd, params, tmp_path / "b")
+  _, got = run(sgd, params, tmp_path / "b")
+  assert all((got[k] == want[k]).all() for k in got)
+  _, adamw = run(job, params, tmp_path / "c")
+  again, lower = run(job._replace(min_lr=0.0), params, tmp_path / "d")
+  assert again.compile_seconds == 0  # the schedule is data
+  for other, than in ((adamw, want), (lower, adamw)):
+    assert (other["head/kernel"] != than["head/kernel"]).any()
+
+
 def test_weight_decay_spares_norms_and_biases():
   params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones((3, 1))},
             "backbone": {"LayerNorm_0": {"scale": jnp.ones(3)}}}

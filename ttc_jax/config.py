@@ -11,10 +11,11 @@ from ml_collections import config_dict
 from ttc_jax.errors import UserError, check_known
 
 PROTOCOLS = ("val", "final", "select")
-# Loaded once for all variants.
+OPTIMISERS = ("adamw", "sgd")
+# Loaded once for all runs.
 SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "dtype",
-          "matmul_precision", "drop_path", "image_size", "resample", "cache",
-          "cache_gib", "plots", "compilation_cache")
+          "matmul_precision", "image_size", "resample", "cache", "cache_gib",
+          "plots", "compilation_cache")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -28,11 +29,16 @@ def default() -> ml_collections.ConfigDict:
   # {label: {key: value}}: several rows that differ in these keys. Empty: one
   # row, of `method`.
   c.variants = variants()
+  # {task: {key: value}}: settings of single tasks, for all variants. What a
+  # variant sets wins, and it may have a `per_task` of its own, which wins
+  # over both.
+  c.per_task = ml_collections.ConfigDict()
   c.seeds = (0,)
   # val: train on 800, report the 200. final: train on 1000, report the test
   # set. select: val for every setting of `grid`, then final with the best.
   c.protocol = "final"
-  c.grid = ml_collections.ConfigDict(dict(lr=(), weight_decay=()))
+  # Every combination is tried; `scale` for the methods that have it.
+  c.grid = ml_collections.ConfigDict(dict(lr=(), weight_decay=(), scale=()))
 
   c.backbone = "vit_b16"
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
@@ -53,8 +59,12 @@ def default() -> ml_collections.ConfigDict:
   c.epochs = 50
   c.warmup_epochs = config_dict.placeholder(float)  # None: a tenth
   c.batch_size = 64
+  # A line from warmup_lr to lr, then half a cosine to min_lr.
   c.lr = 1e-3
-  c.weight_decay = 1e-4
+  c.warmup_lr = 0.0
+  c.min_lr = 0.0
+  c.optimiser = "adamw"       # or "sgd", of momentum 0.9
+  c.weight_decay = 1e-4       # adamw: decoupled; sgd: added to the gradient
   c.decay_all = False         # True: also decay norms and biases
   c.label_smoothing = 0.0
 
@@ -147,12 +157,14 @@ def run_locally(config: ml_collections.ConfigDict) -> None:
   """Shrinks a configuration so that it runs on a laptop in a minute."""
   config.update(dict(
       backbone="vit_ti16", weights="random", image_size=32, limit=64,
-      epochs=2, warmup_epochs=1.0, batch_size=16, seeds=(0,), eval_every=1))
+      epochs=2, warmup_epochs=1.0, batch_size=16, seeds=(0,), eval_every=1,
+      grid={key: values[:1] for key, values in config.grid.items()}))
 
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Checks what needs no file. Raises UserError with the one thing to fix."""
   check_known("protocol", config.protocol, PROTOCOLS)
+  check_known("optimiser", config.optimiser, OPTIMISERS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
   check_known("resample", config.resample, ("bicubic", "bilinear"))
   check_known("gelu", config.gelu, ("", "exact", "tanh"))
@@ -161,7 +173,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in ("epochs", "batch_size", "image_size", "eval_every"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
-  for key in ("lr", "weight_decay", "k", "blocks", "limit", "cache_gib"):
+  for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
+              "limit", "cache_gib"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs
@@ -179,18 +192,43 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
       raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "
                       f"e.g. --config.grid.{key}=1e-3,1e-2")
+  lowest = min((config.lr, *config.grid.lr))
+  for key in ("warmup_lr", "min_lr"):
+    if config[key] > lowest:
+      raise UserError(f"config.{key} is {config[key]}, above the learning rate "
+                      f"{lowest}; give at most that")
   if not 0 <= config.drop_path < 1:
     raise UserError(
         f"config.drop_path is {config.drop_path}; give 0 to below 1")
   if not 0 < config.smallest_crop <= 1:
     raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
                     "a share of the area above 0, 1 for no crops")
-  if config.protocol == "select" and not any(config.grid.values()):
+  _check_per_task("config", config, config)
+  grids = (config.grid, *(t.get("grid", {}) for t in config.per_task.values()))
+  if config.protocol == "select" and not any(
+      any(grid.values()) for grid in grids):
     raise UserError("config.protocol is 'select' but config.grid is empty; "
                     "give e.g. --config.grid.lr=1e-3,1e-2")
   for label, overrides in config.variants.items():
-    for key in overrides:
-      check_known(f"key of config.variants.{label}", key, config)
-      if key in SHARED:
-        raise UserError(f"config.variants.{label} sets {key}, which all "
-                        f"variants share; set config.{key}")
+    where = f"config.variants.{label}"
+    _check_keys(where, overrides, config, SHARED)
+    _check_per_task(where, overrides, config)
+
+
+def _check_per_task(where, holder, config):
+  for task, overrides in holder.get("per_task", {}).items():
+    _check_keys(f"{where}.per_task.{task}", overrides, config,
+                (*SHARED, "per_task", "method"))
+
+
+def _check_keys(where, overrides, config, refused):
+  """Checks the keys of overrides, down to those of sections."""
+  if not hasattr(overrides, "items"):
+    raise UserError(f"{where} is {overrides!r}; give {{key: value}}")
+  for key, value in overrides.items():
+    check_known(f"key of {where}", key, config)
+    if key in refused:
+      raise UserError(f"{where} sets {key}, which all runs share; "
+                      f"set config.{key}")
+    if key != "per_task" and hasattr(config[key], "items"):
+      _check_keys(f"{where}.{key}", value, config[key], ())

@@ -7,6 +7,7 @@ import time
 from typing import Any, NamedTuple
 import zlib
 
+from absl import logging
 import flax
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ from ttc_jax.tasks.images import NORMALISATIONS
 
 # Keys that choose which runs there are or where things lie, but change no
 # run's result.
-_PLACES = ("tasks", "data", "seeds", "variants", "grid", "weights", "cache",
-           "cache_gib", "save_seconds", "protocol", "plots",
+_PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid", "weights",
+           "cache", "cache_gib", "save_seconds", "protocol", "plots",
            "compilation_cache")
 
 
@@ -62,27 +63,60 @@ class Base(NamedTuple):
   sha256: str
 
 
-def variants(config) -> dict[str, ml_collections.ConfigDict]:
-  """{label: configuration} of the rows that are compared."""
+def variants(config, task: str = "") -> dict[str, ml_collections.ConfigDict]:
+  """{label: configuration} of the rows that are compared, on a task.
+
+  Later ones win: the configuration, its `per_task`, the variant, its own
+  `per_task`.
+  """
   given = dict(config.variants.items()) or {config.method: {}}
   out = {}
   for label, overrides in given.items():
-    out[label] = config.copy_and_resolve_references()
-    out[label].update(overrides)
+    out[label] = c = config.copy_and_resolve_references()
+    where, own = f"config.variants.{label}", dict(overrides.items())
+    per_task = own.pop("per_task", {})
+    _override(c, f"config.per_task.{task}", config.per_task.get(task, {}))
+    _override(c, where, own)
+    _override(c, f"{where}.per_task.{task}", per_task.get(task, {}))
   return out
 
 
+def _override(config, where, values):
+  try:
+    with config.unlocked():
+      config.update(values)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _tasks_set_apart(config) -> dict[str, None]:
+  """The names in any `per_task`."""
+  tables = [config.per_task, *(v.get("per_task", {})
+                               for v in config.variants.values())]
+  return dict.fromkeys(name for table in tables for name in table)
+
+
 def settings(config) -> list[dict[str, float]]:
-  """The settings of the grid, smallest values first."""
-  grid = {k: sorted(v) for k, v in config.grid.items() if v}
+  """The settings of the grid, smallest values first.
+
+  A scale is tried with the methods that have one only.
+  """
+  keys = ["lr", "weight_decay"]
+  if "scale" in methods.options_of(config.method):
+    keys.append("scale")
+  grid = {k: sorted(config.grid[k]) for k in keys if config.grid[k]}
   return [dict(zip(grid, values))
           for values in itertools.product(*grid.values())]
 
 
 def task_names(config) -> tuple[str, ...]:
-  """The tasks that are asked for; "all" means those of the data folder."""
+  """The tasks that are asked for.
+
+  "all" means those of the data folder, "vtab" the 19 of VTAB-1K.
+  """
   if tuple(config.tasks) != ("all",):
-    return tuple(config.tasks)
+    return tuple(dict.fromkeys(name for given in config.tasks for name in (
+        vtab.ROWS if given == "vtab" else (given,))))
   if not config.data:
     raise UserError("task=all needs a folder of tasks: add data=DIR")
   names = (*folder.names(config.data), *vtab.names(config.data))
@@ -103,7 +137,7 @@ def load_task(config, name: str) -> tasks.Task:
 
 def load_base(config) -> Base:
   """Reads the weights and puts them on every device."""
-  fields = {"drop_path": config.drop_path, "dtype": jnp.dtype(config.dtype)}
+  fields = {"dtype": jnp.dtype(config.dtype)}
   if config.gelu:
     fields["gelu"] = config.gelu
   if config.matmul_precision:
@@ -126,10 +160,16 @@ def load_base(config) -> Base:
 
 def check_config(config) -> None:
   """Checks all values that need no file."""
-  for c in (config, *variants(config).values()):
-    check(c)
-    check_known("normalisation", c.normalisation, NORMALISATIONS)
-    check_known("method", c.method, methods.names())
+  check(config)
+  for task in ("", *_tasks_set_apart(config)):
+    try:
+      for c in variants(config, task).values():
+        check(c)
+        check_known("normalisation", c.normalisation, NORMALISATIONS)
+        check_known("method", c.method, methods.names())
+    except UserError as error:
+      raise UserError(f"of task '{task}': {error}" if task else str(error)
+                      ) from error
 
 
 def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
@@ -157,18 +197,23 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
 def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
   """Checks, before any long work, that backbone, tasks and values fit."""
   devices = len(parallel.devices())
-  for variant in variants(config).values():
-    methods.load(variant.method, resolved(variant, base), base.backbone)
-    if variant.batch_size % devices:
-      raise UserError(f"config.batch_size {variant.batch_size} does not divide "
-                      f"among the {devices} devices")
-    for task in loaded.values():
+  for name, task in loaded.items():
+    for variant in variants(config, name).values():
+      methods.load(variant.method, resolved(variant, base), base.backbone)
+      if variant.batch_size % devices:
+        raise UserError(f"config.batch_size {variant.batch_size} does not "
+                        f"divide among the {devices} devices")
       count = len(task.labels["train800"])
       count = min(count, variant.limit or count)
       if count < variant.batch_size:
         raise UserError(
             f"config.batch_size is {variant.batch_size}, but task "
             f"'{task.name}' has {count} training images; lower it")
+  apart = _tasks_set_apart(config)
+  general = [name for name in loaded if name not in apart]
+  if apart and general:
+    logging.warning("config.per_task has nothing for %s: the general settings "
+                    "are used there", ", ".join(general))
 
 
 def resolved(config, base: Base) -> ml_collections.ConfigDict:
@@ -217,14 +262,15 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
       "classes": len(task.classes)}
   return train.Job(
       identity=identity,
-      model=Model(base.backbone, c.normalisation),
+      model=Model(base.backbone.clone(drop_path=c.drop_path), c.normalisation),
       method=method,
       plan=train.Plan(c.batch_size, c.label_smoothing, c.flip,
-                      c.smallest_crop, c.decay_all),
+                      c.smallest_crop, c.decay_all, c.optimiser),
       train=data, val=val, holdout=holdout,
       classes=len(task.classes), seed=run.seed, epochs=c.epochs,
       warmup_epochs=c.warmup_epochs, lr=c.lr, weight_decay=c.weight_decay,
-      eval_every=c.eval_every, save_seconds=c.save_seconds, report=report)
+      eval_every=c.eval_every, save_seconds=c.save_seconds, report=report,
+      warmup_lr=c.warmup_lr, min_lr=c.min_lr)
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
@@ -254,7 +300,10 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": task.digest,
       "k": options.get("k"), "position": options.get("position"),
-      "score": options.get("score"), "options": options,
+      "score": options.get("score"), "scale": options.get("scale"),
+      "options": options, "optimiser": c.optimiser,
+      "warmup_lr": c.warmup_lr, "min_lr": c.min_lr, "decay_all": c.decay_all,
+      "drop_path": c.drop_path, "label_smoothing": c.label_smoothing,
       "lr": c.lr, "weight_decay": c.weight_decay, "epochs": c.epochs,
       "warmup_epochs": c.warmup_epochs, "batch_size": c.batch_size,
       "stages": [s.name for s in job.method.stages],

@@ -81,12 +81,12 @@ class Session:
 
   def _write_plan(self) -> None:
     """For those who watch: which runs there will be."""
+    plans = {label: {"settings": len(jobs.settings(c)), "seeds": list(c.seeds),
+                     "protocol": c.protocol}
+             for label, c in jobs.variants(self.config).items()}
     files.write_text(os.path.join(self.workdir, "plan.json"), json.dumps({
         "tasks": [*self.tasks, *self.missing], "missing": self.missing,
-        "variants": {label: {
-            "settings": len(jobs.settings(c)), "seeds": list(c.seeds),
-            "protocol": c.protocol} for label, c in jobs.variants(self.config).items()}},
-        indent=2) + "\n")
+        "variants": plans}, indent=2) + "\n")
 
   def _read(self):
     return {row["run"]: row for row in report.read(self.results)}
@@ -104,7 +104,8 @@ class Session:
       self._ahead[task].join()
     self._decode_ahead(after)
     return all([self._do(task, variant, config)
-                for variant, config in jobs.variants(self.config).items()])
+                for variant, config in jobs.variants(
+                    self.config, task).items()])
 
   def _decode_ahead(self, task: str | None) -> None:
     """Fills the cache with a task's images while the one before it trains.

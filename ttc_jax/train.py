@@ -23,6 +23,7 @@ class Plan(NamedTuple):
   flip: bool
   smallest_crop: float
   decay_all: bool
+  optimiser: str = "adamw"
 
 
 class Hyper(NamedTuple):
@@ -32,6 +33,8 @@ class Hyper(NamedTuple):
   warmup: int
   steps: int
   classes: int  # those of the head beyond are padding
+  warmup_lr: float = np.float32(0)
+  min_lr: float = np.float32(0)
 
 
 class State(NamedTuple):
@@ -79,8 +82,9 @@ def make_update_fn(model, rules, plan):
     params = trees.join(tuned, frozen)
     names = trees.label(params, rules)
     tx = optim.make_tx(
-        names, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup),
-        hyper.weight_decay, plan.decay_all)
+        names, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup,
+                                   hyper.warmup_lr, hyper.min_lr),
+        hyper.weight_decay, plan.decay_all, plan.optimiser)
     if model.sample is not None:
       selection = model.sample(selection, key)
     key = jax.random.fold_in(key, parallel.device_index())
@@ -167,6 +171,8 @@ class Job(NamedTuple):
   eval_every: int
   save_seconds: float
   report: Any
+  warmup_lr: float = 0.0
+  min_lr: float = 0.0
 
 
 def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
@@ -250,7 +256,8 @@ def _run_stage(job, index, stage, state, store):
   inputs = _inputs(job, stage, state)
   names = trees.label(inputs.params, stage.rules)
   tuned, frozen = trees.split(inputs.params, names, "tune")
-  now = _start(stage, tuned, frozen, saved, time.perf_counter() - begin, log)
+  now = _start(job, stage, tuned, frozen, saved,
+               time.perf_counter() - begin, log)
   fixed = _fixed(job, index)
   last_save = time.perf_counter()
   for epoch in range(saved.epoch if saved else 0, job.epochs):
@@ -279,8 +286,8 @@ def _train_split(job, stage):
   return job.holdout[0] if stage.holdout else job.train
 
 
-def _start(stage, tuned, frozen, saved, seconds, log):
-  opt_state = _make_init_fn(stage.rules)(tuned, frozen)
+def _start(job, stage, tuned, frozen, saved, seconds, log):
+  opt_state = _make_init_fn(stage.rules, job.plan.optimiser)(tuned, frozen)
   # The epoch donates its inputs; the base weights must survive it.
   now = _Progress(jax.tree.map(jnp.copy, tuned), opt_state, log,
                   _Clock(prepare_seconds=seconds))
@@ -300,7 +307,8 @@ def _fixed(job, index):
   steps = len(split.labels) // job.plan.batch_size
   hyper = Hyper(np.float32(job.lr), np.float32(job.weight_decay),
                 np.int32(round(job.warmup_epochs * steps)),
-                np.int32(job.epochs * steps), np.int32(job.classes))
+                np.int32(job.epochs * steps), np.int32(job.classes),
+                np.float32(job.warmup_lr), np.float32(job.min_lr))
   key = jax.random.fold_in(jax.random.key(job.seed), index)
   return parallel.replicate((hyper, jax.random.key_data(key)))
 
@@ -440,10 +448,11 @@ def _fits(model, params, selection, start, split):
 
 
 @functools.lru_cache(maxsize=None)
-def _make_init_fn(rules):
+def _make_init_fn(rules, optimiser="adamw"):
   """`(tuned, frozen) -> opt_state`, on every device."""
   def init_fn(tuned, frozen):
     params = trees.join(tuned, frozen)
     return optim.make_tx(
-        trees.label(params, rules), lambda step: 0.0, 0.0).init(params)
+        trees.label(params, rules), lambda step: 0.0, 0.0,
+        optimiser=optimiser).init(params)
   return parallel.pmap(init_fn)

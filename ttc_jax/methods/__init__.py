@@ -90,8 +90,13 @@ def names() -> tuple[str, ...]:
 
 def option_keys() -> set[str]:
   """Keys of the configuration that belong to some method: its `OPTIONS`."""
-  modules = (importlib.import_module(f"{__name__}.{n}") for n in names())
-  return {key for m in modules for key in getattr(m, "OPTIONS", ())}
+  return {key for name in names() for key in options_of(name)}
+
+
+def options_of(name: str) -> tuple[str, ...]:
+  """Keys of the configuration that a method alone reads."""
+  module = importlib.import_module(f"{__name__}.{name}")
+  return getattr(module, "OPTIONS", ())
 
 
 def options(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -146,10 +146,10 @@ def chosen(rows: Sequence[Row], protocol: str) -> list[Row]:
 
 def best(rows: Sequence[Row]) -> list[Row]:
   """Per task, variant and seed the best val200 row; ties go to the smaller
-  learning rate, then the smaller weight decay."""
+  learning rate, then weight decay, then scale."""
   best_of = {}
   for row in sorted(rows, key=lambda r: (
-      -r["val_top1"], r["lr"], r["weight_decay"])):
+      -r["val_top1"], r["lr"], r["weight_decay"], r.get("scale") or 0)):
     best_of.setdefault(_key(row), row)
   return [best_of[key] for key in dict.fromkeys(map(_key, rows))]
 
