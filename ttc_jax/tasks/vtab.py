@@ -184,11 +184,13 @@ class Dataset(NamedTuple):
     folder: of the version.
     classes: their names by label.
     sources: for each of `tasks.SPLITS`.
+    labels: the same, int32, read when first asked for and checked.
   """
   row: Row
   folder: str
   classes: tuple[str, ...]
   sources: "Mapping[str, Source]"
+  labels: Mapping[str, np.ndarray]
 
 
 def open_set(name: str, data: str | None) -> Dataset:
@@ -202,28 +204,35 @@ def open_set(name: str, data: str | None) -> Dataset:
   if folder is None:
     raise errors.UserError(f"{name} is not prepared{hint(name, data)}")
   builder, files = _builder(folder, row), {}
-  return Dataset(row, folder, _classes(builder, row), {
-      part: Source(builder, split, folder, files)
-      for part, split in row.splits.items()})
+  sources = {part: Source(builder, split, folder, files)
+             for part, split in row.splits.items()}
+  return Dataset(row, folder, _classes(builder, row), sources,
+                 _Labels(row, sources, folder))
+
+
+def check_count(dataset: Dataset) -> None:
+  """errors.UserError unless the test set is as large as VTAB's."""
+  row, found = dataset.row, len(dataset.sources["test"])
+  if found != row.count:
+    raise errors.UserError(
+        f"{dataset.folder}: the test set {row.test} has {found} images, "
+        f"VTAB's has {row.count}; prepare the data set again")
 
 
 def load(name: str, data: str | None, decode: Callable) -> Task:
   """Opens a prepared data set; see `tasks.load`."""
-  row, folder, classes, sources = open_set(name, data)
-  if len(sources["test"]) != row.count:
-    raise errors.UserError(
-        f"{folder}: the test set {row.test} has {len(sources['test'])} images, "
-        f"VTAB's has {row.count}; prepare the data set again")
-  labels = _Labels(row, sources, folder)
+  dataset = open_set(name, data)
+  check_count(dataset)
+  row = dataset.row
 
   def split(part: str) -> Split:
-    source = sources[part]
+    source = dataset.sources[part]
     key = f"{digest}\t{row.splits[part]}"
     return Split(decode(images.Source(
         len(source), lambda i: source.image(i, row.binary),
-        lambda: (key,))), labels[part])
-  digest = _digest(folder, row)
-  return Task(name, row.group, classes, labels, split, digest)
+        lambda: (key,))), dataset.labels[part])
+  digest = _digest(dataset.folder, row)
+  return Task(name, row.group, dataset.classes, dataset.labels, split, digest)
 
 
 class _Labels(Mapping):
@@ -305,17 +314,15 @@ class Source:
 
   def image(self, i: int, binary: bool) -> Image.Image:
     """RGB."""
-    encoded = self[i]["image"]
+    return self.decode(self[i], i, binary)
+
+  def decode(self, example: Example, i: int, binary: bool) -> Image.Image:
+    """RGB, of example i, which has been read already."""
     with _whole(self._folder, f"image {i} of {self._split}"):
-      return decoded(encoded, binary)
-
-
-def decoded(encoded: bytes, binary: bool) -> Image.Image:
-  """RGB, of an example's "image"."""
-  with Image.open(io.BytesIO(encoded)) as image:
-    if binary:
-      image = Image.fromarray(np.asarray(image) * np.uint8(255))
-    return images.to_rgb(image)
+      with Image.open(io.BytesIO(example["image"])) as image:
+        if binary:
+          image = Image.fromarray(np.asarray(image) * np.uint8(255))
+        return images.to_rgb(image)
 
 
 def _examples(builder, split, files):
