@@ -116,7 +116,8 @@ def builder(path, root, pictures, **options):
 
   def examples(start, count):
     for i in range(start, start + count):
-      yield f"{i:05d}", example(tfds, spec, i, picture)
+      key = f"{i}_{i}" if path in ("eurosat/rgb", "resisc45") else str(i)
+      yield key, example(tfds, spec, i, picture)
 
   with tfds.core.registered.skip_registration():
     class Builder(tfds.core.GeneratorBasedBuilder):
