@@ -335,6 +335,7 @@ def test_another_order_than_tfdss_is_wrong(prepared, small_rows, monkeypatch,
   if not vtab.prepared(row, str(prepared)):
     build(prepared, tmp_path_factory.mktemp("pictures"), [row.tfds])
   monkeypatch.delitem(check.TEST, name, raising=False)
+  monkeypatch.delitem(check.NAMES, row.tfds, raising=False)
   assert check.check(name, str(prepared))["wrong"] == []
   # the last two trade places, as two shards would
   read = vtab.Source.__getitem__
@@ -345,6 +346,42 @@ def test_another_order_than_tfdss_is_wrong(prepared, small_rows, monkeypatch,
   monkeypatch.setattr(vtab.Source, "__getitem__", traded)
   wrong = check.check(name, str(prepared))["wrong"]
   assert wrong[0].startswith("val200: 1 examples do not stand where TFDS puts")
+
+
+def test_other_examples_than_tfdss_are_wrong(prepared, small_rows,
+                                             monkeypatch):
+  """The ids of the small set are 0, 1, ... through its splits."""
+  start = {"train": 0, "validation": 1010, "test": 1215}
+  count = {"train": 1010, "validation": 205, "test": 410}
+  monkeypatch.setitem(
+      check.NAMES, "oxford_flowers102",
+      lambda split, classes: [str(start[split] + i)
+                              for i in range(count[split])])
+  assert check.check("oxford_flowers102", str(prepared))["wrong"] == []
+  monkeypatch.setitem(vtab.ROWS, "oxford_flowers102",
+                      vtab.ROWS["oxford_flowers102"]._replace(
+                          val="validation[:200]"))
+  count["validation"] = 204  # the last id is not known: what follows moves up
+  wrong = check.check("oxford_flowers102", str(prepared))["wrong"]
+  assert [w.split(" ")[0] for w in wrong] == ["val200:", "train800val200:"]
+  assert "are not those that TFDS puts there" in wrong[0]
+
+
+@pytest.mark.parametrize("name, split, first", [
+    ("cifar100", "train", "train_00000"), ("cifar100", "test", "test_00000"),
+    ("patch_camelyon", "validation", "valid_0"),
+    ("clevr_count", "validation", "CLEVR_val_000000.png"),
+    ("resisc45", "train", "airplane_001.jpg")])
+def test_known_names_are_as_many_as_the_split(name, split, first):
+  row = vtab.ROWS[name]
+  classes = ("airplane", *map(str, range(row.classes - 1)))
+  names = check.NAMES[row.tfds](split, classes)
+  assert names[0] == first and len(set(names)) == len(names)
+  if row.test == split:
+    assert len(names) == row.count
+  else:
+    assert len(names) == {"cifar100": 50_000, "patch_camelyon": 32_768,
+                          "resisc45": 31_500}[name]
 
 
 def test_damage_is_reported_and_the_rest_is_read(prepared, small_rows, tmp_path,

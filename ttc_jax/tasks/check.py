@@ -6,11 +6,12 @@ image is in two splits. Two sites that want more compare fingerprints (`save`,
 `compare`).
 """
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import hashlib
 import json
 import os
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,31 @@ IDS = {
     "diabetic_retinopathy_detection/btgraham-300": "name",
     "clevr": "file_name", "dmlab": "filename", "kitti": "image/file_name",
 }
+
+
+def _numbered(pattern: str, spelled: str = "", /, **counts: int
+              ) -> Callable[[str, tuple[str, ...]], list[str]]:
+  """`pattern` with the split's name (`spelled` for the validation split) and
+  0, 1, ... as many as it has."""
+  def names(split, classes):
+    del classes
+    name = spelled if split == "validation" else split
+    return [pattern.format(name, i) for i in range(counts[split])]
+  return names
+
+
+# (split, classes) -> all its ids, where they are known: together with KEYS
+# they tell which example stands where.
+NAMES = {
+    "cifar100": _numbered("{}_{:05d}", train=50_000, test=10_000),
+    "patch_camelyon": _numbered("{}_{}", "valid", train=262_144,
+                                validation=32_768, test=32_768),
+    "clevr": _numbered("CLEVR_{}_{:06d}.png", "val", train=70_000,
+                       validation=15_000),
+    "resisc45": lambda split, classes: [
+        f"{name}_{i:03d}.jpg" for name in classes for i in range(1, 701)],
+}
+
 
 def _doubled(name: str) -> str:
   """"River_7.jpg" has the key "River_River_7.jpg"."""
@@ -94,7 +120,8 @@ def check(name: str, data: str) -> dict[str, Any]:
   seen = {part: _read(dataset, part) for part in SPLITS}
   wrong = [f"{part}: {sentence}" for part, s in seen.items()
            for sentence in (*s.wrong, *_wrong_labels(name, row, part, s),
-                            *_repeated(row, s), *_wrong_order(row, part, s))]
+                            *_repeated(row, s), *_wrong_order(row, part, s),
+                            *_wrong_names(row, part, s, dataset.classes))]
   wrong += (*_wrong_union(seen), *_shared_ids(row, seen))
   return {
       "name": name,
@@ -200,8 +227,7 @@ def _wrong_order(row, part, seen):
     return
   split = row.splits[part].partition("[")[0]
   try:
-    places = [hashlib.md5(f"{split}{key(name)}".encode()).digest()
-              for name in seen.ids]
+    places = [_place(split, key(name)) for name in seen.ids]
   except ValueError as error:
     yield f"its ids are not those of {row.tfds} ({error})"
     return
@@ -209,6 +235,34 @@ def _wrong_order(row, part, seen):
   if late:
     yield (f"{len(late)} examples do not stand where TFDS puts them, the first "
            f"is {seen.ids[late[0]]}")
+
+
+def _place(split, key):
+  return hashlib.md5(f"{split}{key}".encode()).digest()
+
+
+def _wrong_names(row, part, seen, classes):
+  """Where every id is known, it is held against what TFDS would read."""
+  if row.tfds not in NAMES or seen.wrong:
+    return
+  expected = [name for one in row.splits[part].split("+")
+              for name in _names(row, one, classes)]
+  wrong = [(found, want) for found, want in zip(seen.ids, expected)
+           if found != want]
+  if wrong:
+    found, want = wrong[0]
+    yield (f"{len(wrong)} examples are not those that TFDS puts there, the "
+           f"first is {found}, expected {want}")
+
+
+def _names(row, split, classes):
+  """The ids of "NAME" or "NAME[from:to]", in order."""
+  split, start, end = re.fullmatch(
+      r"(\w+)(?:\[(\d*):(\d*)\])?", split).groups()
+  key = KEYS.get(row.tfds, str)
+  names = sorted(NAMES[row.tfds](split, classes),
+                 key=lambda name: _place(split, key(name)))
+  return names[int(start or 0):int(end) if end else None]
 
 
 def _wrong_union(seen):
