@@ -16,7 +16,7 @@ import pytest
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import __main__ as cli
-from ttc_jax.tasks import check, export, prepare, vtab
+from ttc_jax.tasks import check, export, facts, fingerprint, prepare, vtab
 from tests.vtab_sets import build, builder, rewrite_as_tfrecord, small
 
 SETS = ["caltech101", "dtd", "oxford_flowers102", "svhn_cropped", "dsprites",
@@ -226,8 +226,8 @@ def test_the_installed_tfds_knows_the_row(name, tmp_path):
       row.tfds in prepare.MANUAL)
   assert str(made.data_dir).startswith(str(tmp_path / row.tfds))
   features = made.info.features
-  if row.tfds in check.IDS:
-    assert check.IDS[row.tfds] in features
+  if row.tfds in facts.IDS:
+    assert facts.IDS[row.tfds] in features
   if "label" in features:
     assert features["label"].num_classes == row.classes
 
@@ -253,7 +253,7 @@ def by_hand(prepared, tfds_name, version, split, key):
     ("svhn", "svhn_cropped", "3.0.0", None)])
 def test_what_check_reports_is_what_tfds_reads(
     prepared, small_rows, monkeypatch, name, tfds_name, version, key):
-  monkeypatch.delitem(check.TEST, "svhn")
+  monkeypatch.delitem(facts.TEST, "svhn")
   report = check.check(name, str(prepared))
   assert report["wrong"] == []
   assert report["tfds"] == f"{tfds_name}:{version}"
@@ -269,12 +269,12 @@ def test_what_check_reports_is_what_tfds_reads(
 
 
 def test_what_stands_in_the_tables_is_whole():
-  for name, counts in check.TEST.items():
+  for name, counts in facts.TEST.items():
     assert len(counts) == vtab.ROWS[name].classes
     assert sum(counts) == vtab.ROWS[name].count
-  for name, most in check.MOST.items():
+  for name, most in facts.MOST.items():
     for part, count in most.items():
-      assert count * vtab.ROWS[name].classes >= check.COUNTS[part]
+      assert count * vtab.ROWS[name].classes >= facts.COUNTS[part]
 
 
 def test_both_formats_have_one_checksum(prepared, small_rows, tmp_path):
@@ -288,7 +288,7 @@ def test_both_formats_have_one_checksum(prepared, small_rows, tmp_path):
 def test_another_histogram_or_count_is_wrong(prepared, small_rows, monkeypatch):
   wrong = check.check("dtd", str(prepared))["wrong"]
   assert wrong == ["test: class 0 has 9 images, expected 40"]
-  monkeypatch.setitem(check.MOST, "dtd", {"train800": 17})
+  monkeypatch.setitem(facts.MOST, "dtd", {"train800": 17})
   assert "train800: class" in check.check("dtd", str(prepared))["wrong"][0]
   monkeypatch.undo()
   wrong = check.check("dtd", str(prepared))["wrong"]
@@ -334,8 +334,8 @@ def test_another_order_than_tfdss_is_wrong(prepared, small_rows, monkeypatch,
   row = vtab.ROWS[name]
   if not vtab.prepared(row, str(prepared)):
     build(prepared, tmp_path_factory.mktemp("pictures"), [row.tfds])
-  monkeypatch.delitem(check.TEST, name, raising=False)
-  monkeypatch.delitem(check.NAMES, row.tfds, raising=False)
+  monkeypatch.delitem(facts.TEST, name, raising=False)
+  monkeypatch.delitem(facts.NAMES, row.tfds, raising=False)
   assert check.check(name, str(prepared))["wrong"] == []
   # the last two trade places, as two shards would
   read = vtab.Source.__getitem__
@@ -354,7 +354,7 @@ def test_other_examples_than_tfdss_are_wrong(prepared, small_rows,
   start = {"train": 0, "validation": 1010, "test": 1215}
   count = {"train": 1010, "validation": 205, "test": 410}
   monkeypatch.setitem(
-      check.NAMES, "oxford_flowers102",
+      facts.NAMES, "oxford_flowers102",
       lambda split, classes: [str(start[split] + i)
                               for i in range(count[split])])
   assert check.check("oxford_flowers102", str(prepared))["wrong"] == []
@@ -375,7 +375,7 @@ def test_other_examples_than_tfdss_are_wrong(prepared, small_rows,
 def test_known_names_are_as_many_as_the_split(name, split, first):
   row = vtab.ROWS[name]
   classes = ("airplane", *map(str, range(row.classes - 1)))
-  names = check.NAMES[row.tfds](split, classes)
+  names = facts.NAMES[row.tfds](split, classes)
   assert names[0] == first and len(set(names)) == len(names)
   if row.test == split:
     assert len(names) == row.count
@@ -401,10 +401,21 @@ def test_damage_is_reported_and_the_rest_is_read(prepared, small_rows, tmp_path,
   assert "more examples cannot be read" in report["wrong"][-1]
   assert report["splits"]["val200"]["sha256"]
   assert report["splits"]["test"]["sha256"] is None
-  assert check.fingerprint([report]) == {}
+  assert fingerprint.of([report]) == {}
   assert cli.check([], options(data=str(tmp_path))) == 1
   out = capsys.readouterr().out
   assert "wrong: test: " in out and "all well" not in out
+
+
+def test_a_data_set_that_does_not_open_does_not_end_the_check(
+    prepared, small_rows, tmp_path, capsys):
+  for name in ("caltech101", "oxford_flowers102"):
+    shutil.copytree(prepared / name, tmp_path / name)
+  (tmp_path / "caltech101" / "3.0.1" / "features.json").write_text("{")
+  assert cli.check([], options(data=str(tmp_path))) == 1
+  first, second = capsys.readouterr().out.split("oxford_flowers102  ")
+  assert "wrong: " in first and "is no whole TFDS data set" in first
+  assert "all well" in second
 
 
 def test_a_fingerprint_tells_two_sites_apart(prepared, small_rows, tmp_path,
@@ -429,11 +440,11 @@ def test_files_that_are_no_fingerprints_are_a_sentence(prepared, tmp_path):
   for text in ("{", "[]", '{"dtd": {}}', '{"dtd": {"splits": 3}}', "\xff"):
     (tmp_path / "f").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="is no fingerprint"):
-      check.read_fingerprint(str(tmp_path / "f"))
+      fingerprint.read(str(tmp_path / "f"))
   with pytest.raises(UserError, match="cannot read"):
-    check.read_fingerprint(str(tmp_path / "none"))
+    fingerprint.read(str(tmp_path / "none"))
   with pytest.raises(UserError, match="in a folder that exists"):
-    check.save([], str(tmp_path / "none" / "f"))
+    fingerprint.save([], str(tmp_path / "none" / "f"))
 
 
 # --- export -------------------------------------------------------------------

@@ -14,7 +14,7 @@ from absl import flags
 from ttc_jax import cli, errors, tasks
 from ttc_jax.tasks import check as check_lib
 from ttc_jax.tasks import export as export_lib
-from ttc_jax.tasks import folder
+from ttc_jax.tasks import fingerprint, folder
 from ttc_jax.tasks import prepare as prepare_lib
 from ttc_jax.tasks import vtab
 
@@ -104,19 +104,19 @@ def prepare(names: list[str], options: Any) -> int:
 def check(names: list[str], options: Any) -> int:
   """Reads everything; 1 if something is wrong."""
   against = options.against
-  known = check_lib.read_fingerprint(against) if against else {}
+  known = fingerprint.read(against) if against else {}
   reports = []
   for name in _prepared(names, options):
     report = check_lib.check(name, options.data)
     if name in known:
-      check_lib.compare(report, known[name], against)
+      fingerprint.compare(report, known[name], against)
     reports.append(report)
     if not options.json:
       print(check_lib.text(report), flush=True)
   if options.json:
     print(json.dumps(reports, indent=2))
   if options.save:
-    check_lib.save(reports, options.save)
+    fingerprint.save(reports, options.save)
   return int(any(r["wrong"] for r in reports))
 
 

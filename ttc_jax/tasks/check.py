@@ -2,86 +2,21 @@
 
 Held against what is certain: the splits' sizes, the classes, the histograms
 that the makers of a data set fixed, the order that TFDS gives, and that no
-image is in two splits. Two sites that want more compare fingerprints (`save`,
-`compare`).
+image is in two splits (`facts`). Two sites that want more compare fingerprints
+(`fingerprint`).
 """
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 import hashlib
-import json
 import os
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttc_jax import errors, files
-from ttc_jax.tasks import SPLITS, vtab
-
-COUNTS = {"train800": 800, "val200": 200, "train800val200": 1000}
-
-# Test images of each class, where the makers fixed them.
-TEST = {
-    "cifar100": (100,) * 100,
-    "dtd": (40,) * 47,
-    "svhn": (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
-}
-
-# No class can have more images, because the split that they are from has none.
-MOST = {
-    "caltech101": {"train800val200": 30},
-    "dtd": {"train800": 40, "val200": 40},
-    "oxford_flowers102": {"train800": 10, "val200": 10},
-}
-
-# The feature that names an example; without one its pixels do.
-IDS = {
-    "cifar100": "id", "caltech101": "image/file_name", "dtd": "file_name",
-    "oxford_flowers102": "file_name", "oxford_iiit_pet": "file_name",
-    "sun397/tfds": "file_name", "patch_camelyon": "id",
-    "eurosat/rgb": "filename", "resisc45": "filename",
-    "diabetic_retinopathy_detection/btgraham-300": "name",
-    "clevr": "file_name", "dmlab": "filename", "kitti": "image/file_name",
-}
-
-
-def _numbered(pattern: str, spelled: str = "", /, **counts: int
-              ) -> Callable[[str, tuple[str, ...]], list[str]]:
-  """`pattern` with the split's name (`spelled` for the validation split) and
-  0, 1, ... as many as it has."""
-  def names(split, classes):
-    del classes
-    name = spelled if split == "validation" else split
-    return [pattern.format(name, i) for i in range(counts[split])]
-  return names
-
-
-# (split, classes) -> all its ids, where they are known: together with KEYS
-# they tell which example stands where.
-NAMES = {
-    "cifar100": _numbered("{}_{:05d}", train=50_000, test=10_000),
-    "patch_camelyon": _numbered("{}_{}", "valid", train=262_144,
-                                validation=32_768, test=32_768),
-    "clevr": _numbered("CLEVR_{}_{:06d}.png", "val", train=70_000,
-                       validation=15_000),
-    "resisc45": lambda split, classes: [
-        f"{name}_{i:03d}.jpg" for name in classes for i in range(1, 701)],
-}
-
-
-def _doubled(name: str) -> str:
-  """"River_7.jpg" has the key "River_River_7.jpg"."""
-  return f"{name.rsplit('_', 1)[0]}_{name}"
-
-
-# Id -> the key by whose hash TFDS orders a split, where it is not the id.
-# Of caltech101 the id does not tell the key.
-KEYS = {"cifar100": lambda name: str(int(name[-5:])),
-        "eurosat/rgb": _doubled, "resisc45": _doubled, "caltech101": None}
-
-_IN_A_CLASS = ("caltech101",)  # whose names are unique within a class only
-_IN_A_SPLIT = ("dmlab",)       # whose names may be those of another split
+from ttc_jax import errors
+from ttc_jax.tasks import SPLITS, facts, vtab
 
 _CHUNK, _SHOWN = 256, 3
 
@@ -177,11 +112,11 @@ def _example(dataset, part, i):
 
 
 def _id(row, classes, label, example):
-  if row.tfds not in IDS:
+  if row.tfds not in facts.IDS:
     return None
-  key = example[IDS[row.tfds]]
+  key = example[facts.IDS[row.tfds]]
   key = key.decode() if isinstance(key, bytes) else str(key)
-  if row.tfds in _IN_A_CLASS and 0 <= label < len(classes):
+  if row.tfds in facts.IN_A_CLASS and 0 <= label < len(classes):
     return f"{classes[label]}/{key}"
   return key
 
@@ -190,7 +125,7 @@ def _id(row, classes, label, example):
 
 def _wrong_labels(name, row, part, seen):
   """Sentences about the count, the range and the histogram of the labels."""
-  want = row.count if part == "test" else COUNTS[part]
+  want = row.count if part == "test" else facts.COUNTS[part]
   if len(seen.labels) != want:
     yield f"{len(seen.labels)} examples, expected {want}"
   read = seen.labels[seen.labels != -1] if seen.wrong else seen.labels
@@ -199,18 +134,18 @@ def _wrong_labels(name, row, part, seen):
     yield (f"{outside.sum()} labels are out of range, as "
            f"{read[outside.argmax()]}, expected 0 to {row.classes - 1}")
   found = _histogram(row, seen)
-  if part == "test" and name in TEST and tuple(found) != TEST[name]:
-    first = next(c for c, n in enumerate(found) if n != TEST[name][c])
+  if part == "test" and name in facts.TEST and tuple(found) != facts.TEST[name]:
+    first = next(c for c, n in enumerate(found) if n != facts.TEST[name][c])
     yield (f"class {first} has {found[first]} images, expected "
-           f"{TEST[name][first]}")
-  most = MOST.get(name, {}).get(part)
+           f"{facts.TEST[name][first]}")
+  most = facts.MOST.get(name, {}).get(part)
   if most is not None and max(found) > most:
     yield (f"class {int(np.argmax(found))} has {max(found)} images, expected "
            f"at most {most}")
 
 
 def _repeated(row, seen):
-  if row.tfds not in IDS:  # pixels may repeat, and do in dsprites
+  if row.tfds not in facts.IDS:  # pixels may repeat, and do in dsprites
     return
   twice = [key for key, n in Counter(seen.ids).items() if n > 1]
   if twice:
@@ -222,7 +157,7 @@ def _wrong_order(row, part, seen):
 
   So train[:800] are the same everywhere; a copy made another way need not be.
   """
-  key = KEYS.get(row.tfds, str) if row.tfds in IDS else None
+  key = facts.KEYS.get(row.tfds, str) if row.tfds in facts.IDS else None
   if key is None or seen.wrong or "+" in row.splits[part]:
     return
   split = row.splits[part].partition("[")[0]
@@ -243,7 +178,7 @@ def _place(split, key):
 
 def _wrong_names(row, part, seen, classes):
   """Where every id is known, it is held against what TFDS would read."""
-  if row.tfds not in NAMES or seen.wrong:
+  if row.tfds not in facts.NAMES or seen.wrong:
     return
   expected = [name for one in row.splits[part].split("+")
               for name in _names(row, one, classes)]
@@ -259,8 +194,8 @@ def _names(row, split, classes):
   """The ids of "NAME" or "NAME[from:to]", in order."""
   split, start, end = re.fullmatch(
       r"(\w+)(?:\[(\d*):(\d*)\])?", split).groups()
-  key = KEYS.get(row.tfds, str)
-  names = sorted(NAMES[row.tfds](split, classes),
+  key = facts.KEYS.get(row.tfds, str)
+  names = sorted(facts.NAMES[row.tfds](split, classes),
                  key=lambda name: _place(split, key(name)))
   return names[int(start or 0):int(end) if end else None]
 
@@ -279,11 +214,11 @@ def _common(seen, one, other, kind):
 
 def _shared_ids(row, seen):
   """Examples in two splits that should have none in common."""
-  if row.tfds not in IDS:
+  if row.tfds not in facts.IDS:
     return
   for one, other in (("train800", "val200"), ("train800val200", "test")):
     ids = _common(seen, one, other, "ids")
-    if row.tfds in _IN_A_SPLIT:
+    if row.tfds in facts.IN_A_SPLIT:
       pixels = _common(seen, one, other, "pixels")
       ids = {key for key, p in zip(seen[one].ids, seen[one].pixels)
              if key in ids and p in pixels}
@@ -300,64 +235,10 @@ def _histogram(row, seen):
 def _summary(row, seen):
   lines = "".join(f"{key}\t{label}\n"
                   for key, label in zip(seen.ids, seen.labels))
+  digest = hashlib.sha256(lines.encode()).hexdigest()
   return {"count": len(seen.ids), "labels": _histogram(row, seen),
-          "sha256": None if seen.wrong
-          else hashlib.sha256(lines.encode()).hexdigest(),
+          "sha256": None if seen.wrong else digest,
           "reference": "no reference"}
-
-
-# --- Fingerprints -------------------------------------------------------------
-
-_COMPARED = ("count", "labels", "sha256")
-
-
-def fingerprint(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-  """What two sites compare, of the tasks that could be read in full."""
-  return {r["name"]: {"tfds": r["tfds"], "splits": {
-      part: {key: split[key] for key in _COMPARED}
-      for part, split in r["splits"].items()}}
-          for r in reports
-          if r["splits"] and all(s["sha256"] for s in r["splits"].values())}
-
-
-def save(reports: Iterable[dict[str, Any]], path: str) -> None:
-  """Writes their fingerprint as JSON, whole or not at all."""
-  try:
-    files.write_text(path, json.dumps(fingerprint(reports), indent=1) + "\n")
-  except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-    raise errors.UserError(f"cannot write {path} ({error.strerror}): give a "
-                           "file in a folder that exists") from error
-
-
-def read_fingerprint(path: str) -> dict[str, Any]:
-  """What `save` wrote; errors.UserError for anything else."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      tasks = json.load(file)
-    return {name: {"tfds": str(task["tfds"]), "splits": {
-        part: {key: task["splits"][part][key] for key in _COMPARED}
-        for part in SPLITS}} for name, task in tasks.items()}
-  except OSError as error:
-    raise errors.UserError(f"cannot read {path} ({error.strerror}): give a "
-                           "file that --save wrote") from error
-  except (ValueError, AttributeError, LookupError, TypeError) as error:
-    raise errors.UserError(
-        f"{path} is no fingerprint: give a file that --save wrote") from error
-
-
-def compare(report: dict[str, Any], theirs: dict[str, Any], path: str) -> None:
-  """Notes in a report how each split stands to a fingerprint of a task."""
-  for part, split in report["splits"].items():
-    want = theirs["splits"][part]
-    if split["sha256"] == want["sha256"]:
-      split["reference"] = f"as in {path}"
-      continue
-    split["reference"] = f"not as in {path}"
-    same = split["labels"] == want["labels"]
-    report["wrong"].append(
-        f"{part}: not as in {path} ({theirs['tfds']}): "
-        + ("the same number of each class, but other examples or another order"
-           if same else "other numbers of the classes"))
 
 
 def text(report: dict[str, Any]) -> str:
