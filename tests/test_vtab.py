@@ -1,11 +1,15 @@
 """VTAB's 19 rows: label rules by hand, and data sets that TFDS wrote."""
+import json
+import shutil
+
 import numpy as np
-from PIL import Image
 import pytest
 
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
-from ttc_jax.tasks import vtab
+from ttc_jax.tasks import tfrecord, vtab
+from tests.vtab_sets import (
+    SMALL, build, features, rewrite_as_tfrecord, small, write_tfrecord)
 
 # --- Label rules --------------------------------------------------------------
 
@@ -60,140 +64,29 @@ def test_the_rows_are_the_benchmark():
 
 # --- Data sets ----------------------------------------------------------------
 
-SMALL = {"train": 1010, "validation": 205, "test": 410}
-
-
-def features(f):
-  """As the builders of TFDS specify them: {tfds name: (version, features)}."""
-  def labelled(version, count, shape=(None, None, 3), **more):
-    return version, {"image": f.Image(shape=shape),
-                     "label": f.ClassLabel(num_classes=count), **more}
-  text, box = f.Text(), f.BBoxFeature
-  vector = lambda: f.Tensor(shape=(3,), dtype=np.float32)
-  return {
-      "cifar100": labelled("3.0.2", 100, (32, 32, 3), id=text,
-                           coarse_label=f.ClassLabel(num_classes=20)),
-      "caltech101": labelled("3.0.1", 102, **{"image/file_name": text}),
-      "dtd": labelled("3.0.1", 47, file_name=text),
-      "oxford_flowers102": labelled("2.1.1", 102, file_name=text),
-      "oxford_iiit_pet": labelled(
-          "3.2.0", 37, species=f.ClassLabel(names=["Cat", "Dog"]),
-          file_name=text),
-      "svhn_cropped": labelled("3.0.0", 10, (32, 32, 3)),
-      "sun397/tfds": labelled("4.0.0", 397, file_name=text),
-      "patch_camelyon": labelled("2.0.0", 2, (96, 96, 3), id=text),
-      "eurosat/rgb": labelled("2.0.0", 10, (64, 64, 3), filename=text),
-      "resisc45": labelled("3.0.0", 45, (256, 256, 3), filename=text),
-      "diabetic_retinopathy_detection/btgraham-300": labelled(
-          "3.0.0", 5, name=text),
-      "dmlab": labelled("2.0.1", 6, (360, 480, 3), filename=text),
-      "clevr": ("3.1.0", {
-          "image": f.Image(), "file_name": text,
-          "objects": f.Sequence({
-              "color": f.ClassLabel(num_classes=8),
-              "3d_coords": vector(), "pixel_coords": vector(),
-              "rotation": np.float32}),
-          "question_answer": f.Sequence({"question": text, "answer": text})}),
-      "kitti": ("3.2.0", {
-          "image": f.Image(), "image/file_name": text,
-          "objects": f.Sequence({
-              "type": f.ClassLabel(num_classes=8), "truncated": np.float32,
-              "occluded": f.ClassLabel(num_classes=4), "alpha": np.float32,
-              "bbox": box(), "dimensions": vector(), "location": vector(),
-              "rotation_y": np.float32})}),
-      "dsprites": ("2.0.0", {
-          "image": f.Image(shape=(64, 64, 1)),
-          "label_shape": f.ClassLabel(num_classes=3),
-          "label_scale": f.ClassLabel(num_classes=6),
-          "label_orientation": f.ClassLabel(num_classes=40),
-          "label_x_position": f.ClassLabel(num_classes=32),
-          "label_y_position": f.ClassLabel(num_classes=32),
-          "value_orientation": np.float32}),
-      "smallnorb": ("2.0.0", {
-          "image": f.Image(shape=(96, 96, 1)),
-          "image2": f.Image(shape=(96, 96, 1)),
-          "label_category": f.ClassLabel(num_classes=5),
-          "instance": f.ClassLabel(num_classes=10),
-          "label_elevation": f.ClassLabel(num_classes=9),
-          "label_azimuth": f.ClassLabel(num_classes=18),
-          "label_lighting": f.ClassLabel(num_classes=6)}),
-  }
-
-
-def example(tfds, spec, i, picture):
-  """Number i of a data set: every label is i modulo its classes."""
-  f = tfds.features
-
-  def value(feature, i):
-    if isinstance(feature, f.Image):
-      return picture(feature.shape, i)
-    if isinstance(feature, f.ClassLabel):
-      return i % feature.num_classes
-    if isinstance(feature, f.Text):
-      return str(i)
-    if isinstance(feature, f.BBoxFeature):
-      return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
-    if isinstance(feature, f.Sequence):
-      return [{k: value(v, j) for k, v in feature.feature.items()}
-              for j in range(3 + i % 8)]
-    shape = getattr(feature, "shape", ())
-    return np.full(shape, i + 7.25, np.float32)[()]
-  return {k: value(v, i) for k, v in f.FeaturesDict(spec).items()}
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-  """All 14 data sets, small, prepared by TFDS as array_record."""
-  tfds = pytest.importorskip("tensorflow_datasets")
+def array_records(tmp_path_factory):
+  """All 16 data sets, small, prepared by TFDS as array_record."""
+  pytest.importorskip("tensorflow_datasets")
   root = tmp_path_factory.mktemp("tfds")
-  files = tmp_path_factory.mktemp("pictures")
-
-  def picture(shape, i):
-    grey, path = shape[-1] == 1, files / f"{shape[-1]}_{i}.png"
-    if not path.exists():
-      pixels = (np.indices((10, 12)).sum(0) % 2 if grey  # else its number
-                else np.full((10, 12, 3), (i % 256, i // 256, 0)))
-      Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return str(path)
-
-  def examples(spec, start, count):
-    for i in range(start, start + count):
-      yield f"{i:05d}", example(tfds, spec, i, picture)
-
-  for path, (version, spec) in features(tfds.features).items():
-    name, _, config = path.partition("/")
-    with tfds.core.registered.skip_registration():
-      class Builder(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version(version)
-        BUILDER_CONFIGS = [
-            tfds.core.BuilderConfig(name=c) for c in (config,) if c]
-
-        def _info(self, spec=spec):
-          return tfds.core.DatasetInfo(
-              builder=self, features=tfds.features.FeaturesDict(spec))
-
-        def _split_generators(self, manager, spec=spec):
-          del manager
-          starts = np.cumsum([0, *SMALL.values()])
-          return {split: examples(spec, start, count)
-                  for start, (split, count) in zip(starts, SMALL.items())}
-
-        def _generate_examples(self):
-          raise NotImplementedError
-    Builder.name = name
-    Builder(data_dir=root, config=config or None,
-            file_format="array_record").download_and_prepare()
+  build(root, tmp_path_factory.mktemp("pictures"))
   return root
 
 
-def small(row):
-  """The row with the splits of large sets moved to where the small ones are."""
-  late = {"val": "train[800:1000]", "test": "train[1000:]"}
-  row = row._replace(**{
-      part: split for part, split in late.items()
-      if getattr(row, part).startswith("train")})
-  return row._replace(count={
-      "train[1000:]": 10, "test[50%:]": 205}.get(row.test) or SMALL[row.test])
+@pytest.fixture(scope="module")
+def tfrecords(array_records, tmp_path_factory):
+  """The same 16 data sets as TFRecord."""
+  root = tmp_path_factory.mktemp("tfrecord")
+  for info in array_records.rglob("dataset_info.json"):
+    target = root / info.parent.relative_to(array_records)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rewrite_as_tfrecord(info.parent, target)
+  return root
+
+
+@pytest.fixture(params=["array_record", "tfrecord"])
+def data(request):
+  return request.getfixturevalue(f"{request.param}s")
 
 
 @pytest.fixture
@@ -254,10 +147,9 @@ def test_missing_data_name_the_command(tmp_path):
 
 
 def test_damaged_data_are_one_sentence(data, small_rows, tmp_path):
-  import shutil
   folder = tmp_path / "dtd" / "3.0.1"
   shutil.copytree(data / "dtd" / "3.0.1", folder)
-  for shard in folder.glob("*array_record*"):
+  for shard in folder.glob("*record-*"):
     shard.unlink()
   with pytest.raises(UserError, match="prepare"):
     task = tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
@@ -267,11 +159,214 @@ def test_damaged_data_are_one_sentence(data, small_rows, tmp_path):
     tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
 
 
-def test_another_format_names_the_fix(data, tmp_path):
-  import shutil
+@pytest.mark.parametrize("other", ["riegeli", "parquet"])
+def test_another_format_names_the_fix(array_records, tmp_path, other):
   folder = tmp_path / "dtd" / "3.0.1"
-  shutil.copytree(data / "dtd" / "3.0.1", folder)
+  shutil.copytree(array_records / "dtd" / "3.0.1", folder)
   info = folder / "dataset_info.json"
-  info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(UserError, match="is stored as tfrecord, expected"):
+  info.write_text(info.read_text().replace("array_record", other))
+  with pytest.raises(UserError, match=f"is stored as {other}, expected"):
     tasks.load("dtd", size=8, data=str(tmp_path))
+
+
+def test_what_names_no_format_is_tfrecord(tfrecords, small_rows, tmp_path):
+  """Data sets that TFDS prepared before it knew other formats."""
+  folder = tmp_path / "dtd" / "3.0.1"
+  shutil.copytree(tfrecords / "dtd" / "3.0.1", folder)
+  info = json.loads((folder / "dataset_info.json").read_text())
+  del info["fileFormat"]
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+  assert len(tasks.load("dtd", size=8, data=str(tmp_path)).labels["test"])
+
+
+def test_half_made_and_later_versions_are_passed_by(tmp_path):
+  row = vtab.ROWS["oxford_iiit_pet"]
+  for version in ("3.1.0", "3.10.0", "3.9.0.incomplete_A1", "4.0.0", "5.0.0"):
+    folder = tmp_path / row.tfds / version
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").touch()
+  assert vtab.prepared(row, str(tmp_path)).endswith("3.10.0")
+  shutil.rmtree(tmp_path / row.tfds / "3.10.0")
+  shutil.rmtree(tmp_path / row.tfds / "3.1.0")
+  assert vtab.prepared(row, str(tmp_path)).endswith("4.0.0")
+
+
+# --- TFRecord -----------------------------------------------------------------
+
+SLICES = ["train", "train[:800]", "train[450:650]", "train[900:]",
+          "validation[:200]", "test[50%:]", "train[:80%]",
+          "train[:800]+train[800:1000]", "train[300:340]+test[:7]"]
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_the_order_is_that_of_tfds(array_records, tfrecords, split):
+  """Against TFDS's own reading of the array_record copy."""
+  tfds = pytest.importorskip("tensorflow_datasets")
+  theirs = tfds.builder_from_directory(
+      array_records / "dtd" / "3.0.1").as_data_source(
+          split, decoders={"image": tfds.decode.SkipDecoding()})
+  theirs = [e["file_name"] for e in theirs]
+  builder = tfds.builder_from_directory(tfrecords / "dtd" / "3.0.1")
+  ours = vtab.Source(builder, split, "folder", {})
+  assert [ours[i]["file_name"] for i in range(len(ours))] == theirs
+  # and from the end, with nothing indexed yet
+  ours = vtab.Source(builder, split, "folder", {})
+  assert [ours[i]["file_name"] for i in reversed(range(len(ours)))
+          ] == theirs[::-1]
+
+
+def test_only_the_shards_that_are_needed_are_opened(tfrecords, tmp_path):
+  folder = tmp_path / "3.0.1"
+  shutil.copytree(tfrecords / "dtd" / "3.0.1", folder)
+  tfds = pytest.importorskip("tensorflow_datasets")
+  builder = tfds.builder_from_directory(folder)
+  ours = vtab.Source(builder, "train[:800]", "folder", {})
+  (folder / "dtd-train.tfrecord-00002-of-00003").unlink()
+  ours[0], ours[500]
+  with pytest.raises(UserError, match="00002-of-00003 cannot be read .No such"):
+    ours[799]
+
+
+def test_as_tensorflow_writes_it(tmp_path):
+  """The tests' writer too: the same bytes."""
+  tf = pytest.importorskip("tensorflow")
+  records = [b"", b"a", bytes(range(256)) * 300]
+  with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
+    for record in records:
+      writer.write(record)
+  write_tfrecord(tmp_path / "ours", records)
+  assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+  ours = tfrecord.Records([tfrecord.Part(str(tmp_path / "theirs"), 0, 3)])
+  assert list(ours) == records
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_what_tfds_wrote_as_tfrecord_reads_as_tfds_reads_it(
+    tmp_path_factory, split):
+  """TFDS's own writer and reader, which need TensorFlow."""
+  pytest.importorskip("tensorflow")
+  import tensorflow_datasets as tfds
+  root = tmp_path_factory.getbasetemp() / "by_tfds"
+  if not root.exists():
+    by_tfds(tfds, root)
+  builder = tfds.builder_from_directory(root / "shapes" / "1.0.0")
+  assert builder.info.file_format.value == "tfrecord"
+  def theirs(**how):
+    return list(builder.as_dataset(
+        split, decoders={"image": tfds.decode.SkipDecoding()},
+        read_config=tfds.ReadConfig(**how)).as_numpy_iterator())
+  ours = vtab.Source(builder, split, "folder", {})
+  ours = [ours[i] for i in range(len(ours))]
+  assert ours == theirs(interleave_cycle_length=1) != []
+  # By default it reads several shards in turns: the same examples.
+  number = lambda e: e["file_name"]
+  assert sorted(ours, key=number) == sorted(theirs(), key=number)
+
+
+def by_tfds(tfds, root):
+  """Prepares a data set in TFDS's default format, in 3 shards a split."""
+  with tfds.core.registered.skip_registration():
+    class Shapes(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=7),
+                "file_name": tfds.features.Text()}))
+
+      def _split_generators(self, manager):
+        del manager
+        return {s: self._generate_examples(n) for s, n in SMALL.items()}
+
+      def _generate_examples(self, count):
+        for i in range(count):
+          yield i, {"image": np.full((2, 3, 3), i % 256, np.uint8),
+                    "label": i % 7, "file_name": f"{i}.png"}
+  Shapes(data_dir=root).download_and_prepare(
+      download_config=tfds.download.DownloadConfig(num_shards=3))
+
+
+@pytest.fixture
+def file(tmp_path):
+  """Five records of 0, 10, ... 40 bytes."""
+  path = tmp_path / "x.tfrecord"
+  write_tfrecord(path, [bytes([i]) * 10 * i for i in range(5)])
+  return path
+
+
+def test_the_checksum_is_crc32c():
+  """Bit by bit, by its polynomial; the reflected one is 0x82f63b78."""
+  data = b"123456789"
+  crc = 0xffffffff
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = crc >> 1 ^ (0x82f63b78 if crc & 1 else 0)
+  crc ^= 0xffffffff
+  assert crc == 0xe3069283  # the published check value
+  rotated = (crc >> 15) | (crc << 17) % 2**32
+  assert tfrecord.masked(data) == (rotated + 0xa282ead8) % 2**32
+
+
+def test_parts_skip_and_take(file):
+  part = lambda skip, take: tfrecord.Part(str(file), skip, take)
+  records = tfrecord.Records([part(3, 2), part(0, 0), part(1, 1)])
+  assert [len(r) for r in records] == [30, 40, 10]
+  with pytest.raises(IndexError):
+    records[3]
+  with pytest.raises(IndexError):
+    records[-1]
+  assert len(tfrecord.Records([])) == 0
+
+
+@pytest.mark.parametrize("at, number, why", [
+    (0, 0, "the checksum of its length"),  # the file begins with a length
+    (8, 0, "the checksum of its length"),
+    (12, 0, "the checksum of its data"),   # record 0 is empty: its crc
+    (28, 1, "the checksum of its data"),
+    (-1, 4, "the checksum of its data")])
+def test_a_flipped_bit_is_one_sentence(file, at, number, why):
+  data = bytearray(file.read_bytes())
+  data[at] ^= 1
+  file.write_bytes(data)
+  records = tfrecord.Records([tfrecord.Part(str(file), 0, 5)])
+  with pytest.raises(UserError, match=f"x.tfrecord: record {number} is "
+                     f"damaged .{why}"):
+    list(records)
+
+
+@pytest.mark.parametrize("left, number, why", [
+    (0, 0, "ends before it"), (11, 0, "ends before it"),
+    (12, 0, "ends within it"), (40, 1, "ends within it"),
+    (-1, 4, "ends within it")])
+def test_a_file_cut_short_is_one_sentence(file, left, number, why):
+  file.write_bytes(file.read_bytes()[:left])
+  records = tfrecord.Records([tfrecord.Part(str(file), 0, 5)])
+  with pytest.raises(UserError, match=f"record {number} is damaged .*{why}"):
+    list(records)
+
+
+def test_threads_read_the_same(tmp_path):
+  from concurrent import futures
+  want = [bytes([i % 256]) * (i % 97) for i in range(2000)]
+  write_tfrecord(tmp_path / "x", want)
+  records = tfrecord.Records([tfrecord.Part(str(tmp_path / "x"), 0, 2000)])
+  order = np.random.default_rng(0).permutation(2000)
+  with futures.ThreadPoolExecutor(8) as pool:
+    got = list(pool.map(lambda i: records[int(i)], order))
+  assert got == [want[i] for i in order]
+
+
+def test_damaged_tfrecords_of_a_task_are_one_sentence(
+    tfrecords, small_rows, tmp_path):
+  folder = tmp_path / "dtd" / "3.0.1"
+  shutil.copytree(tfrecords / "dtd" / "3.0.1", folder)
+  shard = folder / "dtd-train.tfrecord-00000-of-00003"
+  data = bytearray(shard.read_bytes())
+  data[20] ^= 4
+  shard.write_bytes(data)
+  task = tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
+  with pytest.raises(UserError, match=r"00000-of-00003: record 0 is damaged"):
+    task.labels["train800"]

@@ -97,7 +97,8 @@ def _families() -> tuple[types.ModuleType, ...]:
   name of a built-in task, the user who pointed at it means the folder.
   """
   modules = [importlib.import_module(f"{__name__}.{m.name}")
-             for m in pkgutil.iter_modules(__path__)]
+             for m in pkgutil.iter_modules(__path__)
+             if not m.name.startswith("_")]
   families = [m for m in modules if hasattr(m, "names")]
   return tuple(sorted(families, key=lambda m: len(m.names(None)) > 0))
 

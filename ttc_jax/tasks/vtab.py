@@ -2,9 +2,10 @@
 
 Splits and label rules are those of google-research/task_adaptation (d7630d3):
 800 training and 200 validation images by their order in TFDS, the whole test
-set. A data set must be prepared as array_record:
+set. A data set must be prepared, as TFRecord (TFDS's default) or array_record:
 
-  tfds build dtd --data_dir=DIR --file_format=array_record
+  python -m ttc_jax.tasks prepare dtd --data=DIR
+  tfds build dtd --data_dir=DIR
 """
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -12,13 +13,14 @@ import glob
 import hashlib
 import io
 import os
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ttc_jax import errors
-from ttc_jax.tasks import Split, Task, images
+from ttc_jax.tasks import Split, Task, images, tfrecord
 
 Example = Mapping[str, Any]
 
@@ -28,7 +30,7 @@ class Row(NamedTuple):
 
   Attributes:
     tfds: name, and configuration if there are several.
-    versions: prefixes of versions that hold the same data, preferred first.
+    versions: patterns of versions that hold the same data, preferred first.
     val, test: TFDS splits; training is on the first 800 of "train".
     count: of the test set.
     label: example -> class.
@@ -93,47 +95,49 @@ def kitti(example: Example) -> int:
 _N, _SP, _ST = "Natural", "Specialized", "Structured"
 _label = at("label")
 ROWS = {
-    "cifar100": Row(_N, "cifar100", ("3.",), "train[45000:45200]", "test",
+    "cifar100": Row(_N, "cifar100", ("3.*.*",), "train[45000:45200]", "test",
                     100, 10_000, _label),
-    "caltech101": Row(_N, "caltech101", ("3.",), "train[2754:2954]", "test",
+    "caltech101": Row(_N, "caltech101", ("3.*.*",), "train[2754:2954]", "test",
                       102, 6_084, _label),
-    "dtd": Row(_N, "dtd", ("3.",), "validation[:200]", "test",
+    "dtd": Row(_N, "dtd", ("3.*.*",), "validation[:200]", "test",
                47, 1_880, _label),
-    "oxford_flowers102": Row(_N, "oxford_flowers102", ("2.",),
+    "oxford_flowers102": Row(_N, "oxford_flowers102", ("2.*.*",),
                              "validation[:200]", "test", 102, 6_149, _label),
-    "oxford_iiit_pet": Row(_N, "oxford_iiit_pet", ("3.",),
+    # 4.0.0, which alone TFDS has built since 4.9.7, has the keys of 3.2.0 and
+    # so its order; it encodes anew some images whose JPEGs were corrupt.
+    "oxford_iiit_pet": Row(_N, "oxford_iiit_pet", ("3.*.*", "4.0.0"),
                            "train[2944:3144]", "test", 37, 3_669, _label),
-    "svhn": Row(_N, "svhn_cropped", ("3.",), "train[65931:66131]", "test",
+    "svhn": Row(_N, "svhn_cropped", ("3.*.*",), "train[65931:66131]", "test",
                 10, 26_032, _label),
-    "sun397": Row(_N, "sun397/tfds", ("4.",), "validation[:200]", "test",
+    "sun397": Row(_N, "sun397/tfds", ("4.*.*",), "validation[:200]", "test",
                   397, 21_750, _label),
-    "patch_camelyon": Row(_SP, "patch_camelyon", ("2.",), "validation[:200]",
+    "patch_camelyon": Row(_SP, "patch_camelyon", ("2.*.*",), "validation[:200]",
                           "test", 2, 32_768, _label),
-    "eurosat": Row(_SP, "eurosat/rgb", ("2.",), "train[16200:16400]",
+    "eurosat": Row(_SP, "eurosat/rgb", ("2.*.*",), "train[16200:16400]",
                    "train[21600:]", 10, 5_400, _label),
-    "resisc45": Row(_SP, "resisc45", ("3.",), "train[18900:19100]",
+    "resisc45": Row(_SP, "resisc45", ("3.*.*",), "train[18900:19100]",
                     "train[25200:]", 45, 6_300, _label),
     "diabetic_retinopathy": Row(
-        _SP, "diabetic_retinopathy_detection/btgraham-300", ("3.",),
+        _SP, "diabetic_retinopathy_detection/btgraham-300", ("3.*.*",),
         "validation[:200]", "test", 5, 42_670, _label),
-    "clevr_count": Row(_ST, "clevr", ("3.",), "train[63000:63200]",
+    "clevr_count": Row(_ST, "clevr", ("3.*.*",), "train[63000:63200]",
                        "validation", 8, 15_000, clevr_count),
-    "clevr_dist": Row(_ST, "clevr", ("3.",), "train[63000:63200]",
+    "clevr_dist": Row(_ST, "clevr", ("3.*.*",), "train[63000:63200]",
                       "validation", 6, 15_000, clevr_dist),
-    "dmlab": Row(_ST, "dmlab", ("2.",), "validation[:200]", "test",
+    "dmlab": Row(_ST, "dmlab", ("2.0.1",), "validation[:200]", "test",
                  6, 22_735, _label),
     # 3.2.0 holds the same data as 3.1.0 (task_adaptation, issue 18).
-    "kitti": Row(_ST, "kitti", ("3.1.", "3.2."), "validation[:200]", "test",
+    "kitti": Row(_ST, "kitti", ("3.1.0", "3.2.0"), "validation[:200]", "test",
                  4, 711, kitti),
-    "dsprites_loc": Row(_ST, "dsprites", ("2.",), "train[589824:590024]",
+    "dsprites_loc": Row(_ST, "dsprites", ("2.*.*",), "train[589824:590024]",
                         "train[663552:]", 16, 73_728,
                         bin_of("label_x_position", 2), binary=True),
-    "dsprites_ori": Row(_ST, "dsprites", ("2.",), "train[589824:590024]",
+    "dsprites_ori": Row(_ST, "dsprites", ("2.*.*",), "train[589824:590024]",
                         "train[663552:]", 16, 73_728,
                         bin_of("label_orientation", 2.5), binary=True),
-    "smallnorb_azi": Row(_ST, "smallnorb", ("2.",), "test[:200]",
+    "smallnorb_azi": Row(_ST, "smallnorb", ("2.*.*",), "test[:200]",
                          "test[50%:]", 18, 12_150, at("label_azimuth")),
-    "smallnorb_ele": Row(_ST, "smallnorb", ("2.",), "test[:200]",
+    "smallnorb_ele": Row(_ST, "smallnorb", ("2.*.*",), "test[:200]",
                          "test[50%:]", 9, 12_150, at("label_elevation")),
 }
 
@@ -141,14 +145,20 @@ ROWS = {
 def prepared(row: Row, data: str | None) -> str | None:
   """The folder of the preferred version that is there, or None."""
   root = os.path.join(os.path.expanduser(data or ""), row.tfds)
-  for prefix in row.versions if data else ():
-    found = [p for p in glob.glob(glob.escape(os.path.join(root, prefix)) + "*")
-             if os.path.exists(os.path.join(p, "dataset_info.json"))]
+  for pattern in row.versions if data else ():
+    found = {_numbers(p): p for p in glob.glob(
+        os.path.join(glob.escape(root), pattern))
+        if os.path.exists(os.path.join(p, "dataset_info.json"))}
+    found.pop(None, None)
     if found:
-      return max(found, key=lambda p: [
-          int(n) if n.isdecimal() else -1
-          for n in os.path.basename(p).split(".")])
+      return found[max(found)]
   return None
+
+
+def _numbers(folder):
+  """The version that a folder is named after; None: not one, or half made."""
+  found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", os.path.basename(folder))
+  return found and tuple(map(int, found.groups()))
 
 
 def names(data: str | None) -> tuple[str, ...]:
@@ -160,34 +170,69 @@ def hint(name: str, data: str | None) -> str | None:
   """How to get the data of one of the 19, for whom it is missing."""
   if name not in ROWS:
     return None
-  row = ROWS[name]
+  row, data = ROWS[name], data or "DIR"
   return (f"; VTAB's {name} needs {row.tfds} of TFDS, version "
-          f"{' or '.join(v + '*' for v in row.versions)}, under "
-          f"data={data or 'DIR'}: tfds build {row.tfds} "
-          f"--data_dir={data or 'DIR'} --file_format=array_record")
+          f"{' or '.join(row.versions)}, under data={data}: "
+          f"python -m ttc_jax.tasks prepare {name} --data={data}, or "
+          f"tfds build {row.tfds} --data_dir={data}")
+
+
+class Dataset(NamedTuple):
+  """A prepared data set, seen as one task.
+
+  Attributes:
+    folder: of the version.
+    classes: their names by label.
+    sources: for each of `tasks.SPLITS`.
+    labels: the same, int32, read when first asked for and checked.
+  """
+  row: Row
+  folder: str
+  classes: tuple[str, ...]
+  sources: "Mapping[str, Source]"
+  labels: Mapping[str, np.ndarray]
+
+
+def open_set(name: str, data: str | None) -> Dataset:
+  """Opens the data set of one of ROWS without reading an example.
+
+  Raises:
+    errors.UserError: it is missing, damaged or in a format that is not read.
+  """
+  row = ROWS[name]
+  folder = prepared(row, data)
+  if folder is None:
+    raise errors.UserError(f"{name} is not prepared{hint(name, data)}")
+  builder, files = _builder(folder, row), {}
+  sources = {part: Source(builder, split, folder, files)
+             for part, split in row.splits.items()}
+  return Dataset(row, folder, _classes(builder, row), sources,
+                 _Labels(row, sources, folder))
+
+
+def check_count(dataset: Dataset) -> None:
+  """errors.UserError unless the test set is as large as VTAB's."""
+  row, found = dataset.row, len(dataset.sources["test"])
+  if found != row.count:
+    raise errors.UserError(
+        f"{dataset.folder}: the test set {row.test} has {found} images, "
+        f"VTAB's has {row.count}; prepare the data set again")
 
 
 def load(name: str, data: str | None, decode: Callable) -> Task:
   """Opens a prepared data set; see `tasks.load`."""
-  row = ROWS[name]
-  folder = prepared(row, data)
-  builder = _builder(folder, row)
-  sources = {part: _Source(builder, split, folder)
-             for part, split in row.splits.items()}
-  if len(sources["test"]) != row.count:
-    raise errors.UserError(
-        f"{folder}: the test set {row.test} has {len(sources['test'])} images, "
-        f"VTAB's has {row.count}; prepare the data set again")
-  labels = _Labels(row, sources, folder)
+  dataset = open_set(name, data)
+  check_count(dataset)
+  row = dataset.row
 
   def split(part: str) -> Split:
-    source = sources[part]
+    source = dataset.sources[part]
     key = f"{digest}\t{row.splits[part]}"
     return Split(decode(images.Source(
         len(source), lambda i: source.image(i, row.binary),
-        lambda: (key,))), labels[part])
-  digest = _digest(folder, row)
-  return Task(name, row.group, _classes(builder, row), labels, split, digest)
+        lambda: (key,))), dataset.labels[part])
+  digest = _digest(dataset.folder, row)
+  return Task(name, row.group, dataset.classes, dataset.labels, split, digest)
 
 
 class _Labels(Mapping):
@@ -228,15 +273,16 @@ def _builder(folder, row):
     raise errors.UserError(f"{folder} is no whole TFDS data set ({error}); "
                            f"{_again(row)}") from error
   stored = builder.info.file_format
-  if stored != tfds.core.FileFormat.ARRAY_RECORD:
+  if stored not in (tfds.core.FileFormat.ARRAY_RECORD,
+                    tfds.core.FileFormat.TFRECORD):
     raise errors.UserError(
         f"{folder} is stored as {stored and stored.value}, expected "
-        f"array_record; {_again(row)}")
+        f"array_record or tfrecord; {_again(row)}")
   return builder
 
 
 def _again(row):
-  return f"prepare it: tfds build {row.tfds} --file_format=array_record"
+  return f"delete the folder and prepare it again: tfds build {row.tfds}"
 
 
 @contextlib.contextmanager
@@ -244,20 +290,20 @@ def _whole(folder, what):
   """Turns whatever damaged files make the readers raise into a sentence."""
   try:
     yield
+  except errors.UserError:  # it is one
+    raise
   except Exception as error:
     raise errors.UserError(f"{folder}: {what} cannot be read ({error}); "
                            "prepare the data set again") from error
 
 
-class _Source:
-  """The examples of a split, their images still encoded."""
+class Source:
+  """The examples of a split in TFDS's order, their images still encoded."""
 
-  def __init__(self, builder, split, folder):
-    import tensorflow_datasets as tfds
+  def __init__(self, builder, split, folder, files):
     self._folder, self._split = folder, split
     with _whole(folder, f"the split {split}"):
-      self._examples = builder.as_data_source(
-          split, decoders={"image": tfds.decode.SkipDecoding()})
+      self._examples = _examples(builder, split, files)
 
   def __len__(self) -> int:
     return len(self._examples)
@@ -268,12 +314,42 @@ class _Source:
 
   def image(self, i: int, binary: bool) -> Image.Image:
     """RGB."""
-    encoded = self[i]["image"]
+    return self.decode(self[i], i, binary)
+
+  def decode(self, example: Example, i: int, binary: bool) -> Image.Image:
+    """RGB, of example i, which has been read already."""
     with _whole(self._folder, f"image {i} of {self._split}"):
-      with Image.open(io.BytesIO(encoded)) as image:
+      with Image.open(io.BytesIO(example["image"])) as image:
         if binary:
           image = Image.fromarray(np.asarray(image) * np.uint8(255))
         return images.to_rgb(image)
+
+
+def _examples(builder, split, files):
+  """A sequence of examples; `files` are the TFRecord files opened so far."""
+  import tensorflow_datasets as tfds
+  features = builder.info.features
+  encoded = {key: tfds.decode.SkipDecoding() for key, feature in
+             features.items() if isinstance(feature, tfds.features.Image)}
+  if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    return builder.as_data_source(split, decoders=encoded)
+  records = tfrecord.Records(
+      builder.info.splits[split].file_instructions, files)
+  return _Decoded(records, lambda record: features.deserialize_example_np(
+      record, decoders=encoded))
+
+
+class _Decoded:
+  """A sequence, each of its items through a function."""
+
+  def __init__(self, items, decode):
+    self._items, self._decode = items, decode
+
+  def __len__(self) -> int:
+    return len(self._items)
+
+  def __getitem__(self, i: int) -> Example:
+    return self._decode(self._items[i])
 
 
 def _classes(builder, row):

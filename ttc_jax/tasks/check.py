@@ -1,0 +1,258 @@
+"""Is a prepared data set the one that VTAB-1K means? Reads all of it and tells.
+
+Held against what is certain: the splits' sizes, the classes, the histograms
+that the makers of a data set fixed, the order that TFDS gives, and that no
+image is in two splits (`facts`). Two sites that want more compare fingerprints
+(`fingerprint`).
+"""
+from collections import Counter
+from collections.abc import Iterator
+from concurrent import futures
+import hashlib
+import os
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttc_jax import errors
+from ttc_jax.tasks import SPLITS, facts, vtab
+
+_CHUNK, _SHOWN = 256, 3
+
+
+class Seen(NamedTuple):
+  """What a split of N examples holds.
+
+  Attributes:
+    labels: int64 (N,); -1 where an example could not be read.
+    ids, pixels: N strings; a hash of the decoded image.
+    wrong: sentences about examples that could not be read.
+  """
+  labels: np.ndarray
+  ids: list[str]
+  pixels: list[str]
+  wrong: list[str]
+
+
+def check(name: str, data: str) -> dict[str, Any]:
+  """Reads all four splits of one of `vtab.ROWS` and reports.
+
+  Returns:
+    name, tfds (with the version that is there), splits ({split: count, labels
+    (a histogram), sha256 (of ids and labels, in order), reference}), shared
+    (images that train800val200 and test have in common: ids, pixels) and
+    wrong, a list of sentences. All are plain values, ready for JSON.
+
+  A data set that is missing or cannot be opened has no splits.
+  """
+  try:
+    dataset = vtab.open_set(name, data)
+  except errors.UserError as error:
+    return {"name": name, "tfds": None, "splits": {}, "shared": {},
+            "wrong": [str(error)]}
+  row = dataset.row
+  seen = {part: _read(dataset, part) for part in SPLITS}
+  wrong = [f"{part}: {sentence}" for part, s in seen.items()
+           for sentence in (*s.wrong, *_wrong_labels(name, row, part, s),
+                            *_repeated(row, s), *_wrong_order(row, part, s),
+                            *_wrong_names(row, part, s, dataset.classes))]
+  wrong += (*_wrong_union(seen), *_shared_ids(row, seen))
+  return {
+      "name": name,
+      "tfds": f"{row.tfds}:{os.path.basename(dataset.folder)}",
+      "splits": {part: _summary(row, s) for part, s in seen.items()},
+      "shared": {kind: len(_common(seen, "train800val200", "test", kind))
+                 for kind in ("ids", "pixels")},
+      "wrong": wrong,
+  }
+
+
+# --- Reading ------------------------------------------------------------------
+
+def _read(dataset, part):
+  source, wrong = dataset.sources[part], []
+  labels, ids, pixels = [], [], []
+  for number, result in enumerate(_in_order(
+      lambda i: _example(dataset, part, i), len(source))):
+    if isinstance(result, errors.UserError):
+      wrong.append(str(result))
+      result = (-1, *[f"{part} {number}"] * 2)
+    for values, value in zip((labels, ids, pixels), result):
+      values.append(value)
+  if len(wrong) > _SHOWN:
+    wrong[_SHOWN:] = [f"{len(wrong) - _SHOWN} more examples cannot be read"]
+  return Seen(np.array(labels, np.int64), ids, pixels, wrong)
+
+
+def _in_order(function, count: int) -> Iterator:
+  """function(i) for i below count, on all cores, a few ahead."""
+  with futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    for start in range(0, count, _CHUNK):
+      yield from pool.map(function, range(start, min(start + _CHUNK, count)))
+
+
+def _example(dataset, part, i):
+  """Label, id and pixels of an example; the error itself if there is one."""
+  row = dataset.row
+  try:
+    example = dataset.sources[part][i]
+    image = dataset.sources[part].decode(example, i, row.binary)
+    label = row.label(example)
+    key = _id(row, dataset.classes, label, example)
+  except errors.UserError as error:
+    return error
+  except (LookupError, TypeError, ValueError) as error:
+    return errors.UserError(
+        f"example {i} is not as TFDS builds it ({type(error).__name__}: "
+        f"{error}); prepare the data set again")
+  size = f"{image.width}x{image.height} ".encode()
+  pixels = hashlib.sha256(size + image.tobytes()).hexdigest()
+  return label, pixels if key is None else key, pixels
+
+
+def _id(row, classes, label, example):
+  if row.tfds not in facts.IDS:
+    return None
+  key = example[facts.IDS[row.tfds]]
+  key = key.decode() if isinstance(key, bytes) else str(key)
+  if row.tfds in facts.IN_A_CLASS and 0 <= label < len(classes):
+    return f"{classes[label]}/{key}"
+  return key
+
+
+# --- Judging ------------------------------------------------------------------
+
+def _wrong_labels(name, row, part, seen):
+  """Sentences about the count, the range and the histogram of the labels."""
+  want = row.count if part == "test" else facts.COUNTS[part]
+  if len(seen.labels) != want:
+    yield f"{len(seen.labels)} examples, expected {want}"
+  read = seen.labels[seen.labels != -1] if seen.wrong else seen.labels
+  outside = (read < 0) | (read >= row.classes)
+  if outside.any():
+    yield (f"{outside.sum()} labels are out of range, as "
+           f"{read[outside.argmax()]}, expected 0 to {row.classes - 1}")
+  found = _histogram(row, seen)
+  if part == "test" and name in facts.TEST and tuple(found) != facts.TEST[name]:
+    first = next(c for c, n in enumerate(found) if n != facts.TEST[name][c])
+    yield (f"class {first} has {found[first]} images, expected "
+           f"{facts.TEST[name][first]}")
+  most = facts.MOST.get(name, {}).get(part)
+  if most is not None and max(found) > most:
+    yield (f"class {int(np.argmax(found))} has {max(found)} images, expected "
+           f"at most {most}")
+
+
+def _repeated(row, seen):
+  if row.tfds not in facts.IDS:  # pixels may repeat, and do in dsprites
+    return
+  twice = [key for key, n in Counter(seen.ids).items() if n > 1]
+  if twice:
+    yield f"{len(twice)} examples stand in it more than once, as {twice[0]}"
+
+
+def _wrong_order(row, part, seen):
+  """TFDS writes a split by the MD5 of its name and each example's key.
+
+  So train[:800] are the same everywhere; a copy made another way need not be.
+  """
+  key = facts.KEYS.get(row.tfds, str) if row.tfds in facts.IDS else None
+  if key is None or seen.wrong or "+" in row.splits[part]:
+    return
+  split = row.splits[part].partition("[")[0]
+  try:
+    places = [_place(split, key(name)) for name in seen.ids]
+  except ValueError as error:
+    yield f"its ids are not those of {row.tfds} ({error})"
+    return
+  late = [i for i in range(1, len(places)) if places[i] < places[i - 1]]
+  if late:
+    yield (f"{len(late)} examples do not stand where TFDS puts them, the first "
+           f"is {seen.ids[late[0]]}")
+
+
+def _place(split, key):
+  return hashlib.md5(f"{split}{key}".encode()).digest()
+
+
+def _wrong_names(row, part, seen, classes):
+  """Where every id is known, it is held against what TFDS would read."""
+  if row.tfds not in facts.NAMES or seen.wrong:
+    return
+  expected = [name for one in row.splits[part].split("+")
+              for name in _names(row, one, classes)]
+  wrong = [(found, want) for found, want in zip(seen.ids, expected)
+           if found != want]
+  if wrong:
+    found, want = wrong[0]
+    yield (f"{len(wrong)} examples are not those that TFDS puts there, the "
+           f"first is {found}, expected {want}")
+
+
+def _names(row, split, classes):
+  """The ids of "NAME" or "NAME[from:to]", in order."""
+  split, start, end = re.fullmatch(
+      r"(\w+)(?:\[(\d*):(\d*)\])?", split).groups()
+  key = facts.KEYS.get(row.tfds, str)
+  names = sorted(facts.NAMES[row.tfds](split, classes),
+                 key=lambda name: _place(split, key(name)))
+  return names[int(start or 0):int(end) if end else None]
+
+
+def _wrong_union(seen):
+  train, val, both = (seen[p] for p in SPLITS[:3])
+  unread = train.wrong or val.wrong or both.wrong
+  if unread or both.ids == train.ids + val.ids:
+    return []
+  return ["train800val200: it is not train800 and then val200"]
+
+
+def _common(seen, one, other, kind):
+  return (set(getattr(seen[one], kind)) & set(getattr(seen[other], kind)))
+
+
+def _shared_ids(row, seen):
+  """Examples in two splits that should have none in common."""
+  if row.tfds not in facts.IDS:
+    return
+  for one, other in (("train800", "val200"), ("train800val200", "test")):
+    ids = _common(seen, one, other, "ids")
+    if row.tfds in facts.IN_A_SPLIT:
+      pixels = _common(seen, one, other, "pixels")
+      ids = {key for key, p in zip(seen[one].ids, seen[one].pixels)
+             if key in ids and p in pixels}
+    if ids:
+      yield (f"{other}: {len(ids)} of its examples also stand in {one}, as "
+             f"{min(ids)}")
+
+
+def _histogram(row, seen):
+  inside = (seen.labels >= 0) & (seen.labels < row.classes)
+  return np.bincount(seen.labels[inside], minlength=row.classes).tolist()
+
+
+def _summary(row, seen):
+  lines = "".join(f"{key}\t{label}\n"
+                  for key, label in zip(seen.ids, seen.labels))
+  digest = hashlib.sha256(lines.encode()).hexdigest()
+  return {"count": len(seen.ids), "labels": _histogram(row, seen),
+          "sha256": None if seen.wrong else digest,
+          "reference": "no reference"}
+
+
+def text(report: dict[str, Any]) -> str:
+  """A report for people: a line a split, then what is wrong."""
+  lines = [f"{report['name']}  {report['tfds'] or ''}".rstrip()]
+  for part, split in report["splits"].items():
+    counts = split["labels"]
+    digest = (split["sha256"] or "none: not all could be read")[:16]
+    lines.append(
+        f"  {part:15}{split['count']:7,} images, {sum(n > 0 for n in counts)} "
+        f"of {len(counts)} classes, {min(counts)} to {max(counts)} a class, "
+        f"sha256 {digest} ({split['reference']})")
+  if shared := report["shared"]:
+    lines.append(f"  train800val200 and test share {shared['ids']} ids and "
+                 f"the pixels of {shared['pixels']} images")
+  lines += [f"  wrong: {sentence}" for sentence in report["wrong"]]
+  return "\n".join(lines + ([] if report["wrong"] else ["  all well"]))

@@ -1,0 +1,80 @@
+"""A prepared data set of TFDS, written as a folder in the vtab-1k format.
+
+Images that are stored as JPEG or PNG are copied byte for byte; others become
+PNG. `tasks.folder` reads the same pixels, labels and classes from it.
+"""
+import io
+import os
+import shutil
+import uuid
+
+from PIL import Image
+
+from ttc_jax import errors, files
+from ttc_jax.tasks import vtab
+
+_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}
+
+
+def check_absent(name: str, out: str) -> str:
+  """The folder that will be written; errors.UserError if it is there."""
+  target = os.path.join(os.path.expanduser(out), name)
+  if os.path.lexists(target):
+    raise errors.UserError(f"{target} exists and is not overwritten: delete "
+                           "it, or give another --out")
+  return target
+
+
+def export(name: str, data: str, out: str) -> str:
+  """Writes OUT/NAME, whole or not at all, and returns its path.
+
+  Raises:
+    errors.UserError: it exists, or the data set is missing or damaged.
+  """
+  target = check_absent(name, out)
+  dataset = vtab.open_set(name, data)
+  vtab.check_count(dataset)
+  # One folder deeper, where nobody who lists the tasks of OUT sees it.
+  scratch = os.path.join(os.path.dirname(target), f".{uuid.uuid4().hex}")
+  folder = os.path.join(scratch, name)
+  os.makedirs(os.path.join(folder, "images"))
+  try:
+    _write(dataset, folder)
+    os.rename(folder, target)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return target
+
+
+def _write(dataset, folder):
+  lines = {part: _write_images(dataset, part, folder)
+           for part in ("train800", "val200", "test")}
+  lines["train800val200"] = lines["train800"] + lines["val200"]
+  lines["classes"] = list(dataset.classes)
+  for part, content in lines.items():
+    files.write_text(os.path.join(folder, f"{part}.txt"),
+                     "".join(f"{line}\n" for line in content))
+
+
+def _write_images(dataset, part, folder):
+  """Writes the images of a split; returns the lines of its list."""
+  source, binary, lines = dataset.sources[part], dataset.row.binary, []
+  for i, label in enumerate(dataset.labels[part]):
+    data, suffix = _stored(source, i, binary)
+    path = f"images/{part}_{i:05d}{suffix}"
+    with open(os.path.join(folder, path), "wb") as file:
+      file.write(data)
+    lines.append(f"{path} {label}")
+  return lines
+
+
+def _stored(source, i, binary):
+  """Bytes and suffix of an image file that decodes to the image."""
+  example = source[i]
+  pixels = source.decode(example, i, binary)  # if only to see that it is whole
+  with Image.open(io.BytesIO(example["image"])) as image:
+    if image.format in _SUFFIX and not binary:
+      return example["image"], _SUFFIX[image.format]
+  out = io.BytesIO()
+  pixels.save(out, "PNG")
+  return out.getvalue(), ".png"

@@ -1,0 +1,126 @@
+"""VTAB's data sets, downloaded and built by TFDS where it can be done alone."""
+from collections.abc import Callable, Iterable
+import importlib.util
+import os
+from typing import NamedTuple
+
+from ttc_jax.tasks import vtab
+
+FORMAT = "array_record"
+
+
+class Manual(NamedTuple):
+  """What a user has to fetch.
+
+  Attributes:
+    source: where it is to be had, and how.
+    paths: what the builder opens, below `manual_folder`.
+  """
+  source: str
+  paths: tuple[str, ...]
+
+
+# As the builders of TFDS say and as their code reads.
+MANUAL = {
+    "resisc45": Manual(
+        "download NWPU-RESISC45.rar (https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlz"
+        "p_IXjs) and unpack it, so that NWPU-RESISC45/airplane/"
+        "airplane_001.jpg is there", ("NWPU-RESISC45",)),
+    "diabetic_retinopathy_detection/btgraham-300": Manual(
+        "download all of https://www.kaggle.com/c/diabetic-retinopathy-"
+        "detection/data (an account is needed) and unpack its archives, so "
+        "that train/10_left.jpeg and test/1_left.jpeg are there",
+        ("sample", "train", "test", "trainLabels.csv")),
+}
+
+# Packages that builders import when they run. TFDS unpacks every archive with
+# TensorFlow, so there is no data set that is built without it.
+_ALSO = {"sun397/tfds": "cv2", "kitti": "cv2",
+         "diabetic_retinopathy_detection/btgraham-300": "cv2",
+         "patch_camelyon": "h5py", "dsprites": "h5py",
+         "oxford_flowers102": "scipy", "svhn_cropped": "scipy"}
+
+
+def needs(row: vtab.Row) -> tuple[str, ...]:
+  """Packages without which TFDS cannot build the data set."""
+  also = _ALSO.get(row.tfds)
+  return ("tensorflow", also) if also else ("tensorflow",)
+
+
+def manual_folder(data: str) -> str:
+  """Where TFDS looks for what was downloaded by hand."""
+  return os.path.join(os.path.expanduser(data), "downloads", "manual")
+
+
+def prepare(names: Iterable[str], data: str, say: Callable[[str], None] = print
+            ) -> dict[str, str]:
+  """Prepares the data sets of tasks that are not there yet.
+
+  Args:
+    names: of `vtab.ROWS`.
+    data: the TFDS directory.
+    say: is given a line for each data set, and a summary.
+
+  Returns:
+    {data set of TFDS: why it is still missing}.
+  """
+  rows = {vtab.ROWS[name].tfds: vtab.ROWS[name] for name in names}
+  missing = {}
+  for tfds_name, row in rows.items():
+    why = None if vtab.prepared(row, data) else _obstacle(row, data)
+    if why is None and not vtab.prepared(row, data):
+      say(f"{tfds_name}: downloading and building")
+      why = _build(row, data)
+    if why:
+      missing[tfds_name] = why
+    say(f"{tfds_name}: {why or 'is there, ' + vtab.prepared(row, data)}")
+  say(f"{len(rows) - len(missing)} of {len(rows)} data sets are there" +
+      (f"; missing: {', '.join(missing)}" if missing else ""))
+  return missing
+
+
+def _obstacle(row, data):
+  """What has to be done first, or None."""
+  return "; ".join([*_lacking(row), *_absent(row, data)]) or None
+
+
+def _lacking(row):
+  lacking = [p for p in needs(row) if importlib.util.find_spec(p) is None]
+  if lacking:
+    yield (f"TFDS needs {' and '.join(lacking)} to build it (reading does "
+           "not): pip install -e '.[tf]'")
+
+
+def _absent(row, data):
+  if row.tfds not in MANUAL:
+    return
+  source, paths = MANUAL[row.tfds]
+  folder = manual_folder(data)
+  absent = [p for p in paths if not os.path.exists(os.path.join(folder, p))]
+  if absent:
+    yield (f"it cannot be downloaded automatically: {source} below {folder} "
+           f"(there is no {', '.join(absent)} yet)")
+
+
+def _build(row, data):
+  """Builds a data set; returns why it did not work, or None."""
+  import tensorflow_datasets as tfds  # lazily: it takes seconds
+  try:
+    builder = _builder(tfds, row, os.path.expanduser(data))
+    builder.download_and_prepare(file_format=FORMAT)
+  except Exception as error:  # networks, disks and archives raise anything
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"TFDS could not build it ({text}); start the same command again"
+  if vtab.prepared(row, data) is None:
+    return f"TFDS built it, but not in {data}/{row.tfds}/{row.versions[0]}"
+  return None
+
+
+def _builder(tfds, row, data):
+  """Of the preferred version that the installed TFDS can build."""
+  for version in row.versions[:-1]:
+    try:
+      return tfds.builder(f"{row.tfds}:{version}", data_dir=data)
+    except AssertionError:  # its way to say: no such version
+      continue
+  return tfds.builder(f"{row.tfds}:{row.versions[-1]}", data_dir=data)
