@@ -49,6 +49,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     _exit(error, 2)
   except RunError as error:
     _exit(error, 1)
+  except BrokenPipeError:  # whoever read has seen enough: `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except OSError as error:
     if error.errno not in _DISK:
       raise

@@ -126,9 +126,10 @@ ROWS = {
                       "validation", 6, 15_000, clevr_dist),
     "dmlab": Row(_ST, "dmlab", ("2.0.1",), "validation[:200]", "test",
                  6, 22_735, _label),
-    # 3.2.0 holds the same data as 3.1.0 (task_adaptation, issue 18).
-    "kitti": Row(_ST, "kitti", ("3.1.0", "3.2.0"), "validation[:200]", "test",
-                 4, 711, kitti),
+    # 3.2.0 holds the same data as 3.1.0 (task_adaptation, issue 18), and 3.3.0
+    # adds names of a label that is not used (its release notes).
+    "kitti": Row(_ST, "kitti", ("3.1.0", "3.2.0", "3.3.0"), "validation[:200]",
+                 "test", 4, 711, kitti),
     "dsprites_loc": Row(_ST, "dsprites", ("2.*.*",), "train[589824:590024]",
                         "train[663552:]", 16, 73_728,
                         bin_of("label_x_position", 2), binary=True),
