@@ -17,8 +17,8 @@ from ttc_jax.errors import check_known
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
-GRID = (6e-3, 2e-2)
-GRID_FULL = (6e-4, 2e-3)
+GRID = (6e-3, 2e-2, 6e-2)
+GRID_FULL = (2e-4, 6e-4, 2e-3)
 
 
 def get_config(arg=None):

@@ -5,7 +5,8 @@ task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 
 task=vtab means all 19, task=all those that the folder has. protocol is
 
-  val, final, select     what is trained on and reported: config.protocol
+  val, final, select     what is trained on and reported: config.protocol;
+                         select has the grid of OSU-MLB/ViT_PEFT_Vision
   sct, ssf, vpt, noah    how a neighbour trained, as published: a file of
                          ttc_jax/presets/, which says what is not reproduced.
                          Without method=, the neighbour's own method
@@ -26,6 +27,8 @@ def get_config(arg=None):
   check_known("protocol", arg.protocol, (*PROTOCOLS, *presets.names()))
   if arg.protocol in PROTOCOLS:
     config.protocol, config.method = arg.protocol, arg.method or "ttc"
+    if arg.protocol == "select":
+      config.grid.lr, config.grid.weight_decay = (1e-3, 1e-2), (1e-4, 1e-3)
   else:
     presets.apply(config, arg.protocol, arg.method)
   config.tasks, config.data = arg.task, arg.data

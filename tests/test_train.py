@@ -1,4 +1,7 @@
 """A run of stages: what moves, what does not, and to which bits."""
+import itertools
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +87,17 @@ def test_the_same_seed_gives_the_same_bits(
   _, other = run(job._replace(seed=1), params, tmp_path / "c")
   assert all((one[k] == two[k]).all() for k in one)
   assert any((one[k] != other[k]).any() for k in one)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    config, model, params, split, tmp_path, monkeypatch):
+  job = make_job(config, model, split, save_seconds=0)
+  _, want = run(job, params, tmp_path / "a")
+  jumps, true = itertools.cycle((0, -1e9, 1e6)), time.time
+  monkeypatch.setattr(time, "time", lambda: true() + next(jumps))
+  kill_after("adapt", 1, job, params, tmp_path / "b")
+  _, got = run(job, params, tmp_path / "b")
+  assert all((got[k] == want[k]).all() for k in want)
 
 
 def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
