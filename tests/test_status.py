@@ -1,21 +1,22 @@
 """What `python -m ttc_jax.report` says, beside what is in the folder."""
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from tests.test_report import row
+from ttc_jax import files
 from ttc_jax.errors import UserError
 from ttc_jax.report import __main__ as command_line, status
 
-PLAN = {"tasks": ["a", "b/c"], "missing": {"gone": "no folder 'gone'"},
-        "variants": {"ttc": {"settings": 2, "seeds": [0, 1],
-                             "protocol": "select"},
-                     "my-linear": {"settings": 1, "seeds": [0, 1],
-                                   "protocol": "final"}}}
-NOW = 1e9
+VARIANTS = {
+    "ttc": {"settings": 2, "seeds": [0, 1], "protocol": "select", "epochs": 3},
+    "my-linear": {"settings": 1, "seeds": [0, 1], "protocol": "final",
+                  "epochs": 100}}
+PLAN = {"tasks": {"a": VARIANTS, "b/c": VARIANTS},
+        "missing": {"gone": "no folder 'gone'"}}
+AT_WORK = "b-c-my-linear-final-s0-0123abcd"
 
 
 def times(train, test=None):
@@ -35,21 +36,18 @@ def workdir(tmp_path):
               {"run": "bad", "task": "b/c", "variant": "my-linear",
                "error": "the loss is NaN"}]
   (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-  (tmp_path / "config.json").write_text(json.dumps(
-      {"epochs": 3, "variants": {"my-linear": {"epochs": 100}}}))
   (tmp_path / "results.jsonl").write_text(lines(rows))
   (tmp_path / "failed.jsonl").write_text(lines(failures) + '{"run": "cut')
-  for run, ago in (("b-c-my-linear-final-s0-0123abcd", 10.0),
-                   ("b-c-ttc-val-s0-0123abcd", 2 * status.LATELY),
-                   ("final", 10.0)):
+  for run in (AT_WORK, "b-c-ttc-val-s0-0123abcd", "final"):
     curve = tmp_path / "runs" / run / "metrics.jsonl"
     curve.parent.mkdir(parents=True)
     curve.write_text(lines([
         {"stage": "head", "epoch": 4, "loss": 2.0},
         {"stage": "head", "epoch": 5, "loss": 1.25, "val_top1": 40.0,
          "images_per_second": 1234.5}]))
-    os.utime(curve, (NOW - ago, NOW - ago))
-  return tmp_path
+    (curve.parent / ".lock").touch()
+  with files.lock(str(tmp_path / "runs" / AT_WORK / ".lock")):
+    yield tmp_path
 
 
 def lines(objects):
@@ -57,7 +55,7 @@ def lines(objects):
 
 
 def test_what_is_done_at_work_failed_and_to_do(workdir):
-  found = status.gather(str(workdir), NOW)
+  found = status.gather(str(workdir))
   assert found.expected == {("a", "ttc"): 4, ("a", "my-linear"): 2,
                             ("b/c", "ttc"): 4, ("b/c", "my-linear"): 2}
   assert {pair: set(runs) for pair, runs in found.done.items()} == {
@@ -70,7 +68,7 @@ def test_what_is_done_at_work_failed_and_to_do(workdir):
 
 
 def test_the_text_says_it(workdir):
-  text = status.text(status.gather(str(workdir), NOW))
+  text = status.text(status.gather(str(workdir)))
   grid = [line.split("  ") for line in text.split("\n\n")[0].split("\n")]
   grid = [[c.strip() for c in line if c.strip()] for line in grid]
   assert grid == [["ttc", "my-linear"], ["a", "3/4", "1/2"],
@@ -86,15 +84,15 @@ def test_the_text_says_it(workdir):
 
 def test_without_a_plan_what_there_is_is_all(workdir):
   (workdir / "plan.json").unlink()
-  text = status.text(status.gather(str(workdir), NOW))
+  text = status.text(status.gather(str(workdir)))
   assert text.endswith("5 runs, 1 running, 1 failed")
   assert "gone" not in text
 
 
 def test_a_new_work_directory(tmp_path):
-  assert status.text(status.gather(str(tmp_path), NOW)) == "0 runs"
+  assert status.text(status.gather(str(tmp_path))) == "0 runs"
   with pytest.raises(UserError, match="no work directory"):
-    status.gather(str(tmp_path / "none"), NOW)
+    status.gather(str(tmp_path / "none"))
 
 
 def test_durations():

@@ -22,7 +22,7 @@ import pytest
 import safetensors.numpy
 
 from ttc_jax import backbones, trees
-from ttc_jax.backbones import sources, vit, weights
+from ttc_jax.backbones import formats, sources, vit, weights
 from ttc_jax.errors import UserError
 
 D, L, H, F, P, S = 8, 2, 2, 16, 4, 16
@@ -355,7 +355,7 @@ def test_shapes_beyond_numpy():
   tensors = {"cls": weights.Tensor((2 ** 40, 2 ** 40), "<f4", None)} | {
       n: weights.Tensor(v.shape, "<f4", lambda v=v: v)
       for n, v in flat_params().items() if n != "cls"}
-  file = weights.Weights("x.npz", weights.BIGVISION, {}, tensors)
+  file = weights.Weights("x.npz", formats.BIGVISION, {}, tensors)
   with pytest.raises(UserError, match="x.npz"):
     weights.fit(file, backbones.shapes(tiny()), "vit_x4")
 
@@ -417,7 +417,7 @@ def test_a_wrong_variant_names_both(tmp_path, name, own, advice):
   # Only the header matters: nothing is read before the variant is known.
   tensors = {n: weights.Tensor(s.shape, "<f4", None)
              for n, s in trees.flatten(backbones.shapes(module)).items()}
-  file = weights.Weights("x.npz", weights.BIGVISION, {}, tensors)
+  file = weights.Weights("x.npz", formats.BIGVISION, {}, tensors)
   other = backbones.make(name, 224)
   with pytest.raises(UserError) as caught:
     weights.fit(file, backbones.shapes(other), name)

@@ -80,14 +80,19 @@ class StageStore:
     try:
       got = self._manager.restore(epoch, args=args)
       return Saved(epoch, _unfill(got.arrays), got.meta)
-    except PermissionError as e:
-      raise UserError(
-          f"the saved state '{self.path}' cannot be read: {e.strerror}") from e
+    except (OSError, MemoryError) as e:
+      if not isinstance(e, FileNotFoundError):  # it may be whole all the same
+        raise UserError(
+            f"the saved state '{self.path}' cannot be read ({e}); start the "
+            "same command again, or delete that folder") from e
+      return self._drop(epoch, e)
     except Exception as e:  # orbax and tensorstore raise many kinds
-      logging.warning("the saved state %s is damaged (%s): its stage is run "
-                      "again", self.path, type(e).__name__)
-      self._manager.delete(epoch)
-      return None
+      return self._drop(epoch, e)
+
+  def _drop(self, epoch, error) -> None:
+    logging.warning("the saved state %s is damaged (%s): its stage is run "
+                    "again", self.path, type(error).__name__)
+    self._manager.delete(epoch)
 
   def close(self) -> None:
     self._manager.close()

@@ -1,10 +1,14 @@
 """Compiled programs: the cache that outlives a process, and their number."""
 import collections
+import contextlib
 import hashlib
 import os
 import platform
+import tempfile
 from typing import NamedTuple
+import warnings
 
+from absl import logging
 import jax
 
 _PROGRAM = "/jax/core/compile/backend_compile_duration"  # got, either way
@@ -41,16 +45,37 @@ def start(cache: str) -> None:
     _seen["started"] = 1
     jax.monitoring.register_event_listener(_on_event)
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
-  if cache == "none":
+  # Who has chosen a folder for JAX keeps it.
+  if cache == "none" or jax.config.jax_compilation_cache_dir:
     return
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  folder = os.path.expanduser(cache) or os.path.join(
-      home, "ttc_jax", "programs")
-  jax.config.update("jax_compilation_cache_dir",
-                    os.path.join(folder, _host()))
+  folder = os.path.join(os.path.expanduser(cache) or os.path.join(
+      home, "ttc_jax", "programs"), _host())
+  try:
+    os.makedirs(folder, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    logging.warning("compiled programs are not kept: %s: %s", folder,
+                    error.strerror)
+    return
+  jax.config.update("jax_compilation_cache_dir", folder)
+  warnings.showwarning = _mending(folder, warnings.showwarning)
   # The small ones too: together they take as long as a large one.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _mending(folder, show):
+  """JAX warns of a damaged entry and leaves it there: off with them all."""
+  def on_warning(message, *args, **kwargs):
+    if "reading persistent compilation cache" not in str(message):
+      return show(message, *args, **kwargs)
+    logging.warning("the cache of compiled programs %s is damaged: it is made "
+                    "anew", folder)
+    for name in os.listdir(folder):
+      with contextlib.suppress(OSError):
+        os.remove(os.path.join(folder, name))
+  return on_warning
 
 
 def _host() -> str:
@@ -58,7 +83,8 @@ def _host() -> str:
   what = platform.machine() + platform.processor()
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as f:
-      what += next((line for line in f if line.startswith("flags")), "")
+      what += next((line for line in f if line.startswith(
+          ("flags", "Features"))), "")
   except OSError:  # no Linux
     pass
   return hashlib.sha256(what.encode()).hexdigest()[:8]

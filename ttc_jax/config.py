@@ -69,9 +69,11 @@ def default() -> ml_collections.ConfigDict:
   c.label_smoothing = 0.0
 
   # TTC.
-  c.k = 0                     # channels an insertion point; 0: width / 8
+  c.k = 0                     # channels an insertion point; 0: the paper's
   c.position = "mlp"          # mhsa, both, stream_mlp, stream_mhsa
-  c.blocks = 0                # in the last blocks; 0: in all
+  # In the last blocks; 0: the paper's, all of a ViT, of a Swin the last half
+  # of stage 3 and stage 4.
+  c.blocks = 0
   c.score = "taylor"          # taylor_abs, taylor_square, l2, random
   c.scale = 1.0
   c.bias = False
@@ -192,7 +194,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
       raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "
                       f"e.g. --config.grid.{key}=1e-3,1e-2")
-  lowest = min((config.lr, *config.grid.lr))
+  lowest = min(config.grid.lr or (config.lr,))
   for key in ("warmup_lr", "min_lr"):
     if config[key] > lowest:
       raise UserError(f"config.{key} is {config[key]}, above the learning rate "

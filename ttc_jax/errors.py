@@ -11,6 +11,10 @@ class UserError(Exception):
   """
 
 
+class DataError(UserError):
+  """A file of a task's images is missing or damaged; other tasks can go on."""
+
+
 class RunError(RuntimeError):
   """A run that started well and cannot go on: it diverged.
 

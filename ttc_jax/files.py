@@ -1,12 +1,15 @@
 """Files that appear whole or not at all, and locks between processes."""
 from collections.abc import Iterator
 import contextlib
+import errno
 import fcntl
 import os
 from typing import BinaryIO
 import uuid
 
-from ttc_jax.errors import Busy
+from ttc_jax.errors import Busy, UserError
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
@@ -16,11 +19,28 @@ def replacing(path: str) -> Iterator[BinaryIO]:
   try:
     with open(temporary, "xb") as file:
       yield file
+      file.flush()
+      os.fsync(file.fileno())  # or a power cut leaves an empty file
     os.replace(temporary, path)
   except BaseException:  # Ctrl-C too
     with contextlib.suppress(OSError):
       os.remove(temporary)
     raise
+
+
+def is_locked(path: str) -> bool:
+  """Whether some process holds the lock."""
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except OSError:
+    return False
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return False
+  except BlockingIOError:
+    return True
+  finally:
+    os.close(descriptor)
 
 
 def size(path: str) -> int:
@@ -51,6 +71,11 @@ def lock(path: str, wait: bool = False) -> Iterator[None]:
       fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
       raise Busy(path) from None
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      raise UserError(f"'{path}': this file system has no locks "
+                      f"({error.strerror}); choose another folder") from error
     yield
   finally:
     os.close(descriptor)

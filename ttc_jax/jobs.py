@@ -28,7 +28,7 @@ from ttc_jax.tasks.images import NORMALISATIONS
 # run's result.
 _PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid", "weights",
            "cache", "cache_gib", "save_seconds", "protocol", "plots",
-           "compilation_cache")
+           "compilation_cache", "eval_every")
 
 
 class Run(NamedTuple):
@@ -50,7 +50,9 @@ class Run(NamedTuple):
   @property
   def identity(self) -> dict[str, Any]:
     """JSON of what decides the result, but for the files' contents."""
-    keys = {k: v for k, v in self.config.items() if k not in _PLACES}
+    others = methods.option_keys() - {*methods.options_of(self.config.method)}
+    keys = {k: v for k, v in self.config.items()
+            if k not in _PLACES and k not in others}
     return {"task": self.task, "data": self.data, "protocol": self.protocol,
             "seed": self.seed, "config": keys}
 
@@ -75,10 +77,14 @@ def variants(config, task: str = "") -> dict[str, ml_collections.ConfigDict]:
     out[label] = c = config.copy_and_resolve_references()
     where, own = f"config.variants.{label}", dict(overrides.items())
     per_task = own.pop("per_task", {})
-    _override(c, f"config.per_task.{task}", config.per_task.get(task, {}))
+    _override(c, f"config.per_task.{task}", _of_task(config.per_task, task))
     _override(c, where, own)
-    _override(c, f"{where}.per_task.{task}", per_task.get(task, {}))
+    _override(c, f"{where}.per_task.{task}", _of_task(per_task, task))
   return out
+
+
+def _of_task(per_task, task):
+  return per_task.get(task, per_task.get(vtab.canonical(task), {}))
 
 
 def _override(config, where, values):
@@ -190,7 +196,8 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
       missing[name], error = str(e), e
       loaded.pop(name, None)
   if error and not loaded:
-    raise error
+    raise UserError(f"none of {len(missing)} tasks can be read; the last: "
+                    f"{error}" if len(missing) > 1 else str(error)) from error
   return loaded, missing
 
 
@@ -210,7 +217,8 @@ def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
             f"config.batch_size is {variant.batch_size}, but task "
             f"'{task.name}' has {count} training images; lower it")
   apart = _tasks_set_apart(config)
-  general = [name for name in loaded if name not in apart]
+  general = [name for name in loaded
+             if not {name, vtab.canonical(name)} & apart.keys()]
   if apart and general:
     logging.warning("config.per_task has nothing for %s: the general settings "
                     "are used there", ", ".join(general))
@@ -219,7 +227,7 @@ def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
 def resolved(config, base: Base) -> ml_collections.ConfigDict:
   """The configuration with what depends on the rest settled."""
   config = config.copy_and_resolve_references()
-  config.k = config.k or base.backbone.width // 8
+  config.k = config.k or base.backbone.default_k
   if config.warmup_epochs is None:
     config.warmup_epochs = 0.1 * config.epochs
   return config
@@ -235,7 +243,8 @@ def _split(task, name, limit):
 def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
   """Settles everything about a run and decodes all images that it needs.
 
-  A corrupt test image is found here, before the training, not after it.
+  A corrupt test image is found here, before the training, unless the test set
+  is so large that it streams.
   """
   c = resolved(run.config, base)
   final = run.protocol == "final"

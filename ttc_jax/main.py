@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from ttc_jax import checkpoint, cli, compilation, files, interrupt, jobs
 from ttc_jax import report, tasks, train
-from ttc_jax.errors import Busy, RunError, Stopped, UserError
+from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
 from ttc_jax.progress import Progress
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,7 +30,8 @@ _WORKDIR = flags.DEFINE_string(
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
          "save_seconds", "plots", "compilation_cache")
-_POLL_SECONDS = 1.0  # between looks at what other processes have done
+# Between looks at what other processes have done: each twice the last.
+_POLL_SECONDS = (1.0, 30.0)
 
 
 def open_workdir(config, weights_sha256: str, path: str) -> None:
@@ -38,11 +39,15 @@ def open_workdir(config, weights_sha256: str, path: str) -> None:
   keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
           if k not in _FREE}
   keep["weights_sha256"] = weights_sha256
+  if config.protocol == "select":  # on whose rows settings are chosen
+    keep["select_seed"] = config.seeds[0]
   file = os.path.join(path, "config.json")
   try:
     os.makedirs(os.path.join(path, "runs"), exist_ok=True)
-    if not os.path.exists(file):
-      files.write_text(file, json.dumps(keep, indent=2, sort_keys=True) + "\n")
+    with files.lock(os.path.join(path, ".config.lock"), wait=True):
+      if not os.path.exists(file):
+        files.write_text(
+            file, json.dumps(keep, indent=2, sort_keys=True) + "\n")
     with open(file, encoding="utf-8") as f:
       old = json.load(f)
   except (OSError, json.JSONDecodeError) as e:
@@ -81,27 +86,33 @@ class Session:
 
   def _write_plan(self) -> None:
     """For those who watch: which runs there will be."""
-    plans = {label: {"settings": len(jobs.settings(c)), "seeds": list(c.seeds),
-                     "protocol": c.protocol}
-             for label, c in jobs.variants(self.config).items()}
+    def of_task(task):
+      return {label: {"settings": len(jobs.settings(c)), "seeds": list(c.seeds),
+                      "protocol": c.protocol, "epochs": c.epochs}
+              for label, c in jobs.variants(self.config, task).items()}
     files.write_text(os.path.join(self.workdir, "plan.json"), json.dumps({
-        "tasks": [*self.tasks, *self.missing], "missing": self.missing,
-        "variants": plans}, indent=2) + "\n")
+        "tasks": {task: of_task(task) for task in self.tasks},
+        "missing": self.missing}, indent=2) + "\n")
 
   def _read(self):
     return {row["run"]: row for row in report.read(self.results)}
 
   def run_all(self) -> None:
     """Returns when all runs are done or have failed, by whomever."""
+    pause, longest = _POLL_SECONDS
     while not all([self._do_task(*pair) for pair in itertools.zip_longest(
         self.tasks, list(self.tasks)[1:])]):
-      interrupt.check()
-      time.sleep(_POLL_SECONDS)
+      until = time.monotonic() + pause
+      while time.monotonic() < until:
+        interrupt.check()
+        time.sleep(min(1.0, pause))
+      pause = min(2 * pause, longest)
 
   def _do_task(self, task: str, after: str | None) -> bool:
     """Does what is free of a task; whether that was all."""
-    if task in self._ahead:
-      self._ahead[task].join()
+    while task in self._ahead and self._ahead[task].is_alive():
+      self._ahead[task].join(0.5)
+      interrupt.check()
     self._decode_ahead(after)
     return all([self._do(task, variant, config)
                 for variant, config in jobs.variants(
@@ -113,14 +124,26 @@ class Session:
     Built-in tasks are drawn in no time. An error waits for the run that needs
     the image.
     """
-    if task is None or task in self._ahead or not self.config.data:
+    if (task is None or task in self._ahead or not self.config.data
+        or self._is_done(task)):
       return
     def decode():
-      with contextlib.suppress(UserError):
+      # RuntimeError: of its threads, when the process ends.
+      with contextlib.suppress(UserError, Stopped, RuntimeError):
         for split in tasks.SPLITS:
           self.tasks[task].split(split)
     self._ahead[task] = threading.Thread(target=decode, daemon=True)
     self._ahead[task].start()
+
+  def _is_done(self, task: str) -> bool:
+    """Whether every final run of a task has a row, or every run on val200."""
+    rows = [r for r in self.done.values() if r["task"] == task
+            and r["data_digest"] == self.tasks[task].digest]
+    return all(
+        {(label, seed) for seed in c.seeds} <= {
+            (r["variant"], r["seed"]) for r in rows
+            if (r["protocol"] == "val") == (c.protocol == "val")}
+        for label, c in jobs.variants(self.config, task).items())
 
   def _do(self, task: str, variant: str, config) -> bool:
     """Does what is free of a task and a variant; whether that was all."""
@@ -171,7 +194,7 @@ class Session:
           print(_line(row), flush=True)
     except Busy:
       return False
-    except RunError as error:
+    except (RunError, DataError) as error:
       self._fail(run, str(error))
     return True
 
@@ -179,10 +202,7 @@ class Session:
     interrupt.check()
     task = self.tasks[run.task]
     with Progress(run.name, os.path.join(directory, "metrics.jsonl")) as bar:
-      try:
-        job = jobs.make_job(run, self.base, task, bar.update)
-      except UserError as error:  # an image, say; the others may go on
-        raise RunError(str(error)) from error
+      job = jobs.make_job(run, self.base, task, bar.update)
       bar.expect(len(job.method.stages) * job.epochs)
       outcome = train.run(job, self.base.params,
                           os.path.join(self.workdir, "stages"))

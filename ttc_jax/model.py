@@ -83,13 +83,20 @@ _NEVER = -1e9  # a logit whose probability and gradient are 0 in float32
 def pad_head(head: Params, multiple: int = PADDED) -> Params:
   """The head with classes that no image has, up to a multiple.
 
-  Tasks of any number of classes share a compilation so. The new columns are 0
-  and stay so, for nothing ever reaches them; losses and gradients of the
-  others are the same to rounding.
+  Tasks of any number of classes share a compilation so. No gradient reaches
+  the new columns, which are 0; losses and gradients of the others are the same
+  to rounding.
   """
   more = -head["bias"].shape[-1] % multiple
   return {"kernel": jnp.pad(head["kernel"], ((0, 0), (0, more))),
           "bias": jnp.pad(head["bias"], (0, more), constant_values=_NEVER)}
+
+
+def keep_padding(head: Params, classes: jax.Array) -> Params:
+  """The padded head after a step: weight decay would move the padding."""
+  bias = head["bias"]
+  known = jnp.arange(bias.shape[-1]) < classes
+  return head | {"bias": jnp.where(known, bias, _NEVER)}
 
 
 def trim_head(head: Params, classes: int) -> Params:

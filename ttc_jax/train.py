@@ -12,7 +12,7 @@ from ttc_jax import augment, checkpoint, cost, evaluate, interrupt, optim
 from ttc_jax import parallel, trees
 from ttc_jax.errors import RunError
 from ttc_jax.methods import Context, Method
-from ttc_jax.model import Model, init_head, pad_head
+from ttc_jax.model import Model, init_head, keep_padding, pad_head
 from ttc_jax.tasks import Split
 
 
@@ -93,6 +93,7 @@ def make_update_fn(model, rules, plan):
     grads = parallel.pmean(grads)
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
+    params["head"] = keep_padding(params["head"], hyper.classes)
     tuned, _ = trees.split(params, names, "tune")
     return tuned, opt_state, parallel.pmean(loss)
   return update_fn
@@ -261,17 +262,18 @@ def _run_stage(job, index, stage, state, store):
   fixed = _fixed(job, index)
   last_save = time.perf_counter()
   for epoch in range(saved.epoch if saved else 0, job.epochs):
-    interrupt.check()
     with interrupt.held():  # an epoch that has begun ends, and is saved
       now, losses = _epoch(job, stage, inputs, frozen, fixed, epoch, now)
       _check_finite(job, stage, epoch, losses, store)
       now = _record(job, inputs, frozen, epoch + 1, losses, now)
       _report(job, stage, now.records[-1])
-      last = epoch + 1 == job.epochs
-      if (last or interrupt.asked()
+      last, asked = epoch + 1 == job.epochs, interrupt.asked()
+      if (last or asked
           or time.perf_counter() - last_save >= job.save_seconds):
         store.save(_saved(epoch + 1, state.selection, now, last))
         last_save = time.perf_counter()
+    if asked:  # a request that came after the look waits for the next save
+      interrupt.check()
   params = {**state.params, **trees.join(now.tuned, frozen)}
   return State(params, state.selection), now.records, now.clock
 

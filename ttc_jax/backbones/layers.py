@@ -46,6 +46,7 @@ class Dense(nn.Module):
   shape: tuple[int, ...]
   contract: int = 1
   dtype: Any = jnp.float32
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x, mask=None):
@@ -54,13 +55,31 @@ class Dense(nn.Module):
         in_axis=range(self.contract),
         out_axis=range(self.contract, len(self.shape)))
     kernel = self.param("kernel", init, self.shape)
-    bias = self.param("bias", nn.initializers.zeros, outputs)
     kernel = kernel.reshape(math.prod(inputs), math.prod(outputs))
     y = x @ kernel.astype(self.dtype)
     if mask is not None:
       # Bias is no weight of row i (Eq. 10): the mask leaves it alone.
       y = y * mask.astype(self.dtype)
-    return y + bias.reshape(-1).astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, outputs)
+      y = y + bias.reshape(-1).astype(self.dtype)
+    return y
+
+
+class Mlp(nn.Module):
+  """Two dense layers with a GELU between."""
+  hidden: int
+  gelu: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, mask, tap):
+    D = x.shape[-1]
+    dense = functools.partial(Dense, dtype=self.dtype)
+    h = dense((D, self.hidden), name="Dense_0")(x, mask.get("fc1"))
+    h = GELU[self.gelu](tap("fc1", h, x))
+    y = dense((self.hidden, D), name="Dense_1")(h, mask.get("fc2"))
+    return tap("fc2", y, h)
 
 
 # jax.checkpoint: the backward pass starts from the inputs. To compute norms

@@ -53,21 +53,6 @@ class Attention(nn.Module):
     return tap("proj", out(y, mask.get("proj")), y)
 
 
-class Mlp(nn.Module):
-  hidden: int
-  gelu: str
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x, mask, tap):
-    D = x.shape[-1]
-    dense = functools.partial(Dense, dtype=self.dtype)
-    h = dense((D, self.hidden), name="Dense_0")(x, mask.get("fc1"))
-    h = layers.GELU[self.gelu](tap("fc1", h, x))
-    y = dense((self.hidden, D), name="Dense_1")(h, mask.get("fc2"))
-    return tap("fc2", y, h)
-
-
 class Block(nn.Module):
   """Pre-LN: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -97,7 +82,8 @@ class Block(nn.Module):
         z, self.queries, mask, tap)
     x = tap("attention", add(x, y, "layer_scale_0"), x)
     z = tap("norm2", norm(name="LayerNorm_1")(x), x)
-    y = Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(z, mask, tap)
+    y = layers.Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(
+        z, mask, tap)
     y = tap("mlp", y, z)
     return tap("block", add(x, y, "layer_scale_1"), x)
 
@@ -158,6 +144,26 @@ class ViT(nn.Module):
     others' queries, MLP and gradients saves 1/14 of the work of 12 blocks.
     """
     return 1 if self.pool == "cls" and not self.every_token else None
+
+  @property
+  def default_k(self) -> int:
+    """The paper's 96 channels of ViT-B."""
+    return self.width // 8
+
+  @property
+  def default_blocks(self) -> int:
+    """The paper's: all."""
+    return self.depth
+
+  @property
+  def takes_prompts(self) -> bool:
+    """Whether tokens that are no patches may stand among them."""
+    return True
+
+  @property
+  def pads(self) -> bool:
+    """Whether attention sees zeros, which no norm reaches."""
+    return False
 
   @property
   def fields(self) -> dict[str, Any]:

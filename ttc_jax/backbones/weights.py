@@ -1,15 +1,7 @@
-"""Weights in: files of three formats -> one parameter tree; and out.
+"""Weights in: a file of a known format (`formats`) -> one parameter tree; out.
 
-  bigvision: `.npz` of google-research/vision_transformer (ImageNet-21k,
-    AugReg) and of Big Vision; old and new naming, with or without the
-    optimiser's state around the tree.
-  timm: safetensors of timm's (and DINO's) VisionTransformer, fused qkv.
-  ttc_jax: safetensors named as our own parameter tree, with the fields of
-    the variant in the metadata.
-
-A format says under which name, and how laid out, it keeps each of our
-parameters. Tensors stay in the file until their shape has been compared with
-the module's, so a wrong or hostile file costs no memory.
+Tensors stay in the file until their shape has been compared with the module's,
+so a wrong or hostile file costs no memory.
 """
 import contextlib
 import json
@@ -29,7 +21,8 @@ import safetensors
 import safetensors.numpy
 
 from ttc_jax import trees
-from ttc_jax.backbones import vit
+from ttc_jax.backbones import formats, vit
+from ttc_jax.backbones.formats import Format
 from ttc_jax.backbones.sources import locate, sha256  # for our callers
 from ttc_jax.errors import UserError
 
@@ -45,24 +38,6 @@ class Tensor(NamedTuple):
   read: Callable[[], np.ndarray]
 
 
-class Format(NamedTuple):
-  """How a family of files keeps our parameters.
-
-  Attributes:
-    names: our name -> the names it may have there, the likeliest first.
-    view: (our name, their array) -> the array in our layout.
-    heads: whether the arrays have our (heads, width / heads) axes.
-    ignored: pattern of tensors without a part in the features.
-    refused: {pattern: what of the architecture we lack}.
-  """
-  name: str
-  names: Callable[[str], tuple[str, ...]]
-  view: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array
-  heads: bool = True
-  ignored: str = r"(?!)"
-  refused: Mapping[str, str] = {}
-
-
 class Weights(NamedTuple):
   """An opened file.
 
@@ -74,160 +49,6 @@ class Weights(NamedTuple):
   format: Format
   fields: dict[str, Any]
   tensors: dict[str, Tensor]
-
-
-# --- The formats --------------------------------------------------------------
-
-OURS = Format("ttc_jax", names=lambda name: (name,))
-
-# The module numbered its layers in the order of calls, dropout included.
-_OLD_SPELLING = (("LayerNorm_1/", "LayerNorm_2/"),
-                 ("MultiHeadDotProductAttention_0/",
-                  "MultiHeadDotProductAttention_1/"),
-                 ("MlpBlock_0/", "MlpBlock_3/"))
-
-
-def _bigvision_names(name):
-  if name == "pos_embedding":
-    return (name, f"Transformer/{name}", f"Transformer/posembed_input/{name}")
-  old = name
-  for new_part, old_part in _OLD_SPELLING:
-    old = old.replace(new_part, old_part)
-  return name, old
-
-
-BIGVISION = Format(
-    "bigvision", names=_bigvision_names, ignored=r"(head|pre_logits)/.*",
-    refused={
-        r"MAPHead_0/.*|probe": "attention pooling",
-        r"(conv_root|block\d+)/.*": "a ResNet below the Transformer",
-        r"Transformer/encoderblock/.*": "its blocks stacked in one array",
-    })
-
-_BLOCK = "Transformer/encoderblock_{}"
-_ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
-_TIMM = {  # "{}" is the block's index
-    "cls": "cls_token",
-    "pos_embedding": "pos_embed",
-    "embedding": "patch_embed.proj",
-    f"{_BLOCK}/LayerNorm_0": "blocks.{}.norm1",
-    f"{_ATTENTION}/query": "blocks.{}.attn.qkv",
-    f"{_ATTENTION}/key": "blocks.{}.attn.qkv",
-    f"{_ATTENTION}/value": "blocks.{}.attn.qkv",
-    f"{_ATTENTION}/out": "blocks.{}.attn.proj",
-    f"{_BLOCK}/layer_scale_0": "blocks.{}.ls1.gamma",
-    f"{_BLOCK}/LayerNorm_1": "blocks.{}.norm2",
-    f"{_BLOCK}/MlpBlock_0/Dense_0": "blocks.{}.mlp.fc1",
-    f"{_BLOCK}/MlpBlock_0/Dense_1": "blocks.{}.mlp.fc2",
-    f"{_BLOCK}/layer_scale_1": "blocks.{}.ls2.gamma",
-    "Transformer/encoder_norm": "norm",
-}
-_TIMM_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-
-
-def _timm_names(name):
-  block = re.search(r"encoderblock_(\d+)", name)
-  key = re.sub(r"encoderblock_\d+", "encoderblock_{}", name)
-  stem, _, leaf = key.rpartition("/")
-  if stem in _TIMM and leaf in _TIMM_LEAF:
-    theirs = f"{_TIMM[stem]}.{_TIMM_LEAF[leaf]}"
-  else:
-    theirs = _TIMM.get(key, name)
-  return (theirs.format(block[1]) if block else theirs,)
-
-
-def _timm_view(name, array):
-  """Takes q, k or v from qkv; PyTorch keeps (out, in) and (out, in, p, p)."""
-  for i, part in enumerate(("/query/", "/key/", "/value/")):
-    if part in name and array.ndim and array.shape[0] % 3 == 0:
-      rows = array.shape[0] // 3
-      array = array[i * rows:(i + 1) * rows]
-  if not name.endswith("/kernel"):
-    return array
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-TIMM = Format(
-    "timm", names=_timm_names, view=_timm_view, heads=False,
-    # The mask token stands for hidden patches; only pretraining hides any.
-    ignored=r"(head|head_dist)\..*|mask_token",
-    refused={
-        r"reg(ister)?_tokens?": "register tokens",
-        r"dist_token": "a distillation token",
-        r"fc_norm\..*": "its norm after the pooling",
-        r"attn_pool\..*": "attention pooling",
-        r"norm_pre\..*": "a norm before the blocks",
-        r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
-        r"blocks\.\d+\.mlp\.w\d+\..*": "a gated MLP",
-    })
-
-
-def _recognise(tensors, metadata, path):
-  """-> (format, fields, tensors below the format's root)."""
-  if "ttc_jax" in metadata:
-    return OURS, _fields_of_metadata(metadata["ttc_jax"], path), tensors
-  if any(re.match(r"blocks\.\d+\.|patch_embed\.", n) for n in tensors):
-    return TIMM, {
-        "gelu": "exact", "epsilon": 1e-6,
-        "pool": "cls" if "cls_token" in tensors else "gap",
-        "final_norm": any(n.startswith("norm.") for n in tensors),
-        "layer_scale": any(".ls1." in n for n in tensors)}, tensors
-  for tree in ("", "params/", "target/", "opt/target/"):
-    for root in (tree, tree + "img/"):  # one tower of two
-      below = {n.removeprefix(root): t for n, t in tensors.items()
-               if n.startswith(root)}
-      if any(n.startswith(("embedding/", "Transformer/")) for n in below):
-        return BIGVISION, {
-            "gelu": "tanh", "epsilon": 1e-6,
-            "pool": "cls" if "cls" in below else "gap",
-            "final_norm": True, "layer_scale": False}, below
-  raise UserError(
-      f"weights file '{path}' is of no known format: its first tensors are "
-      f"{', '.join(sorted(tensors)[:3]) or 'none'}; expected a ViT as a "
-      "vision_transformer or Big Vision .npz, or as a timm or ttc_jax "
-      ".safetensors")
-
-
-# --- The fields of our own format ---------------------------------------------
-
-_FIELDS = {  # what may stand in the metadata; a type, or the allowed values
-    "gelu": ("exact", "tanh"),
-    "epsilon": float,
-    "pool": ("cls", "gap"),
-    "final_norm": (False, True),
-    "layer_scale": (False, True),
-}
-
-
-def _check_fields(fields, where):
-  """The shapes betray a wrong pool, not a wrong GELU or epsilon: demand it."""
-  for name in ("gelu", "epsilon"):
-    if name not in fields:
-      raise UserError(f"{where}: the field '{name}' is missing")
-  for name, value in fields.items():
-    known = _FIELDS.get(name)
-    if known is None:
-      raise UserError(f"{where}: unknown field {name!r}; known: "
-                      f"{', '.join(_FIELDS)}")
-    good = (type(value) is float and 0 < value < 1 if known is float else
-            type(value) is type(known[0]) and value in known)
-    if not good:
-      expected = ("a float between 0 and 1" if known is float else
-                  " or ".join(map(repr, known)))
-      raise UserError(
-          f"{where}: the field '{name}' is {value!r}, expected {expected}")
-  return dict(fields)
-
-
-def _fields_of_metadata(text, path):
-  where = f"weights file '{path}'"
-  try:
-    fields = json.loads(text)
-  except ValueError as e:
-    raise UserError(f"{where}: its metadata is no JSON ({e})") from e
-  if not isinstance(fields, dict):
-    raise UserError(f"{where}: its metadata is no JSON object")
-  return _check_fields(fields, where)
 
 
 # --- Reading ------------------------------------------------------------------
@@ -243,12 +64,12 @@ def read(path: str) -> Weights:
     with open(path, "rb") as f:
       is_zip = f.read(2) == b"PK"
     tensors, metadata = (_open_npz if is_zip else _open_safetensors)(path)
-  format_, fields, tensors = _recognise(tensors, metadata, path)
+  format_, fields, tensors = formats.recognise(tensors, metadata, path)
   for pattern, what in format_.refused.items():
     for name in filter(re.compile(pattern).fullmatch, tensors):
       raise UserError(
           f"weights file '{path}' has {what} ({name!r}), which is not "
-          "supported: use a plain ViT")
+          "supported: use a plain ViT or Swin")
   return Weights(path, format_, fields, tensors)
 
 
@@ -458,8 +279,8 @@ class _Variant(NamedTuple):
 def _variant(shape: Callable[[str], tuple[int, ...]], depth: int):
   """Reads a ViT's sizes off shapes; ValueError if they contradict."""
   patch, rows, channels, width = shape("embedding/kernel")
-  out = shape(f"{_ATTENTION.format(0)}/out/kernel")
-  inputs, hidden = shape(f"{_BLOCK.format(0)}/MlpBlock_0/Dense_0/kernel")
+  out = shape(f"{formats.VIT_ATTENTION.format(0)}/out/kernel")
+  inputs, hidden = shape(f"{formats.VIT_BLOCK.format(0)}/MlpBlock_0/Dense_0/kernel")
   if (patch, width, width, 3, width) != (
       rows, math.prod(out[:-1]), out[-1], channels, inputs):
     raise ValueError("no shapes of a ViT")
@@ -503,13 +324,14 @@ def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
 
   Args:
     fields: of the variant: "gelu" and "epsilon", and those of "pool",
-      "final_norm" and "layer_scale" that are not the module's defaults.
+      "final_norm", "layer_scale" and "window" that are not the module's
+      defaults.
     dtype: "float32", "float16" or "bfloat16".
 
   Raises:
     UserError: an unknown field, or a parameter that does not fit the dtype.
   """
-  fields = _check_fields(fields, f"weights file '{path}'")
+  fields = formats.check_fields(fields, f"weights file '{path}'")
   flat = {}
   for name, value in trees.flatten(params).items():
     with np.errstate(over="ignore"):

@@ -5,12 +5,14 @@
 import importlib
 import json
 import re
+import sys
 from typing import Any
 
 from absl import flags
 
 from ttc_jax import backbones, cli, config as config_lib, cost, methods
 from ttc_jax import optim, trees
+from ttc_jax.errors import UserError
 from ttc_jax.model import Model, init_head
 
 
@@ -74,12 +76,18 @@ def main(argv: list[str]) -> None:
   del argv
   backbone = backbones.make(_BACKBONE.value, _SIZE.value)
   config = config_lib.default()
-  config.k = backbone.width // 8
+  config.k = backbone.default_k
   # The scores need images, the list only their shapes.
   config.score = config.sct.score = "random"
-  rows = [row(name, backbone, config, _CLASSES.value)
-          for name in methods.names()]
+  rows, unfit = [], []
+  for name in methods.names():
+    try:
+      rows.append(row(name, backbone, config, _CLASSES.value))
+    except UserError as error:
+      unfit.append(f"not on {_BACKBONE.value}: {name}: {error}")
   print(json.dumps(rows, indent=2) if _JSON.value else table(rows))
+  for line in unfit:
+    print(line, file=sys.stderr)
   if not _JSON.value:
     print(f"\n{_BACKBONE.value} at {_SIZE.value} px: "
           f"{rows[0]['flops'] / 1e9:.2f} GFLOPs an image without an adapter; "

@@ -35,5 +35,8 @@ def merge(params, selection, backbone):
 
 
 def make(config, backbone) -> Method:
-  del config, backbone
+  del config
+  if backbone.pads:
+    return Method((ALIGN,), cannot_merge="windows are padded with zeros after "
+                  "the norm, which a folded shift would change")
   return Method((ALIGN,), merge=merge)

@@ -17,6 +17,7 @@ import os
 from typing import NamedTuple
 import zlib
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,12 +238,22 @@ def search(space: Space, c, seed: int, score, on_generation) -> Genome:
   return best
 
 
+def _scores(path):
+  """{genome: accuracy} of an interrupted search; damaged, it starts anew."""
+  try:
+    with open(path, encoding="utf-8") as f:
+      return dict(json.load(f))
+  except FileNotFoundError:
+    return {}
+  except (TypeError, ValueError):
+    logging.warning("%s is damaged: the search starts anew", path)
+    return {}
+
+
 def prepare_winner(context, *, space, config):
   """Searches, then makes the winner anew; the search goes on where it was."""
-  path, known = context.directory + "-search.json", {}
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-      known = json.load(f)
+  path = context.directory + "-search.json"
+  known = _scores(path)
 
   def score(genome):
     name = json.dumps(genome)
@@ -262,11 +273,16 @@ def prepare_winner(context, *, space, config):
         "mean_top1": float(np.mean([scores[g] for g in population or [best]])),
         "params": space.count(best), "budget": space.budget,
         "genome": [list(sizes) for sizes in best]})
-  best = search(space, config, context.seed, score, on_generation)
+  try:
+    best = search(space, config, context.seed, score, on_generation)
+  finally:  # a request to end may come within a generation
+    if known:
+      files.write_text(path, json.dumps(known))
   return network(context.model.backbone, context.seed, best)
 
 
 def make(config, backbone) -> Method:
+  vpt_shallow.check_takes_prompts(backbone)
   c = config.noah
   for name in MODULES:
     if not all(isinstance(v, int) and v >= 0 for v in c[name]) or not any(

@@ -125,10 +125,10 @@ def make(config, backbone) -> Method:
   sites = POSITIONS[config.position]
   layers = backbone.sites[SCORED_AT[sites[0]]]
   k, depth = config.k, len(layers)
-  blocks = config.blocks or depth
+  blocks = config.blocks or backbone.default_blocks
   if not 1 <= blocks <= depth:
     raise UserError(f"config.blocks is {blocks}; this backbone has {depth} "
-                    f"blocks, so give 1 to {depth}, or 0 for all")
+                    f"blocks, so give 1 to {depth}, or 0 for the paper's")
   width = min(layer.width for layer in layers[depth - blocks:])
   if not 1 <= k <= width:
     raise UserError(f"config.k is {k}; it selects among the {width} channels "

@@ -35,7 +35,7 @@ def prepare(context, *, count, dropout):
 
 
 def make(config, backbone) -> Method:
-  vpt_shallow.check(config)
+  vpt_shallow.check(config, backbone)
   first = int(backbone.pool == "cls")
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(

@@ -72,7 +72,16 @@ def prepare(context, *, count, dropout):
   return adapter, selection | pooling(backbone, count)
 
 
-def check(config):
+def check_takes_prompts(backbone):
+  """A method whose prompts are tokens: on Swin it is another idea."""
+  if not backbone.takes_prompts:
+    raise UserError("prompts are tokens beside the patches, but this "
+                    "backbone's windows and mergings take a grid of patches "
+                    "alone; choose another method, e.g. lora or ttc")
+
+
+def check(config, backbone):
+  check_takes_prompts(backbone)
   c = config.vpt
   if c.prompts < 1 or not 0 <= c.dropout < 1:
     raise UserError(f"config.vpt has {c.prompts} prompts and dropout "
@@ -80,7 +89,7 @@ def check(config):
 
 
 def make(config, backbone) -> Method:
-  check(config)
+  check(config, backbone)
   first = int(backbone.pool == "cls")
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(

@@ -21,8 +21,7 @@ def watch(workdirs: Sequence[str], every: float) -> None:
   """Prints how far they are; on a terminal again and again, until Ctrl-C."""
   try:
     while True:
-      now = time.time()
-      shown = "\n\n".join(f"{path}\n\n{status.text(status.gather(path, now))}"
+      shown = "\n\n".join(f"{path}\n\n{status.text(status.gather(path))}"
                           for path in workdirs)
       if not sys.stdout.isatty():
         print(shown)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from ttc_jax.tasks import vtab
 
-TASKS = {*vtab.ROWS, "cifar"}  # as NOAH's folders call cifar100
 _BENCHMARK = ("the tables of V-PETL Bench, README of synbol/"
               "Parameter-Efficient-Transfer-Learning-Benchmark at c188fad")
 _TTC = ("the text of Zhao et al., 2023, arXiv 2303.07910: means alone; "
@@ -41,7 +40,7 @@ class Published(NamedTuple):
   def mean(self, groups: Sequence[Sequence[str]]) -> float | None:
     """The mean of the groups' means; None if it was not published."""
     top1 = dict(zip(vtab.ROWS, self.top1))
-    names = [[_vtab_name(t) for t in group] for group in groups]
+    names = [[vtab.canonical(t) for t in group] for group in groups]
     if all(t in top1 for group in names for t in group):
       means = [sum(top1[t] for t in group) / len(group) for group in names]
       return sum(means) / len(means)
@@ -63,10 +62,6 @@ def sources(rows: Iterable[Published]) -> list[str]:
       "OSU-MLB/ViT_PEFT_Vision at cea7e21 put that at 0.4 to 0.9 points for "
       "adapters and 7 for full tuning. SSF used AugReg's weights, another "
       "ViT-B/16 of the same name."]
-
-
-def _vtab_name(task):
-  return "cifar100" if task == "cifar" else task
 
 
 def _within(wanted, options):

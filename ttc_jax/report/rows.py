@@ -38,6 +38,8 @@ def read(path: str) -> list[Row]:
         row["run"]  # every row names its run
         rows.append(row)
       except (json.JSONDecodeError, KeyError, TypeError):
+        if not line.endswith("\n"):  # perhaps just being written
+          continue
         logging.warning("%s:%d is not a whole row; its run will be done "
                         "again", path, number)
   return rows

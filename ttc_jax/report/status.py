@@ -1,8 +1,8 @@
 """How far a work directory is; it may be at work, and is only read.
 
-What to expect is in plan.json, which `ttc_jax.main` writes: {"tasks": [name],
-"missing": {task: sentence}, "variants": {label: {"settings": n, "seeds": [n],
-"protocol": "select" | "val" | "final"}}}. Without it, what there is is all.
+What to expect is in plan.json, which `ttc_jax.main` writes: {"tasks": {task:
+{variant: {"settings": n, "seeds": [n], "protocol": "select" | "val" | "final",
+"epochs": n}}}, "missing": {task: sentence}}. Without it, what there is is all.
 """
 from collections.abc import Mapping, Sequence
 import json
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttc_jax import files
 from ttc_jax.report import formats, rows as rows_lib
 from ttc_jax.report.rows import Row
-
-LATELY = 900.0  # seconds; a curve that grew within them is of a run at work
 
 Pair = tuple[str, str]  # (task, variant)
 _RUN = re.compile(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+")
@@ -25,7 +24,7 @@ class Running(NamedTuple):
   """A run at work.
 
   Attributes:
-    record: the last of its learning curve.
+    record: the last of its learning curve, empty before there is one.
     epochs: of each stage; None if unknown, or if what goes on is no training
       (a search).
   """
@@ -52,11 +51,8 @@ class Status(NamedTuple):
   seconds_left: float | None
 
 
-def gather(workdir: str, now: float) -> Status:
+def gather(workdir: str) -> Status:
   """Looks at a work directory.
-
-  Args:
-    now: seconds since the epoch, as `time.time()`.
 
   Raises:
     UserError: there is no such directory.
@@ -70,7 +66,10 @@ def gather(workdir: str, now: float) -> Status:
   done = _by_pair([r for r in rows if _is_planned(r, plan)])
   failed = _by_pair(failures.values())
   pairs = dict.fromkeys([*expected, *done, *failed])
-  running = _running(workdir, now, pairs, finished | failures.keys())
+  running = _running(workdir, plan, pairs, finished)
+  at_work = {r.run for r in running}  # again, after it failed
+  failed = {pair: {run: f for run, f in of.items() if run not in at_work}
+            for pair, of in failed.items()}
   return Status(expected, done, running, failed, plan.get("missing", {}),
                 _seconds_left(expected, done, failed))
 
@@ -111,6 +110,8 @@ def _cell(status, pair, at_work):
 
 def _line(running):
   r = running.record
+  if not r:
+    return f"{running.run}: reading its images"
   parts = [f"{r['stage']} {r['epoch']}" + (
       f" of {running.epochs}" if running.epochs else "")]
   for key, form in (("loss", "loss {:.3f}"), ("val_top1", "val {:.1f}"),
@@ -172,19 +173,18 @@ def _lines(path):
 
 def _expected(plan):
   """{pair: runs}: with `select` every setting on val200 and then the seeds."""
-  missing = plan.get("missing", {})
   return {(task, label): len(v["seeds"]) + (
       v["settings"] if v["protocol"] == "select" else 0)
-          for task in plan.get("tasks", ()) if task not in missing
-          for label, v in plan["variants"].items()}
+          for task, of_task in plan.get("tasks", {}).items()
+          for label, v in of_task.items()}
 
 
 def _is_planned(row, plan):
   """Not a run of seeds or tasks that an earlier start asked for."""
-  variant = plan.get("variants", {}).get(row["variant"])
   if not plan:
     return True
-  if variant is None or row["task"] not in plan["tasks"]:
+  variant = plan["tasks"].get(row["task"], {}).get(row["variant"])
+  if variant is None:
     return False
   if row["protocol"] == "val" and variant["protocol"] == "select":
     return row["seed"] == variant["seeds"][0]
@@ -198,29 +198,25 @@ def _by_pair(objects):
   return found
 
 
-def _running(workdir, now, pairs: Sequence[Pair], over):
-  """The runs that have no row, and whose curve grew lately."""
+def _running(workdir, plan, pairs: Sequence[Pair], finished):
+  """The runs without a row that some process holds."""
   folder = os.path.join(workdir, "runs")
-  config = _json(os.path.join(workdir, "config.json"))
   by_stem = {f"{task.replace('/', '-')}-{variant}": (task, variant)
              for task, variant in pairs}
   found = []
   for run in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-    curve = os.path.join(folder, run, "metrics.jsonl")
-    if run in over or not os.path.exists(curve):
+    if run in finished or not files.is_locked(
+        os.path.join(folder, run, ".lock")):
       continue
-    records = _lines(curve)
-    if records and now - os.path.getmtime(curve) < LATELY:
-      stem = _RUN.fullmatch(run)
-      pair = by_stem.get(stem[1]) if stem else None
-      epochs = _epochs(config, pair) if "loss" in records[-1] else None
-      found.append(Running(run, pair, records[-1], epochs))
+    records = _lines(os.path.join(folder, run, "metrics.jsonl")) or [{}]
+    stem = _RUN.fullmatch(run)
+    pair = by_stem.get(stem[1]) if stem else None
+    epochs = None
+    if pair and "loss" in records[-1]:
+      epochs = plan.get("tasks", {}).get(pair[0], {}).get(
+          pair[1], {}).get("epochs")
+    found.append(Running(run, pair, records[-1], epochs))
   return found
-
-
-def _epochs(config, pair):
-  of_variant = config.get("variants", {}).get(pair[1] if pair else None, {})
-  return of_variant.get("epochs", config.get("epochs"))
 
 
 def _seconds_left(expected, done, failed):

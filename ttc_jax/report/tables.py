@@ -113,9 +113,9 @@ def make(rows: Sequence[Row], protocol: str, compare: bool = False,
 
 def columns(groups: Mapping[str, str]) -> list[Column]:
   """Of {task: group}: VTAB's order within a group, then that of the rows."""
-  order = list(vtab.ROWS)
+  order = {name: i for i, name in enumerate(vtab.ROWS)}
   tasks = sorted(groups, key=lambda t: (
-      GROUPS.index(groups[t]), order.index(t) if t in order else len(order)))
+      GROUPS.index(groups[t]), order.get(vtab.canonical(t), len(order))))
   parts = {g: tuple(t for t in tasks if groups[t] == g) for g in GROUPS}
   parts = {g: part for g, part in parts.items() if part}
   found = [Column(t, ((t,),), groups[t]) for t in tasks]
@@ -129,7 +129,8 @@ def columns(groups: Mapping[str, str]) -> list[Column]:
 
 
 def _group(task):
-  return vtab.ROWS[task].group if task in vtab.ROWS else "Other"
+  row = vtab.ROWS.get(vtab.canonical(task))
+  return row.group if row else "Other"
 
 
 def mean(groups: Sequence[Sequence[str]],
@@ -176,8 +177,9 @@ def _bases(rows):
 
 
 def _compared(table):
-  names = {name for c in table.columns for group in c.groups for name in group}
-  if not names & published.TASKS:
+  names = {vtab.canonical(name) for c in table.columns for group in c.groups
+           for name in group}
+  if not names & vtab.ROWS.keys():
     return table._replace(sources=[
         *table.sources,
         "No published number: none of these tasks is one of VTAB's 19."])

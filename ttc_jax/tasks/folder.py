@@ -17,7 +17,6 @@ from ttc_jax.tasks import SPLITS, Split, Task, images, vtab
 
 # VTAB-1K: group and number of classes, which small lists may not show whole.
 _VTAB = {name: (row.group, row.classes) for name, row in vtab.ROWS.items()}
-_VTAB["cifar"] = _VTAB["cifar100"]  # as NOAH's folders call it
 
 _MAX_CLASSES = 100_000  # a larger label is a slip, and would eat the memory
 
@@ -55,7 +54,7 @@ def load(name: str, data: str, decode: Callable) -> Task:
         key=lambda: map(images.file_key, files[part]))
     return Split(decode(source), labels[part])
 
-  group, _ = _VTAB.get(name, ("Other", 0))
+  group, _ = _VTAB.get(vtab.canonical(name), ("Other", 0))
   return Task(name, group, classes, labels, split,
               _digest(folder, files, labels, classes))
 
@@ -153,7 +152,7 @@ def _classes(name: str, folder: str, labels: dict[str, np.ndarray]
   path = os.path.join(folder, "classes.txt")
   if not os.path.exists(path):
     most = 1 + max(y.max() for y in labels.values())
-    _, known = _VTAB.get(name, ("", most))
+    _, known = _VTAB.get(vtab.canonical(name), ("", most))
     return _check_labels(folder, labels, tuple(map(str, range(known))), name)
   names = tuple(line.strip() for line in _lines(path))
   if "" in names:

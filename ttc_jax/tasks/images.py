@@ -6,11 +6,13 @@ but composited over white, and 16-bit grey is scaled, not clipped, to 8 bits.
 """
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import logging
 import math
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent import futures
@@ -20,7 +22,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from ttc_jax import errors, files
+from ttc_jax import errors, files, interrupt
 
 RESAMPLES = {"bicubic": Image.Resampling.BICUBIC,
              "bilinear": Image.Resampling.BILINEAR}
@@ -69,7 +71,7 @@ def read(path: str) -> Image.Image:
                          f"limit of {limit} (a decompression bomb?)")
       return to_rgb(image)
   except Exception as error:  # Pillow's decoders raise nearly every type
-    raise errors.UserError(
+    raise errors.DataError(
         f"cannot decode image {path} ({error}): replace the file, or take it "
         "out of the lists") from error
 
@@ -98,7 +100,7 @@ def file_key(path: str) -> str:
   try:
     stat = os.stat(path)
   except OSError as error:
-    raise errors.UserError(
+    raise errors.DataError(
         f"cannot read image {path} ({error.strerror}): put it back, or take "
         "it out of the lists") from error
   return f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}"
@@ -200,7 +202,7 @@ def _cached(path: str, stream: Stream) -> np.ndarray:
     array = _open_cache(path, stream.shape)
     if array is None:
       os.makedirs(folder, exist_ok=True)
-      _write_cache(path, stream)
+      _write_or_wait(path, stream)
       array = _open_cache(path, stream.shape)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -238,16 +240,32 @@ def _open_cache(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
   return None
 
 
+def _write_or_wait(path: str, stream: Stream) -> None:
+  """Writes the cache file, unless another process is at it."""
+  waited = False
+  while not (waited and os.path.exists(path)):
+    try:
+      with files.lock(f"{path}.lock"):
+        return _write_cache(path, stream)
+    except errors.Busy:
+      waited = True
+      interrupt.check()
+      time.sleep(0.2)
+
+
 def _write_cache(path: str, stream: Stream) -> None:
   """Decodes all rows into an .npy file and notes their checksum beside it.
 
   Plain writes, since a memory map on a full disk kills the process by SIGBUS.
   """
+  for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # of a killed process
+    os.remove(left)
   header = {"descr": "|u1", "fortran_order": False, "shape": stream.shape}
   crc = 0
   with files.replacing(path) as file:
     np.lib.format.write_array_header_1_0(file, header)
     for start in range(0, len(stream), _CHUNK):
+      interrupt.check()
       rows = stream[start:start + _CHUNK]
       file.write(rows)
       crc = zlib.crc32(rows, crc)

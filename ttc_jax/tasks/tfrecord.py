@@ -74,7 +74,7 @@ class File:
       start, end = self._span(number)
       block = os.pread(self._descriptor, end + _FOOTER.size - start, start)
     except OSError as error:
-      raise errors.UserError(
+      raise errors.DataError(
           f"{self._path} cannot be read ({error.strerror}); {_AGAIN}"
       ) from error
     data = block[:end - start]
@@ -113,7 +113,7 @@ class File:
     return end
 
   def _damaged(self, number, why):
-    raise errors.UserError(
+    raise errors.DataError(
         f"{self._path}: record {number} is damaged ({why}); {_AGAIN}")
 
 

@@ -162,6 +162,11 @@ def _numbers(folder):
   return found and tuple(map(int, found.groups()))
 
 
+def canonical(name: str) -> str:
+  """The row's name of a task that NOAH's folders call otherwise."""
+  return "cifar100" if name == "cifar" else name
+
+
 def names(data: str | None) -> tuple[str, ...]:
   """The tasks whose data set is prepared under `data`."""
   return tuple(name for name, row in ROWS.items() if prepared(row, data))
@@ -294,7 +299,7 @@ def _whole(folder, what):
   except errors.UserError:  # it is one
     raise
   except Exception as error:
-    raise errors.UserError(f"{folder}: {what} cannot be read ({error}); "
+    raise errors.DataError(f"{folder}: {what} cannot be read ({error}); "
                            "prepare the data set again") from error
 
 
