@@ -191,13 +191,14 @@ def test_a_task_without_data_is_skipped_and_shows_as_a_hole(
   assert cells["colours"] == f"{row['test_top1']:.1f}"
 
 
+@pytest.mark.parametrize("cache_gib", [8.0, 0.0])  # cached, streamed
 def test_an_image_that_cannot_be_read_fails_its_task_alone(
-    data, weights, tmp_path):
+    data, weights, tmp_path, cache_gib):
   shutil.copytree(data / "colours", tmp_path / "data" / "colours")
   shutil.copytree(data / "colours", tmp_path / "data" / "broken")
   (tmp_path / "data" / "broken" / "test_3.png").write_bytes(b"no image")
   s = session(tmp_path / "data", weights, tmp_path, method="linear", epochs=1,
-              tasks=("broken", "colours"))
+              tasks=("broken", "colours"), cache_gib=cache_gib)
   s.run_all()
   (name, why), = s.failed.items()
   assert name.startswith("broken-") and "test_3.png" in why
@@ -225,6 +226,53 @@ runpy.run_module("ttc_jax.main", run_name="__main__")
   assert "No space left on device" in done.stderr
   assert call("main", *args).returncode == 0
   assert len({r["run"] for r in rows(tmp_path / "work")}) == 1
+
+
+def test_damaged_programs_are_made_anew(finished, tmp_path):
+  """The cache's entries cut short: compiled again, and kept the next time."""
+  _, args, _ = finished
+  args = [args[0].replace("method=ttc", "method=linear"), *args[1:]]
+  cache = tmp_path / "programs"
+
+  def start(name):
+    done = call("main", *args, f"--workdir={tmp_path / name}",
+                f"--config.compilation_cache={cache}")
+    assert done.returncode == 0, done.stderr
+    return int(re.search(r": (\d+) new", done.stdout)[1]), done.stderr
+  new, _ = start("first")
+  assert new > 9
+  for path in cache.rglob("*-cache"):
+    path.write_bytes(path.read_bytes()[:100])
+  new, errors = start("damaged")
+  assert new > 9 and "is damaged: it is made anew" in errors
+  assert start("mended")[0] == 0
+
+
+def test_sigterm_while_images_are_decoded_ends_at_once(
+    data, weights, tmp_path):
+  args = arguments(data, weights, tmp_path / "cache", tmp_path / "work")
+  code = f"""
+import runpy, sys, time
+from ttc_jax.tasks import images
+def slow(path, read=images.read):
+  time.sleep(1)
+  return read(path)
+images.read, images._CHUNK = slow, 2
+print("ready", flush=True)
+sys.argv = ["main", *{args!r}]
+runpy.run_module("ttc_jax.main", run_name="__main__")
+"""
+  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  deadline = time.monotonic() + 120
+  while (time.monotonic() < deadline and process.poll() is None
+         and not list((tmp_path / "cache").glob("*.tmp"))):
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 0 and "Traceback" not in errors, errors
+  assert "start the same command again" in errors
+  assert not list((tmp_path / "cache").glob("*.npy"))
 
 
 def test_a_damaged_state_runs_its_stage_again_to_the_same_bits(

@@ -157,6 +157,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert all((got[k] == want[k]).all() for k in want)
 
 
+def test_a_damaged_search_starts_anew(tmp_path):
+  path = tmp_path / "stage-search.json"
+  assert noah._scores(str(path)) == {}
+  path.write_text('{"[[1]]": 50.0}')
+  assert noah._scores(str(path)) == {"[[1]]": 50.0}
+  for damaged in ("", '{"[[1]]": 5', "[1]"):
+    path.write_text(damaged)
+    assert noah._scores(str(path)) == {}
+
+
 def test_blocks_below_the_first_module_run_once(
     config, model, params, split, tmp_path):
   """Their tokens must not hold the prompts of the block that comes next."""

@@ -398,6 +398,28 @@ def test_a_padded_head_trains_as_the_task_s_own(
       np.testing.assert_allclose(value, flat[name], atol=1e-5, err_msg=name)
 
 
+def test_decay_leaves_the_padding_where_it_is(model, params, split):
+  """SGD with L2 on everything, lr wd = 0.5: no gradient holds the padding."""
+  plan = PLAN._replace(decay_all=True, optimiser="sgd")
+  hyper = train.Hyper(np.float32(0.5), np.float32(1.0), np.int32(0),
+                      np.int32(100), np.int32(CLASSES))
+  rules = (optim.HEAD, optim.FREEZE)
+  padded = params | {"head": model_lib.pad_head(params["head"])}
+  tuned, frozen = trees.split(padded, trees.label(padded, rules), "tune")
+  opt_state = optim.make_tx(trees.label(padded, rules), lambda _: 0.0, 0.0,
+                            True, "sgd").init(padded)
+  step = parallel.pmap(train.make_update_fn(model, rules, plan))
+  state = parallel.replicate((tuned, opt_state))
+  for _ in range(40):  # 0.5^40: without care, a probability of one over 512
+    *state, loss = step(
+        *state, *parallel.replicate((frozen, {}, hyper)),
+        parallel.shard(split.images[:16]), parallel.shard(split.labels[:16]),
+        jnp.stack([jax.random.key(0)] * 2))
+  bias = parallel.unreplicate(state[0])["head"]["bias"]
+  assert (bias[CLASSES:] == -1e9).all()
+  assert loss[0] < 1.1 * np.log(CLASSES)  # not log(512)
+
+
 def test_tasks_of_any_number_of_classes_share_every_compilation(
     config, model, params, split, tmp_path):
   seen = []
