@@ -55,8 +55,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
   except OSError as error:
     if error.errno not in _DISK:
       raise
-    _exit(f"{error.filename or 'a file'}: {error.strerror}; mend that and start the "
-          "same command again, nothing finished is lost", 2)
+    _exit(f"{error.filename or 'a file'}: {error.strerror}; mend that and "
+          "start the same command again, nothing finished is lost", 2)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

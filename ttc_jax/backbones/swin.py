@@ -270,7 +270,8 @@ class Swin(nn.Module):
   def norms(self) -> dict[str, tuple[str, ...]]:
     """The paths of the LayerNorms by name."""
     names = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
-    norms = {name: tuple(f"{_block(*place)}/{path}" for place in places(self.depths))
+    norms = {name: tuple(f"{_block(*place)}/{path}"
+                         for place in places(self.depths))
              for name, path in names.items()}
     merges = tuple(f"merge_{s}/norm" for s in range(len(self.depths) - 1))
     return {"embedding_norm": ("embedding_norm",), **norms,
@@ -288,7 +289,8 @@ class Swin(nn.Module):
   def __call__(self, images, mask=None, tap=None, train=False, start=0):
     """As of `vit.ViT`."""
     mask, tap = mask or {}, tap or layers.no_tap
-    x = images if start else self._tokens(images, mask, layers.at_block(tap, 0))
+    first = layers.at_block(tap, 0)
+    x = images if start else self._tokens(images, mask, first)
     common = Common(self.window, self.gelu, self.epsilon, self.dtype)
     for number, (stage, i) in enumerate(places(self.depths)):
       if number < start:
@@ -304,7 +306,7 @@ class Swin(nn.Module):
             x, layers.at_block(tap, stage))
     norm = layers.LayerNorm(
         epsilon=self.epsilon, dtype=self.dtype, name="norm")
-    x = layers.at_block(tap, 0)("norm", norm(x), x)
+    x = first("norm", norm(x), x)
     return x.mean(axis=1).astype(jnp.float32)
 
   def _tokens(self, images, mask, tap):
