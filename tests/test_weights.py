@@ -440,7 +440,8 @@ GOOD = {"gelu": "exact", "epsilon": 1e-6}
 @pytest.mark.parametrize("text, words", [
     ("{", "no JSON"), ("[1]", "no JSON object"), ("{}", "gelu"),
     (json.dumps({"gelu": "exact"}), "epsilon"),
-    (json.dumps(GOOD | {"window": 7}), "'window'"),
+    (json.dumps(GOOD | {"stride": 7}), "'stride'"),
+    (json.dumps(GOOD | {"window": 0}), "1 to 64"),
     (json.dumps(GOOD | {"gelu": "quick"}), "'quick'"),
     (json.dumps(GOOD | {"gelu": ["exact"]}), "gelu"),
     (json.dumps(GOOD | {"epsilon": "1e-6"}), "epsilon"),
@@ -454,6 +455,13 @@ GOOD = {"gelu": "exact", "epsilon": 1e-6}
 def test_bad_metadata(tmp_path, text, words):
   check_error(save(tmp_path / "own.safetensors", flat_params(),
                    {"ttc_jax": text}), words)
+
+
+def test_a_swin_s_field_is_refused_by_a_vit(tmp_path):
+  path = save(tmp_path / "own.safetensors", flat_params(),
+              {"ttc_jax": json.dumps(GOOD | {"window": 7})})
+  with pytest.raises(UserError, match="settles the field 'window', which vit_"):
+    backbones.load("vit_ti16", path, 32)
 
 
 # --- Broken files -------------------------------------------------------------
