@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 import numpy as np
 
 from ttc_jax import checkpoint, report
@@ -117,6 +117,7 @@ def differences(one, two):
 
 def main(argv):
   global app_args
+  logging.set_verbosity(logging.WARNING)
   app_args = argv[1:]
   rng = random.Random(_SEED.value)
   root = _WORKDIR.value or tempfile.mkdtemp()
