@@ -242,10 +242,11 @@ def _open_cache(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _write_or_wait(path: str, stream: Stream) -> None:
   """Writes the cache file, unless another process is at it."""
+  folder, name = os.path.split(path)
   waited = False
   while not (waited and os.path.exists(path)):
     try:
-      with files.lock(f"{path}.lock"):
+      with files.lock(os.path.join(folder, ".locks", name)):
         return _write_cache(path, stream)
     except errors.Busy:
       waited = True
