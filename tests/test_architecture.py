@@ -8,8 +8,8 @@ ROOT = pathlib.Path(__file__).parent.parent / "ttc_jax"
 
 # Lower imports higher never; a module may import those of smaller level.
 LEVELS = {
-    "errors": 0, "files": 1, "interrupt": 1, "compilation": 1, "trees": 1,
-    "parallel": 1, "augment": 1, "config": 1, "cli": 1, "tasks": 2,
+    "errors": 0, "files": 1, "interrupt": 1, "trees": 1, "parallel": 1,
+    "augment": 1, "config": 1, "cli": 1, "compilation": 2, "tasks": 2,
     "backbones": 2, "optim": 2, "presets": 2, "progress": 2, "report": 3,
     "taps": 3, "plots": 4, "model": 4, "cost": 5, "evaluate": 5,
     "importance": 5, "checkpoint": 5, "methods": 6, "train": 7, "jobs": 8,

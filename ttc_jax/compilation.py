@@ -11,6 +11,8 @@ import warnings
 from absl import logging
 import jax
 
+from ttc_jax import files
+
 _PROGRAM = "/jax/core/compile/backend_compile_duration"  # got, either way
 _CACHED = "/jax/compilation_cache/cache_hits"
 _seen = collections.Counter()
@@ -48,9 +50,7 @@ def start(cache: str) -> None:
   # Who has chosen a folder for JAX keeps it.
   if cache == "none" or jax.config.jax_compilation_cache_dir:
     return
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  folder = os.path.join(os.path.expanduser(cache) or os.path.join(
-      home, "ttc_jax", "programs"), _host())
+  folder = os.path.join(files.cache_folder("programs", cache), _host())
   try:
     os.makedirs(folder, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()

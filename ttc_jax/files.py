@@ -2,10 +2,14 @@
 from collections.abc import Iterator
 import contextlib
 import errno
-import fcntl
 import os
 from typing import BinaryIO
 import uuid
+
+try:
+  import fcntl
+except ImportError:  # Windows: one process at a time, atomic renaming has to do
+  fcntl = None
 
 from ttc_jax.errors import Busy, UserError
 
@@ -28,12 +32,20 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     raise
 
 
+def cache_folder(name: str, chosen: str | None = None) -> str:
+  """Where what can be made again is kept: the folder that the user chose, else
+  $XDG_CACHE_HOME/ttc_jax/NAME, by default ~/.cache/ttc_jax/NAME."""
+  if chosen:
+    return os.path.expanduser(chosen)
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(home, "ttc_jax", name)
+
+
 def is_locked(path: str) -> bool:
   """Whether some process holds the lock."""
-  try:
-    descriptor = os.open(path, os.O_RDONLY)
-  except OSError:
+  if not fcntl or not os.path.exists(path):
     return False
+  descriptor = os.open(path, os.O_RDONLY)
   try:
     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return False
@@ -68,7 +80,8 @@ def lock(path: str, wait: bool = False) -> Iterator[None]:
   descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
   try:
     try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+      if fcntl:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
       raise Busy(path) from None
     except OSError as error:

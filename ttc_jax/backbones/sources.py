@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ttc_jax import files
 from ttc_jax.errors import UserError
 
 _BLOCK = 2 ** 22  # bytes of one read while a download resumes
@@ -48,8 +49,7 @@ def locate(source: str, cache: str | None = None) -> str:
 
 def default_cache() -> str:
   """The folder that downloads go to."""
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(base, "ttc_jax", "weights")
+  return files.cache_folder("weights")
 
 
 def sha256(path: str) -> str:
@@ -90,7 +90,8 @@ def _download(url: str, wanted: str, cache: str) -> str:
   stem = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1])
   key = hashlib.sha256(url.encode()).hexdigest()[:16]
   path = os.path.join(cache, f"{key}-{stem[-100:]}")
-  with _remote(url), _lock(path):
+  # Processes of a host may start at the same time.
+  with _remote(url), files.lock(path + ".lock", wait=True):
     record = _read_json(path + ".json")
     if os.path.isfile(path) and record and record.get("sha256"):
       found = sha256(path)
@@ -105,20 +106,6 @@ def _download(url: str, wanted: str, cache: str) -> str:
     _write_json(path + ".json", {"url": url.split("?")[0], "sha256": found})
     os.replace(part, path)
   return path
-
-
-@contextlib.contextmanager
-def _lock(path):
-  """One process a file: processes of a host may start at the same time."""
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  try:
-    import fcntl
-  except ImportError:  # Windows: atomic renaming has to do.
-    yield
-    return
-  with open(path + ".lock", "w") as f:
-    fcntl.flock(f, fcntl.LOCK_EX)
-    yield
 
 
 def _fetch(url: str, part: str) -> None:

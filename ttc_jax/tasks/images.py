@@ -183,16 +183,10 @@ def make_decoder(size: int, resample: str, cache: str | None,
         return array
       lines = (_FORMAT, PIL.__version__, str(size), resample, *source.key())
       name = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-      return _cached(os.path.join(_folder(cache), f"{name}.npy"), stream)
+      return _cached(os.path.join(
+          files.cache_folder("images", cache), f"{name}.npy"), stream)
 
   return decode
-
-
-def _folder(cache: str | None) -> str:
-  if cache:
-    return os.path.expanduser(cache)
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(home, "ttc_jax", "images")
 
 
 def _cached(path: str, stream: Stream) -> np.ndarray:
