@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ttc_jax.backbones import vit
 from ttc_jax.errors import UserError
 
 
@@ -66,22 +67,20 @@ BIGVISION = Format(
         r"Transformer/encoderblock/.*": "its blocks stacked in one array",
     })
 
-VIT_BLOCK = "Transformer/encoderblock_{}"
-VIT_ATTENTION = f"{VIT_BLOCK}/MultiHeadDotProductAttention_0"
 _TIMM = {  # "{}" is the block's index
     "cls": "cls_token",
     "pos_embedding": "pos_embed",
     "embedding": "patch_embed.proj",
-    f"{VIT_BLOCK}/LayerNorm_0": "blocks.{}.norm1",
-    f"{VIT_ATTENTION}/query": "blocks.{}.attn.qkv",
-    f"{VIT_ATTENTION}/key": "blocks.{}.attn.qkv",
-    f"{VIT_ATTENTION}/value": "blocks.{}.attn.qkv",
-    f"{VIT_ATTENTION}/out": "blocks.{}.attn.proj",
-    f"{VIT_BLOCK}/layer_scale_0": "blocks.{}.ls1.gamma",
-    f"{VIT_BLOCK}/LayerNorm_1": "blocks.{}.norm2",
-    f"{VIT_BLOCK}/MlpBlock_0/Dense_0": "blocks.{}.mlp.fc1",
-    f"{VIT_BLOCK}/MlpBlock_0/Dense_1": "blocks.{}.mlp.fc2",
-    f"{VIT_BLOCK}/layer_scale_1": "blocks.{}.ls2.gamma",
+    f"{vit.BLOCK}/LayerNorm_0": "blocks.{}.norm1",
+    f"{vit.ATTENTION}/query": "blocks.{}.attn.qkv",
+    f"{vit.ATTENTION}/key": "blocks.{}.attn.qkv",
+    f"{vit.ATTENTION}/value": "blocks.{}.attn.qkv",
+    f"{vit.ATTENTION}/out": "blocks.{}.attn.proj",
+    f"{vit.BLOCK}/layer_scale_0": "blocks.{}.ls1.gamma",
+    f"{vit.BLOCK}/LayerNorm_1": "blocks.{}.norm2",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_0": "blocks.{}.mlp.fc1",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_1": "blocks.{}.mlp.fc2",
+    f"{vit.BLOCK}/layer_scale_1": "blocks.{}.ls2.gamma",
     "Transformer/encoder_norm": "norm",
 }
 _TIMM_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}

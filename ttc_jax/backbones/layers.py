@@ -143,13 +143,17 @@ def drop_path(module: nn.Module, branch: jax.Array, rate: float,
   return jnp.where(keep, branch / (1 - rate), 0).astype(branch.dtype)
 
 
-def patches(images: jax.Array, patch: int) -> jax.Array:
-  """(B, S, S, 3) -> (B, N, patch * patch * 3): a convolution's input rows.
+def patches(images: jax.Array, patch: int, size: int) -> jax.Array:
+  """(B, S, S, 3), S the size -> (B, N, patch * patch * 3): a convolution's
+  input rows.
 
   The patch embedding is then a matrix product, on every device at least as
   fast as the convolution of stride `patch` that it equals.
   """
   B, S, _, C = images.shape
+  if (S, *images.shape[2:]) != (size, size, 3):
+    raise ValueError(f"images have shape {images.shape}, expected "
+                     f"(B, {size}, {size}, 3)")
   n = S // patch
   x = images.reshape(B, n, patch, n, patch, C).swapaxes(2, 3)
   return x.reshape(B, n * n, patch * patch * C)

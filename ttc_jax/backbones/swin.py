@@ -16,7 +16,6 @@ import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -311,11 +310,8 @@ class Swin(nn.Module):
 
   def _tokens(self, images, mask, tap):
     """Normalised patch embeddings (B, N, D)."""
-    S, p = self.image_size, self.patch
-    if images.shape[1:] != (S, S, 3):
-      raise ValueError(
-          f"images have shape {images.shape}, expected (B, {S}, {S}, 3)")
-    x = layers.patches(images.astype(self.dtype), p)
+    p = self.patch
+    x = layers.patches(images.astype(self.dtype), p, self.image_size)
     embed = Dense((p, p, 3, self.embed), contract=3, dtype=self.dtype,
                   name="embedding")
     x = tap("embedding", embed(x, mask.get("embedding", (None,))[0]), x)

@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from ttc_jax.backbones import layers
@@ -26,9 +25,10 @@ SIZES = {
     "h": (1280, 32, 16, 5120),
 }
 
-_BLOCK = "Transformer/encoderblock_{}"
-_ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
-_MLP = f"{_BLOCK}/MlpBlock_0"
+# Of parameters, as Big Vision names them; {} is the number of the block.
+BLOCK = "Transformer/encoderblock_{}"
+ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_0"
+_MLP = f"{BLOCK}/MlpBlock_0"
 
 
 class Attention(nn.Module):
@@ -178,10 +178,10 @@ class ViT(nn.Module):
     scale and merging can fold. The embedding is but one."""
     D, F, M = self.width, self.hidden, 3 * self.patch ** 2
     layer = {
-        "q": (D, D, f"{_ATTENTION}/query"),
-        "k": (D, D, f"{_ATTENTION}/key"),
-        "v": (D, D, f"{_ATTENTION}/value"),
-        "proj": (D, D, f"{_ATTENTION}/out"),
+        "q": (D, D, f"{ATTENTION}/query"),
+        "k": (D, D, f"{ATTENTION}/key"),
+        "v": (D, D, f"{ATTENTION}/value"),
+        "proj": (D, D, f"{ATTENTION}/out"),
         "fc1": (D, F, f"{_MLP}/Dense_0"),
         "fc2": (F, D, f"{_MLP}/Dense_1"),
     }
@@ -194,7 +194,7 @@ class ViT(nn.Module):
   def norms(self) -> dict[str, tuple[str, ...]]:
     """The paths of the LayerNorms by name, one for each block."""
     names = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
-    norms = {name: tuple(f"{_BLOCK.format(i)}/{path}"
+    norms = {name: tuple(f"{BLOCK.format(i)}/{path}"
                          for i in range(self.depth))
              for name, path in names.items()}
     final = ("Transformer/encoder_norm",) if self.final_norm else ()
@@ -227,11 +227,8 @@ class ViT(nn.Module):
 
   def _tokens(self, images, mask, tap):
     """Patch and position embeddings, behind [CLS]: (B, N, D)."""
-    B, S, p = images.shape[0], self.image_size, self.patch
-    if images.shape[1:] != (S, S, 3):
-      raise ValueError(
-          f"images have shape {images.shape}, expected (B, {S}, {S}, 3)")
-    x = layers.patches(images.astype(self.dtype), p)
+    B, S, p = len(images), self.image_size, self.patch
+    x = layers.patches(images.astype(self.dtype), p, S)
     embed = Dense((p, p, 3, self.width), contract=3, dtype=self.dtype,
                   name="embedding")
     x = tap("embedding", embed(x, mask.get("embedding", (None,))[0]), x)

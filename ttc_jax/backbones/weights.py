@@ -279,8 +279,8 @@ class _Variant(NamedTuple):
 def _variant(shape: Callable[[str], tuple[int, ...]], depth: int):
   """Reads a ViT's sizes off shapes; ValueError if they contradict."""
   patch, rows, channels, width = shape("embedding/kernel")
-  out = shape(f"{formats.VIT_ATTENTION.format(0)}/out/kernel")
-  block = formats.VIT_BLOCK.format(0)
+  out = shape(f"{vit.ATTENTION.format(0)}/out/kernel")
+  block = vit.BLOCK.format(0)
   inputs, hidden = shape(f"{block}/MlpBlock_0/Dense_0/kernel")
   if (patch, width, width, 3, width) != (
       rows, math.prod(out[:-1]), out[-1], channels, inputs):
