@@ -255,7 +255,7 @@ class _Labels(Mapping):
                          for i in range(len(source))], np.int32)
       wrong = (labels < 0) | (labels >= self._row.classes)
       if wrong.any():
-        raise errors.UserError(
+        raise errors.DataError(
             f"{self._folder}: example {int(wrong.argmax())} of "
             f"{self._row.splits[part]} has the label "
             f"{labels[wrong.argmax()]}, expected 0 to {self._row.classes - 1}; "
