@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import DEPTH, WIDTH, numpy_tree, random_adapter
+from tests.conftest import numpy_tree, random_adapter
 from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import tuned_rules

@@ -135,7 +135,7 @@ def builder(path, root, pictures, **options):
         return {split: examples(start, count)
                 for start, (split, count) in zip(starts, SMALL.items())}
 
-      def _generate_examples(self):
+      def _generate_examples(self):  # abstract, but the splits bring theirs
         raise NotImplementedError
   Builder.name = name
   return Builder(data_dir=root, config=config or None, **options)

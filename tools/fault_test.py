@@ -34,10 +34,10 @@ _TIMES = ("seconds_train", "seconds_test", "images_per_second",
           "test_images_per_second", "compile_seconds", "bundle_bytes")
 
 
-def start(workdir):
+def start(workdir, more):
   return subprocess.Popen(
       [sys.executable, "-m", "ttc_jax.main", f"--config={_CONFIG.value}",
-       "--config.save_seconds=0", f"--workdir={workdir}", *app_args],
+       "--config.save_seconds=0", f"--workdir={workdir}", *more],
       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -48,11 +48,11 @@ def finish(process):
     sys.exit(f"exit code {process.returncode}: {errors}")
 
 
-def disturb(workdir, rng):
+def disturb(workdir, rng, more):
   """Starts and ends the command; returns how often each signal was sent."""
   sent = {"SIGKILL": 0, "SIGTERM": 0, "saving": 0}
   while sent["SIGKILL"] + sent["SIGTERM"] < _KILLS.value:
-    running = [start(workdir) for _ in range(_PROCESSES.value)]
+    running = [start(workdir, more) for _ in range(_PROCESSES.value)]
     victim = rng.choice(running)
     name = rng.choice(["SIGKILL", "SIGTERM"])
     moment = time.monotonic() + rng.uniform(2, _LONGEST.value)
@@ -116,17 +116,16 @@ def differences(one, two):
 
 
 def main(argv):
-  global app_args
   logging.set_verbosity(logging.WARNING)
-  app_args = argv[1:]
+  more = argv[1:]  # flags of the command
   rng = random.Random(_SEED.value)
   root = _WORKDIR.value or tempfile.mkdtemp()
   whole, disturbed = os.path.join(root, "whole"), os.path.join(root, "killed")
   begin = time.monotonic()
-  finish(start(whole))
+  finish(start(whole, more))
   print(f"undisturbed: {time.monotonic() - begin:.0f} s", flush=True)
-  sent = disturb(disturbed, rng)
-  last = [start(disturbed) for _ in range(_PROCESSES.value)]
+  sent = disturb(disturbed, rng, more)
+  last = [start(disturbed, more) for _ in range(_PROCESSES.value)]
   for process in last:
     finish(process)
   wanted = contents(whole)

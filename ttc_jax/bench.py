@@ -10,7 +10,7 @@ down slows both sides.
 The share of the ceiling counts the work that is needed (`flops_needed`), not
 what the compiled program does, which is printed beside it.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import json
 import os
 import platform
@@ -185,7 +185,7 @@ def make_vit(config: Any) -> ViT:
   if not isinstance(vit, ViT):
     raise UserError(f"the benchmark counts the FLOPs of ViTs only; "
                     f"{config.backbone} is none, try --backbone=vit_s14")
-  config.k = vit.width // 8
+  config.k = vit.default_k
   return vit
 
 

@@ -13,7 +13,6 @@ looked at it. Under protocol=final nothing looks at the test set.
 """
 import functools
 import json
-import os
 from typing import NamedTuple
 import zlib
 
