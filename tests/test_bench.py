@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-from ttc_jax import backbones, bench, methods, train
+from ttc_jax import backbones, bench, methods
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default

@@ -133,7 +133,7 @@ def test_the_list_tells_what_is_there(prepared, tmp_path):
 @pytest.fixture
 def everything_installed(monkeypatch):
   find = importlib.util.find_spec
-  packages = ("tensorflow", "cv2", "h5py", "scipy")
+  packages = ("tensorflow", "cv2", "h5py")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: (
       object() if name in packages else find(name, *a)))
 

@@ -33,12 +33,12 @@ MANUAL = {
         ("sample", "train", "test", "trainLabels.csv")),
 }
 
-# Packages that builders import when they run. TFDS unpacks every archive with
-# TensorFlow, so there is no data set that is built without it.
+# Packages, beside our own requirements, that builders import when they run.
+# TFDS unpacks every archive with TensorFlow, so there is no data set that is
+# built without it.
 _ALSO = {"sun397/tfds": "cv2", "kitti": "cv2",
          "diabetic_retinopathy_detection/btgraham-300": "cv2",
-         "patch_camelyon": "h5py", "dsprites": "h5py",
-         "oxford_flowers102": "scipy", "svhn_cropped": "scipy"}
+         "patch_camelyon": "h5py", "dsprites": "h5py"}
 
 
 def needs(row: vtab.Row) -> tuple[str, ...]:
