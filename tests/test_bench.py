@@ -10,9 +10,11 @@ import pytest
 
 from ttc_jax import backbones, bench, methods
 from ttc_jax.backbones import vit as vit_lib
+from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
 from ttc_jax.model import Model
+from tests.torch_models import import_timm
 
 BATCH = 8
 
@@ -21,15 +23,17 @@ def step_flops(model, stage, base):
   return bench.epoch(model, stage, base, BATCH, 2, 0).flops
 
 
-@pytest.mark.parametrize("pool", ["cls", "gap"])
-def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(pool):
-  vit = ViT(width=128, depth=2, heads=2, hidden=512, patch=8, image_size=32,
-            pool=pool)
+@pytest.mark.parametrize("backbone", [
+    ViT(128, 2, 2, 512, patch=8, image_size=32, pool="cls"),
+    ViT(128, 2, 2, 512, patch=8, image_size=32, pool="gap"),
+    # Grids of 10 and 5 tokens a side, padded to 12 and 8.
+    Swin(64, (2, 1), 2, image_size=40, window=4)])
+def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(backbone):
   config = default()
   config.k, config.score = 16, "random"
-  method, model = methods.load("ttc", config, vit), Model(vit, "half")
-  base, (align, adapt) = backbones.init(vit), method.stages
-  tune_all, = methods.load("full", config, vit).stages
+  method, model = methods.load("ttc", config, backbone), Model(backbone, "half")
+  base, (align, adapt) = backbones.init(backbone), method.stages
+  tune_all, = methods.load("full", config, backbone).stages
   forward = bench.forward(model, base, BATCH, 0).flops
   full = step_flops(model, tune_all, base)
   stage_1 = step_flops(model, align, base)
@@ -40,7 +44,7 @@ def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(pool):
     assert step < 2.2 * forward
     assert step < 0.75 * full
   # The compiled program does the needed work, and little besides.
-  needed = bench.flops_needed(vit, config.k, bench.CLASSES)
+  needed = bench.flops_needed(backbone, config.k, bench.CLASSES)
   for name, flops in (("forward", forward), ("stage 1", stage_1),
                       ("stage 2", stage_2)):
     assert 1 <= flops / (BATCH * needed[name]) < 1.1, name
@@ -61,6 +65,34 @@ def test_flops_needed_equal_a_count_by_hand():
   assert bench.flops_needed(vit, k=2, classes=3) == {
       "forward": forward, "stage 1": forward + backward,
       "stage 2": forward + backward + 3 * adapter}
+
+
+def test_swins_flops_needed_equal_a_count_by_hand():
+  # 3 x 3 tokens of width 4, padded to 16 for windows of 4, then 2 x 2 of 8.
+  swin = Swin(4, (2, 2), 2, image_size=12, window=2)
+  patches = 2 * 9 * 48 * 4
+  first = 2 * 2 * (3 * 16 * 4 * 4 + 9 * 4 * 4 + 9 * 2 * 4 * 16)
+  merge = 2 * 4 * 16 * 8
+  second = 2 * 2 * (4 * 4 * 8 * 8 + 4 * 2 * 8 * 32)
+  attention = 2 * 2 * (16 * 2 * 4 * 4 + 4 * 2 * 4 * 8)
+  head = 2 * 8 * 3
+  forward = patches + first + merge + second + attention + head
+  backward = first + merge + second + 2 * attention + 2 * head
+  adapter = 2 * (9 + 4 + 4) * 2 * 2  # a half of the first stage, the second
+  assert swin.default_blocks == 3
+  assert bench.flops_needed(swin, k=2, classes=3) == {
+      "forward": forward, "stage 1": forward + backward,
+      "stage 2": forward + backward + 3 * adapter}
+
+
+def test_timms_swin_tunes_what_stage_2_tunes():
+  import_timm()
+  from ttc_jax import bench_torch
+  swin = Swin(16, (2, 2), 2, image_size=32, window=4)
+  model = bench_torch.make_model(swin, 4, 5)
+  tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+  norms = 2 * (16 + 2 * 2 * (16 + 32) + 64 + 32)
+  assert tuned == norms + swin.default_blocks * 4 * 4 + 33 * 5
 
 
 @pytest.fixture
@@ -107,7 +139,7 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
 def test_torch_tunes_what_stage_2_tunes(tiny):
   pytest.importorskip("torch")
   from ttc_jax import bench_torch
-  model = bench_torch.make_model(bench.make_vit(tiny), tiny.k, bench.CLASSES)
+  model = bench_torch.make_model(bench.make_backbone(tiny), tiny.k, bench.CLASSES)
   tuned = {n: p.numel() for n, p in model.named_parameters()
            if p.requires_grad}
   assert all("norm" in n or "adapter" in n or "head" in n for n in tuned)

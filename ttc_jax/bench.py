@@ -19,13 +19,13 @@ import time
 from typing import Any, NamedTuple
 
 from absl import flags
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ttc_jax import backbones, cli, config as config_lib, jobs
 from ttc_jax import methods, optim, parallel, train, trees
-from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
 
@@ -64,39 +64,33 @@ class Program(NamedTuple):
   flops: float | None = None
 
 
-def flops_needed(vit: ViT, k: int, classes: int) -> dict[str, float]:
+def flops_needed(backbone: nn.Module, k: int,
+                 classes: int) -> dict[str, float]:
   """FLOPs an image: {"forward", "stage 1", "stage 2"}.
 
-  Twice the multiply-adds of the matrix products. With P patches of M = 3 p^2
-  numbers, N tokens, R of them read after the last of L blocks (1 for [CLS],
-  all for the mean), T = (L - 1) N + R, C classes:
+  Twice the multiply-adds of the matrix products, of the backbone's `work` and
+  a head D C:
 
-    linear     L N 2 D^2 + T (2 D^2 + 2 D F)    k, v; q, proj and the MLP
-    attention  T 2 N D                          q k^T and weights v
-    forward    2 (P M D + linear + attention + D C)
+    forward    2 (patches + linear + attention + D C)
     stage 1    forward + 2 (linear + 2 attention + 2 D C)
-    stage 2    stage 1 + 3 * 2 T K^2
+    stage 2    stage 1 + 3 * 2 T K^2, T the tokens of the adapted blocks
 
   The backward pass needs the gradients of the activations, twice those of
   attention and the head since both factors have one, and no gradient of a
   frozen weight. Those of the first block's q, k, v go down to its norm, none
   to the patches. The adapter has all three products.
   """
-  patches = (vit.image_size // vit.patch) ** 2
-  N, L, D, F = patches + (vit.pool == "cls"), vit.depth, vit.width, vit.hidden
-  T = (L - 1) * N + (vit.tokens_read or N)
-  linear = L * N * 2 * D * D + T * (2 * D * D + 2 * D * F)
-  attention = T * 2 * N * D
-  head = D * classes
-  forward = 2 * (patches * 3 * vit.patch ** 2 * D + linear + attention + head)
-  stage_1 = forward + 2 * (linear + 2 * attention + 2 * head)
+  work, head = backbone.work, backbone.width * classes
+  forward = 2 * (work.patches + work.linear + work.attention + head)
+  stage_1 = forward + 2 * (work.linear + 2 * work.attention + 2 * head)
+  adapted = sum(work.outputs[-backbone.default_blocks:])
   return {"forward": forward, "stage 1": stage_1,
-          "stage 2": stage_1 + 3 * 2 * T * k * k}
+          "stage 2": stage_1 + 3 * 2 * adapted * k * k}
 
 
-def inputs(vit: ViT, images: int) -> tuple[np.ndarray, np.ndarray]:
+def inputs(backbone: nn.Module, images: int) -> tuple[np.ndarray, np.ndarray]:
   """Random images (N, S, S, 3) uint8 and labels (N,)."""
-  rng, size = np.random.default_rng(0), vit.image_size
+  rng, size = np.random.default_rng(0), backbone.image_size
   return (rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
           rng.integers(0, CLASSES, images, dtype=np.int32))
 
@@ -115,10 +109,10 @@ def forward(model: Model, base: trees.Tree, batch: int, work: float) -> Program:
 def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
           steps: int, work: float) -> Program:
   """The product's own epoch of a stage."""
-  vit = model.backbone
+  backbone = model.backbone
   params = {"backbone": base, "adapter": {},
-            "head": init_head(vit.width, CLASSES, 0)}
-  images, labels = inputs(vit, batch * steps)
+            "head": init_head(backbone.width, CLASSES, 0)}
+  images, labels = inputs(backbone, batch * steps)
   selection = {}
   if stage.prepare:
     params["adapter"], selection = stage.prepare(methods.Context(
@@ -178,27 +172,25 @@ def settings() -> Any:
   return config
 
 
-def make_vit(config: Any) -> ViT:
+def make_backbone(config: Any) -> nn.Module:
   """The backbone; settles `config.k`."""
-  vit = backbones.make(config.backbone, config.image_size, gelu=config.gelu,
-                       dtype=jnp.dtype(config.dtype))
-  if not isinstance(vit, ViT):
-    raise UserError(f"the benchmark counts the FLOPs of ViTs only; "
-                    f"{config.backbone} is none, try --backbone=vit_s14")
-  config.k = vit.default_k
-  return vit
+  backbone = backbones.make(
+      config.backbone, config.image_size, gelu=config.gelu,
+      dtype=jnp.dtype(config.dtype))
+  config.k = backbone.default_k
+  return backbone
 
 
-def backbone_programs(vit: ViT, config: Any, steps: int) -> dict[str, Program]:
+def backbone_programs(backbone: nn.Module, config: Any, steps: int) -> dict[str, Program]:
   """{"forward", "stage 1", "stage 2"}, compiled."""
-  method = methods.load("ttc", config, vit)
+  method = methods.load("ttc", config, backbone)
   align, adapt = method.stages
   batch = config.batch_size
-  model = Model(vit, config.normalisation)
+  model = Model(backbone, config.normalisation)
   adapted = model._replace(handlers=method.handlers)
   work = {name: batch * flops
-          for name, flops in flops_needed(vit, config.k, CLASSES).items()}
-  base = backbones.init(vit)
+          for name, flops in flops_needed(backbone, config.k, CLASSES).items()}
+  base = backbones.init(backbone)
   return {
       "forward": forward(model, base, batch, work["forward"]),
       "stage 1": epoch(model, align, base, batch, steps, work["stage 1"]),
@@ -231,11 +223,11 @@ def measure(config: Any, against: str, steps: int,
   """
   if against:
     from ttc_jax import bench_torch  # an extra; missed before the long work
-  vit = make_vit(config)
-  ours, theirs = backbone_programs(vit, config, steps), {}
+  backbone = make_backbone(config)
+  ours, theirs = backbone_programs(backbone, config, steps), {}
   if against:
     theirs = {"stage 2, torch": Program(
-        bench_torch.make_step(vit, config, CLASSES), ours["stage 2"].work)}
+        bench_torch.make_step(backbone, config, CLASSES), ours["stage 2"].work)}
   sizes = _PRODUCTS.get(jax.default_backend(), _LARGE)
   products = {f"product {n}": product(n, jnp.dtype(config.dtype))
               for n in sizes}

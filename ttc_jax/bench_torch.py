@@ -1,8 +1,8 @@
 """What `bench --against=torch` times: eager PyTorch doing the stage-2 step.
 
 A plain ViT as timm writes it: fused q, k, v, scaled_dot_product_attention,
-nn.GELU, nn.LayerNorm. Trained are, as by TTC, the norms, a K x K map on
-selected channels after every MLP, and the head.
+nn.GELU, nn.LayerNorm; of Swin, timm's own. Trained are, as by TTC, the norms, a
+K x K map on selected channels after the MLP of the adapted blocks, and the head.
 """
 from collections.abc import Callable
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ttc_jax.backbones.swin import Swin
 from ttc_jax.errors import UserError
 
 try:
@@ -70,16 +71,46 @@ class ViT(nn.Module):
     return self.head(x[:, 0] if self.pool == "cls" else x.mean(1))
 
 
-def make_model(vit: Any, k: int, classes: int) -> nn.Module:
+def timm_swin(swin: Any, k: int, classes: int) -> nn.Module:
+  """timm's Swin with TTC's maps on the MLPs of the adapted blocks."""
+  try:
+    from timm.models.swin_transformer import SwinTransformer
+  except ImportError as e:
+    raise UserError(
+        "--against=torch needs timm for a Swin: pip install timm") from e
+  model = SwinTransformer(
+      img_size=swin.image_size, patch_size=swin.patch, embed_dim=swin.embed,
+      depths=swin.depths, window_size=swin.window, num_classes=classes,
+      num_heads=tuple(swin.heads * 2 ** s for s in range(len(swin.depths))),
+      drop_path_rate=0.0)
+  mlps = [block.mlp for stage in model.layers for block in stage.blocks]
+  for mlp in mlps:
+    mlp.act = nn.GELU("tanh" if swin.gelu == "tanh" else "none")
+  for mlp in mlps[-swin.default_blocks:]:
+    fc2 = mlp.fc2
+    fc2.adapter = nn.Parameter(torch.zeros(k, k))
+    fc2.register_buffer(
+        "channels", torch.randperm(fc2.out_features)[:k].sort().values)
+    fc2.register_forward_hook(_adapt)
+  return model
+
+
+def _adapt(fc2, inputs, y):
+  change = y.index_select(-1, fc2.channels) @ fc2.adapter.to(y.dtype)
+  return y.index_add(-1, fc2.channels, change)
+
+
+def make_model(backbone: Any, k: int, classes: int) -> nn.Module:
   """The model, its parameters frozen but for what TTC's stage 2 tunes."""
-  model = ViT(vit, k, classes)
+  make = timm_swin if isinstance(backbone, Swin) else ViT
+  model = make(backbone, k, classes)
   for name, parameter in model.named_parameters():
     parameter.requires_grad_(
         "norm" in name or "adapter" in name or name.startswith("head"))
   return model
 
 
-def make_step(vit: Any, config: Any, classes: int) -> Callable[[], None]:
+def make_step(backbone: Any, config: Any, classes: int) -> Callable[[], None]:
   """Returns a function that takes one step and waits for it.
 
   bfloat16 is autocast, as PyTorch users do it: parameters stay float32.
@@ -88,7 +119,7 @@ def make_step(vit: Any, config: Any, classes: int) -> Callable[[], None]:
   torch.set_num_threads(os.cpu_count())
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA's default
-  model = make_model(vit, config.k, classes).to(device)
+  model = make_model(backbone, config.k, classes).to(device)
   tx = torch.optim.AdamW(
       [p for p in model.parameters() if p.requires_grad], 1e-3)
   rng = np.random.default_rng(0)

@@ -24,6 +24,21 @@ class Site(NamedTuple):
   path: str
 
 
+class Work(NamedTuple):
+  """Multiply-adds of an image's matrix products, without the head.
+
+  Attributes:
+    patches: the embedding, below all that is tuned.
+    linear: by kernels.
+    attention: q k^T and weights v, between activations.
+    outputs: for each block, the tokens that its MLP computes.
+  """
+  patches: int
+  linear: int
+  attention: int
+  outputs: tuple[int, ...]
+
+
 def no_tap(site: str, block: int, y: jax.Array, x: jax.Array) -> jax.Array:
   """The default tap: y flows on."""
   del site, block, x

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttc_jax.backbones import layers
-from ttc_jax.backbones.layers import Dense, Site
+from ttc_jax.backbones.layers import Dense, Site, Work
 from ttc_jax.errors import check_known
 
 # name: (width of stage 1, depths, heads of stage 1)
@@ -264,6 +264,28 @@ class Swin(nn.Module):
              for name, parts in layer.items()}
     embedding = Site(3 * self.patch ** 2, self.embed, "embedding")
     return {"embedding": (embedding,), **sites}
+
+  @property
+  def work(self) -> Work:
+    """Multiply-adds of an image. In a stage of width D with N tokens, padded
+    to Z for windows of w x w:
+
+      linear     (3 Z + N) D^2 + 8 N D^2 a block    q, k, v; proj and the MLP;
+                 8 M D^2 for the merging into M tokens
+      attention  Z 2 w^2 D a block
+    """
+    linear = attention = 0
+    outputs = []
+    for stage, (depth, side) in enumerate(zip(self.depths, self.sides)):
+      D, N, w = self.embed * 2 ** stage, side ** 2, min(self.window, side)
+      Z = (-(-side // w) * w) ** 2
+      linear += depth * (3 * Z + 9 * N) * D * D
+      attention += depth * Z * 2 * w * w * D
+      outputs += [N] * depth
+      if stage + 1 < len(self.depths):
+        linear += 8 * self.sides[stage + 1] ** 2 * D * D
+    patches = 3 * (self.image_size // self.patch * self.patch) ** 2
+    return Work(patches * self.embed, linear, attention, tuple(outputs))
 
   @property
   def norms(self) -> dict[str, tuple[str, ...]]:

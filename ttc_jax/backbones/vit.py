@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ttc_jax.backbones import layers
-from ttc_jax.backbones.layers import Dense, Site
+from ttc_jax.backbones.layers import Dense, Site, Work
 from ttc_jax.errors import check_known
 
 # name: (width, depth, heads, hidden width)
@@ -189,6 +189,24 @@ class ViT(nn.Module):
                          for i in range(self.depth))
              for name, (inputs, width, path) in layer.items()}
     return {"embedding": (Site(M, D, "embedding"),), **sites}
+
+  @property
+  def work(self) -> Work:
+    """Multiply-adds of an image. With P patches of M = 3 p^2 numbers, N tokens,
+    R of them read after the last of L blocks, T = (L - 1) N + R:
+
+      patches    P M D
+      linear     L N 2 D^2 + T (2 D^2 + 2 D F)    k, v; q, proj and the MLP
+      attention  T 2 N D
+    """
+    D, F, L = self.width, self.hidden, self.depth
+    P = (self.image_size // self.patch) ** 2
+    N = P + (self.pool == "cls")
+    outputs = (N,) * (L - 1) + (self.tokens_read or N,)
+    T = sum(outputs)
+    return Work(P * 3 * self.patch ** 2 * D,
+                L * N * 2 * D * D + T * (2 * D * D + 2 * D * F),
+                T * 2 * N * D, outputs)
 
   @property
   def norms(self) -> dict[str, tuple[str, ...]]:
