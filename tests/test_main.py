@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ttc_jax import backbones, checkpoint, files, jobs, main, predict, trees
+from ttc_jax import backbones, bundles, checkpoint, files, jobs, main, predict
+from ttc_jax import trees
 from ttc_jax.backbones import vit as vit_lib, weights as weights_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.errors import UserError
@@ -288,7 +289,7 @@ def test_a_damaged_state_runs_its_stage_again_to_the_same_bits(
   assert hit and done.returncode == 0, done.stderr
   assert "damaged" in done.stderr
   one, two = rows(workdir)[0], rows(tmp_path / "work")[0]
-  bundles = [checkpoint.load_bundle(str(w / "runs" / one["run"] / "bundle"))
+  bundles = [bundles.load(str(w / "runs" / one["run"] / "bundle"))
              for w in (workdir, tmp_path / "work")]
   assert one["test_top1"] == two["test_top1"]
   assert all((bundles[0].tuned[k] == bundles[1].tuned[k]).all()
@@ -345,7 +346,7 @@ def test_a_bundle_refuses_other_base_weights(finished, tmp_path):
 def test_a_bundle_holds_every_tuned_leaf_and_no_other(finished):
   workdir, _, _ = finished
   row, = rows(workdir)
-  bundle = checkpoint.load_bundle(
+  bundle = bundles.load(
       str(workdir / "runs" / row["run"] / "bundle"))
   count = sum(x.size for x in bundle.tuned.values())
   assert count == sum(row[f"{p}_params"] for p in ("module", "norm", "head"))
@@ -372,7 +373,7 @@ def test_a_run_killed_in_stage_2_ends_with_the_same_bits(
 
   def bundle(name):
     row, = rows(tmp_path / name)
-    return row, checkpoint.load_bundle(
+    return row, bundles.load(
         str(tmp_path / name / "runs" / row["run"] / "bundle"))
   (want_row, want), (got_row, got) = bundle("whole"), bundle("killed")
   assert got_row["test_top1"] == want_row["test_top1"]

@@ -20,7 +20,7 @@ import time
 from absl import app, flags, logging
 import numpy as np
 
-from ttc_jax import checkpoint, report
+from ttc_jax import bundles, report
 
 _CONFIG = flags.DEFINE_string("config", "configs/demo.py", "of ttc_jax.main")
 _KILLS = flags.DEFINE_integer("kills", 20, "how many times", lower_bound=1)
@@ -95,7 +95,7 @@ def contents(workdir):
     sys.exit("a run was done twice")
   return {row["run"]: (
       {k: v for k, v in row.items() if k not in _TIMES},
-      checkpoint.load_bundle(f"{workdir}/runs/{row['run']}/bundle"))
+      bundles.load(f"{workdir}/runs/{row['run']}/bundle"))
       for row in rows}
 
 

@@ -1,7 +1,7 @@
-"""What outlives a process: the state within a stage, and a task's bundle.
+"""What outlives a process: the state within a stage.
 
-Both are written by orbax, whole or not at all: into a temporary folder that
-is renamed when it is complete.
+It is written by orbax, whole or not at all: into a temporary folder that is
+renamed when it is complete.
 """
 from collections.abc import Mapping
 import contextlib
@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -62,9 +61,9 @@ class StageStore:
 
   def save(self, saved: Saved) -> None:
     args = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(_fill(saved.arrays)),
+        arrays=ocp.args.StandardSave(fill(saved.arrays)),
         meta=ocp.args.JsonSave(saved.meta))
-    with _clear_errors(self.path):
+    with clear_errors(self.path):
       self._manager.save(saved.epoch, args=args, force=True)
 
   def latest_epoch(self) -> int | None:
@@ -79,7 +78,7 @@ class StageStore:
                               meta=ocp.args.JsonRestore())
     try:
       got = self._manager.restore(epoch, args=args)
-      return Saved(epoch, _unfill(got.arrays), got.meta)
+      return Saved(epoch, unfill(got.arrays), got.meta)
     except (OSError, MemoryError) as e:
       if not isinstance(e, FileNotFoundError):  # it may be whole all the same
         raise UserError(
@@ -106,16 +105,16 @@ class StageStore:
 
 
 # Orbax saves no empty dictionary: a marker stands for it.
-def _fill(arrays):
+def fill(arrays):
   return {k: dict(v) or {"_empty": np.zeros(1)} for k, v in arrays.items()}
 
 
-def _unfill(arrays):
+def unfill(arrays):
   return {k: {n: np.asarray(x) for n, x in v.items() if n != "_empty"}
           for k, v in arrays.items()}
 
 
-class _clear_errors:
+class clear_errors:
   """Turns a full or forbidden disk into one sentence."""
 
   def __init__(self, path):
@@ -136,55 +135,6 @@ class _clear_errors:
           "--workdir, and start the same command again") from error
     if isinstance(error, OSError):
       raise UserError(f"cannot save '{self.path}': {error.strerror}") from error
-
-
-class Bundle(NamedTuple):
-  """What one needs beside the base weights to use a tuned model.
-
-  Attributes:
-    tuned: {"backbone/...": array}, every leaf that some stage tuned.
-    selection: {"fc2/channels": array}.
-    meta: method, options, backbone, hash of the base, classes, accuracy, ...
-  """
-  tuned: Flat
-  selection: Flat
-  meta: dict[str, Any]
-
-
-def save_bundle(path: str, bundle: Bundle) -> None:
-  """Writes a bundle to the folder `path`, replacing one that is there."""
-  path = os.path.abspath(path)
-  temporary = path + ".tmp"
-  with _clear_errors(path):
-    shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-      writer.save(temporary, args=ocp.args.Composite(
-          arrays=ocp.args.StandardSave(_fill(
-              {"tuned": bundle.tuned, "selection": bundle.selection})),
-          meta=ocp.args.JsonSave(bundle.meta)))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
-
-
-def load_bundle(path: str) -> Bundle:
-  """Reads a bundle's folder.
-
-  Raises:
-    UserError: no bundle there, or not a whole one.
-  """
-  path = os.path.abspath(path)
-  if not os.path.isdir(path):
-    raise UserError(f"bundle '{path}' does not exist; give the folder "
-                    "'bundle' of a finished run")
-  try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-      got = reader.restore(path, args=ocp.args.Composite(
-          arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
-  except Exception as e:  # orbax and tensorstore raise many kinds
-    raise UserError(f"'{path}' is not a whole bundle ({type(e).__name__})"
-                    ) from e
-  arrays = _unfill(got.arrays)
-  return Bundle(arrays["tuned"], arrays["selection"], got.meta)
 
 
 def overlay(params: trees.Tree, tuned: Mapping[str, Any]) -> trees.Tree:

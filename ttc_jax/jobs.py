@@ -15,7 +15,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from ttc_jax import backbones, checkpoint, cost, evaluate, files, methods
+from ttc_jax import backbones, bundles, checkpoint, cost, evaluate, files
+from ttc_jax import methods
 from ttc_jax import optim, parallel, tasks, train, trees
 from ttc_jax.backbones import sources
 from ttc_jax.config import check
@@ -329,7 +330,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
                 f"{parallel.devices()[0].device_kind}",
       "versions": versions(), "run": run.name,
   }
-  checkpoint.save_bundle(bundle := f"{directory}/bundle", checkpoint.Bundle(
+  bundles.save(bundle := f"{directory}/bundle", bundles.Bundle(
       trees.flatten(tuned),
       trees.flatten(parallel.unreplicate(state.selection)),
       row | {"classes": list(task.classes), "resample": c.resample,

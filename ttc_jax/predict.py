@@ -5,17 +5,19 @@
 from typing import Any, NamedTuple
 
 from absl import flags
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttc_jax import backbones, checkpoint, cli, evaluate, methods
+from ttc_jax import backbones, bundles, checkpoint, cli, evaluate, methods
 from ttc_jax import parallel, trees
 from ttc_jax.backbones import sources
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
 from ttc_jax.tasks import images as images_lib
+
 
 class Tuned(NamedTuple):
   """A tuned model: `tuned.predict(images)`.
@@ -40,7 +42,7 @@ def load(bundle: str, weights: str | None = None,
   """Puts a bundle on its base weights.
 
   Args:
-    bundle: the folder that a run wrote.
+    bundle: the folder that a run wrote, or one that `bundles` packed.
     weights: source of the base weights; None: where the run found them.
     merge: folds the adapter into the backbone where that is exact, so that
       inference costs what it did before tuning.
@@ -48,39 +50,116 @@ def load(bundle: str, weights: str | None = None,
   Raises:
     UserError: no such bundle, or other base weights than the run's.
   """
-  saved = checkpoint.load_bundle(bundle)
-  meta = saved.meta
-  module, params = _base(bundle, meta, weights or meta["weights_source"])
-  method = methods.load(
-      meta["method"], ml_collections.ConfigDict(meta["options"]), module)
-  params = checkpoint.overlay(
-      {"backbone": params, "adapter": {}, "head": {}}, saved.tuned)
-  selection, handlers = trees.unflatten(saved.selection), method.handlers
-  if merge and method.merge:
-    backbone = method.merge(params, selection, module)
-    params = params | {"backbone": backbone, "adapter": {}}
-    selection, handlers = {}, ()
-  return Tuned(Model(module, meta["normalisation"], handlers),
-               parallel.replicate(params), parallel.replicate(selection), meta)
+  saved = bundles.load(bundle)
+  source = weights or saved.meta["weights_source"]
+  check_base(bundle, saved.meta, source, hash_of(source))
+  module, params = base(saved.meta, source)
+  model, params, selection = attach(bundle, saved, module, params, merge)
+  return Tuned(model, parallel.replicate(params),
+               parallel.replicate(selection), saved.meta)
 
 
-def _base(bundle, meta, source):
-  """The backbone that a bundle was tuned on, and its pretrained parameters."""
-  fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
+def hash_of(source: str) -> str:
+  """The hash by which a bundle knows its base weights."""
   if source == "random":
-    module = backbones.make(meta["backbone"], meta["image_size"], **fields)
-    return module, backbones.init(module)
+    return source
   try:
-    sha256 = sources.sha256(sources.locate(source))
+    return sources.sha256(sources.locate(source))
   except UserError as error:
     raise UserError(f"{error}; give the base weights with --weights") from error
+
+
+def check_base(bundle: str, meta: dict[str, Any], source: str,
+               sha256: str) -> None:
+  """Raises UserError if the bundle was tuned on other weights."""
   if sha256 != meta["weights_sha256"]:
     raise UserError(
         f"bundle '{bundle}' was tuned on weights with sha256 "
         f"{meta['weights_sha256']}, but '{source}' has {sha256}; give the "
         "right file with --weights")
+
+
+def base(meta: dict[str, Any], source: str) -> tuple[nn.Module, trees.Tree]:
+  """The backbone that a bundle was tuned on, and its pretrained parameters."""
+  fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
+  if source == "random":
+    module = backbones.make(meta["backbone"], meta["image_size"], **fields)
+    return module, backbones.init(module)
   return backbones.load(
       meta["backbone"], source, meta["image_size"], **fields)
+
+
+def attach(bundle: str, saved: bundles.Bundle, module: nn.Module,
+           params: trees.Tree,
+           merge: bool) -> tuple[Model, trees.Tree, trees.Tree]:
+  """-> (model, params, selection) of a bundle on its base's parameters.
+
+  Raises:
+    UserError: the bundle's arrays are not those of its method there.
+  """
+  meta = saved.meta
+  method = _method(bundle, meta, module)
+  bare = {"backbone": params, "adapter": {}, "head": {}}
+  want = trees.flatten(bare)
+  for name, x in saved.tuned.items():
+    if name.startswith("backbone/") and (
+        name not in want or np.shape(want[name]) != x.shape):
+      there = f"has the shape {np.shape(want[name])}" if name in want else (
+          "is not there")
+      raise UserError(
+          f"bundle '{bundle}': {name!r} has the shape {x.shape}, in "
+          f"{meta['backbone']} at {meta['image_size']} px it {there}")
+  params = checkpoint.overlay(bare, saved.tuned)
+  selection = trees.unflatten(saved.selection)
+  model = Model(module, meta["normalisation"], method.handlers)
+  _check_fit(bundle, saved, model, params, selection)
+  if merge and method.merge:
+    backbone = method.merge(params, selection, module)
+    params = params | {"backbone": backbone, "adapter": {}}
+    model, selection = model._replace(handlers=()), {}
+  return model, params, selection
+
+
+def _method(bundle, meta, module):
+  options = ml_collections.ConfigDict(meta["options"])
+  try:
+    return methods.load(meta["method"], options, module)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise UserError(
+        f"bundle '{bundle}': its options are not those of {meta['method']} "
+        f"({' '.join(str(e).split())[:200]})") from e
+
+
+def _check_fit(bundle, saved, model, params, selection):
+  """Raises UserError unless every array has a place, and the shape for it."""
+  meta, size, widths = saved.meta, model.backbone.image_size, {}
+
+  def look(site, block, y, x):
+    del x
+    widths[site, str(block)] = y.shape[-1]
+    return y
+  try:
+    found = jax.eval_shape(
+        lambda *args: model.logits(*args, extra_tap=look), params,
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8), selection).shape
+  except Exception as e:  # whatever a wrong shape or a lacking leaf makes
+    raise UserError(
+        f"bundle '{bundle}': its arrays do not fit {meta['method']} on "
+        f"{meta['backbone']} ({' '.join(str(e).split())[:200]})") from e
+  if found != (1, len(meta["classes"])):
+    raise UserError(f"bundle '{bundle}': it gives logits of shape {found} for "
+                    f"an image and {len(meta['classes'])} classes")
+  adapted = {name.removeprefix("adapter/"): x for name, x in saved.tuned.items()
+             if name.startswith("adapter/")}
+  for name, x in [*adapted.items(), *saved.selection.items()]:
+    site, _, rest = name.partition("/")
+    width = widths.get((site, rest.split("/")[0]))
+    if width is None or site not in dict(model.handlers):
+      raise UserError(f"bundle '{bundle}': {meta['method']} on "
+                      f"{meta['backbone']} has no place for {name!r}")
+    if name.endswith("/channels") and not ((0 <= x) & (x < width)).all():
+      raise UserError(f"bundle '{bundle}': {name!r} has channels beyond the "
+                      f"{width} that there are")
 
 
 def main(argv) -> None:
@@ -98,7 +177,8 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":  # no flags for those who import `load`
-  _BUNDLE = flags.DEFINE_string("bundle", None, "folder of a finished run")
+  _BUNDLE = flags.DEFINE_string(
+      "bundle", None, "folder of a finished run, or a packed bundle")
   _WEIGHTS = flags.DEFINE_string(
       "weights", None, "the base weights, if they moved since")
   _TOP = flags.DEFINE_integer("top", 1, "classes an image", lower_bound=1)

@@ -1,0 +1,318 @@
+"""Bundles as folders and files; many of them on one base."""
+import concurrent.futures
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+import safetensors.numpy
+
+from tests import made_bundles
+from ttc_jax import bundles, methods, predict, serve
+from ttc_jax.backbones import swin, vit
+from ttc_jax.errors import UserError
+
+SIZE = made_bundles.SIZE
+CASES = [*(("vit_ti8", m) for m in methods.names()),
+         *(("swin_ti", m) for m in ("layernorm", "ttc"))]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+  monkeypatch.setitem(vit.SIZES, "ti", (32, 2, 2, 64))
+  monkeypatch.setitem(swin.SIZES, "ti", (16, (2, 2), 2))
+
+
+@pytest.fixture
+def base(tmp_path):
+  return {name: made_bundles.save_base(
+      str(tmp_path / f"{name}.safetensors"), name)
+          for name in ("vit_ti8", "swin_ti")}
+
+
+@pytest.fixture
+def pets(base, tmp_path):
+  """A packed bundle's path."""
+  path = str(tmp_path / "pets.safetensors")
+  bundles.pack(path, made_bundles.make(base["vit_ti8"]))
+  return path
+
+
+def pictures(count=5, size=SIZE):
+  rng = np.random.default_rng(5)
+  return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def add(model, folder, name, weights, *args, merge=False, **kwargs):
+  """Adds a made bundle; -> what predict says of it alone."""
+  path = str(folder / name)
+  bundles.save(path, made_bundles.make(weights, *args, **kwargs))
+  model.add(name, path, merge=merge)
+  return predict.load(path, merge=False)
+
+
+# --- One file -----------------------------------------------------------------
+
+def equal(one, other):
+  assert json.dumps(one.meta) == json.dumps(other.meta)
+  for a, b in ((one.tuned, other.tuned), (one.selection, other.selection)):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
+      assert (a[name] == b[name]).all(), name
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_folder_and_a_file_hold_the_same_bits(method, base, tmp_path):
+  bundle = made_bundles.make(base["vit_ti8"], method)
+  folder, file = str(tmp_path / "folder"), str(tmp_path / "file")
+  bundles.save(folder, bundle)
+  bundles.pack(file, bundles.load(folder))
+  equal(bundle, bundles.load(folder))
+  equal(bundle, bundles.load(file))
+
+
+def test_the_file_is_plain_safetensors_and_json(pets):
+  with open(pets, "rb") as f:
+    length = int.from_bytes(f.read(8), "little")
+    header = json.loads(f.read(length))
+  meta = json.loads(header["__metadata__"]["ttc_jax_bundle"])
+  assert meta["method"] == "ttc" and meta["format"] == "1"
+  tensors = safetensors.numpy.load_file(pets)
+  assert tensors["tuned/head/bias"].shape == (3,)
+  assert tensors["selection/fc2/0/channels"].dtype.kind == "i"
+
+
+def test_ttc_on_vit_b16_takes_less_than_a_megabyte_beside_the_head(tmp_path):
+  """110,592 + 38,400 floats are 0.6 MB (method.md)."""
+  module = vit.make("vit_b16", 224)
+  K, D, L = module.default_k, module.width, module.depth
+  rng = np.random.default_rng(0)
+  norms = [path for paths in module.norms.values() for path in paths]
+  tuned = {f"backbone/{path}/{leaf}": rng.normal(size=D).astype("f4")
+           for path in norms for leaf in ("scale", "bias")}
+  tuned |= {f"adapter/fc2/{i}/kernel": rng.normal(size=(K, K)).astype("f4")
+            for i in range(L)}
+  assert sum(x.size for x in tuned.values()) == 110_592 + 38_400
+  tuned |= {"head/kernel": np.zeros((D, 100), "f4"),
+            "head/bias": np.zeros(100, "f4")}
+  selection = {f"fc2/{i}/{leaf}": x for i in range(L) for leaf, x in (
+      ("channels", np.arange(K, dtype=np.int32)), ("scale", np.float32(1)))}
+  meta = {"method": "ttc", "options": {}, "backbone": "vit_b16", "fields": {},
+          "image_size": 224, "normalisation": "half", "resample": "bicubic",
+          "dtype": "float32", "weights_sha256": "0" * 64,
+          "weights_source": "x", "classes": ["a class"] * 100}
+  bundle = bundles.Bundle(tuned, selection, meta)
+  path = tmp_path / "file"
+  bundles.pack(str(path), bundle)
+  assert path.stat().st_size - bundles.sizes(bundle)["head_bytes"] < 1e6
+
+
+def rewrite(path, change):
+  """Changes the tensors and the metadata of a packed file."""
+  tensors = safetensors.numpy.load_file(path)
+  with safetensors.safe_open(path, framework="numpy") as file:
+    meta = json.loads(file.metadata()["ttc_jax_bundle"])
+  change(tensors, meta)
+  safetensors.numpy.save_file(
+      tensors, path, {"ttc_jax_bundle": json.dumps(meta)})
+
+
+def put(where, name, value):
+  def change(tensors, meta):
+    (tensors if where == "tensor" else meta)[name] = value
+  return change
+
+
+@pytest.mark.parametrize("change, words", [
+    (put("meta", "format", "2"), "format '2'"),
+    (put("meta", "method", 3), "'method'"),
+    (put("meta", "method", "tcc"), "did you mean ttc"),
+    (put("meta", "classes", []), "'classes'"),
+    (put("meta", "classes", ["a", "b"]), r"\(3,\), expected \(2,\)"),
+    (put("meta", "weights_sha256", "abc"), "'weights_sha256'"),
+    (put("meta", "options", {}), "its options are not those of ttc"),
+    (put("meta", "image_size", 2 ** 40), "'image_size'"),
+    (put("tensor", "tuned/head/bias", np.full(3, np.nan, "f4")), "not finite"),
+    (put("tensor", "tuned/head/kernel", np.zeros((9, 3), "f4")),
+     "do not fit ttc on vit_ti8"),
+    (put("tensor", "tuned/adapter/fc2/0/kernel", np.zeros((5, 5), "f4")),
+     "do not fit ttc on vit_ti8"),
+    (put("tensor", "tuned/adapter/fc2/7/kernel", np.zeros((4, 4), "f4")),
+     "no place for 'fc2/7/kernel'"),
+    (put("tensor", "tuned/backbone/nothing/scale", np.zeros(4, "f4")),
+     "'backbone/nothing/scale'"),
+    (put("tensor", "tuned/backbone/Transformer/encoder_norm/scale",
+         np.zeros(4, "f4")), r"has the shape \(4,\)"),
+    (put("tensor", "selection/fc2/0/channels", np.array([0, 1, 2, 32])),
+     "channels beyond the 32"),
+    (put("tensor", "elsewhere/x", np.zeros(4, "f4")), "belongs to no part"),
+])
+def test_a_wrong_bundle_is_one_sentence(pets, change, words):
+  rewrite(pets, change)
+  with pytest.raises(UserError, match=words):
+    predict.load(pets)
+
+
+def test_weights_are_no_bundle(base):
+  with pytest.raises(UserError, match="is no packed bundle"):
+    bundles.load(base["vit_ti8"])
+
+
+def test_the_command_packs_and_inspects(base, tmp_path):
+  def call(*arguments):
+    return subprocess.run([sys.executable, "-m", "ttc_jax.bundles", *arguments],
+                          capture_output=True, text=True, cwd=tmp_path)
+  bundle = made_bundles.make(base["vit_ti8"])
+  bundles.save(str(tmp_path / "bundle"), bundle)
+  done = call("pack", "bundle", "--out=pets.safetensors")
+  assert done.returncode == 0, done.stderr
+  equal(bundle, bundles.load(str(tmp_path / "pets.safetensors")))
+  done = call("inspect", "pets.safetensors", "bundle", "--json")
+  file, folder = json.loads(done.stdout)
+  assert file | {"bundle": ""} == folder | {"bundle": ""}
+  assert file["sites"] == ["fc2"] and file["method"] == "ttc"
+  assert file["head_bytes"] == 4 * 33 * 3
+  assert call("unpack", "pets.safetensors", "--out=again").returncode == 0
+  equal(bundle, bundles.load(str(tmp_path / "again")))
+  for arguments, words in (
+      (["pack", "bundle"], "--out"), (["pack", "no", "--out=x"], "not exist"),
+      (["pack", "bundle", "--out=again"], "exists already"), ([], "say inspect")):
+    done = call(*arguments)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- Serving ------------------------------------------------------------------
+
+@pytest.mark.parametrize("backbone, method", CASES)
+def test_a_mixed_batch_equals_each_task_alone(backbone, method, base, tmp_path):
+  model, weights = serve.load(base[backbone]), base[backbone]
+  alone = {name: add(model, tmp_path, name, weights, method, backbone,
+                     seed=seed, classes=[f"c{i}" for i in range(count)])
+           for seed, (name, count) in enumerate(
+               [("a", 3), ("b", 7), ("c", 2)])}
+  images, names = pictures(), ["b", "a", "c", "a", "b"]
+  got = model.predict(images, task=names)
+  for i, name in enumerate(names):
+    want = alone[name].predict(images[i:i + 1])[0]
+    np.testing.assert_allclose(got[i], want, atol=1e-5)
+  one = model.predict(images, task="b")
+  assert one.shape == (5, 7)
+  np.testing.assert_allclose(one, alone["b"].predict(images), atol=1e-5)
+  assert np.abs(got[0] - model.predict(images[:1], task="b")[0]).max() < 1e-5
+  assert np.abs(one[0] - one[1]).max() > 1e-3  # the images matter
+
+
+def test_methods_sizes_and_merged_tasks_in_one_call(base, tmp_path):
+  weights = base["vit_ti8"]
+  model = serve.load(weights)
+  alone = {
+      "ttc": add(model, tmp_path, "ttc", weights, "ttc"),
+      "lora": add(model, tmp_path, "lora", weights, "lora"),
+      "big": add(model, tmp_path, "big", weights, "ttc", size=48,
+                 normalisation="imagenet"),
+      "merged": add(model, tmp_path, "merged", weights, "ttc", seed=1,
+                    merge=True)}
+  names = ["merged", "big", "lora", "ttc", "big"]
+  images = [*pictures(1), *pictures(1, 48), Image.fromarray(pictures()[2]),
+            pictures()[3], pictures(2, 48)[1]]
+  got = model.predict(images, task=names)
+  for name, image, p in zip(names, images, got):
+    np.testing.assert_allclose(
+        p, alone[name].predict(np.asarray(image)[None])[0], atol=1e-5)
+  path = tmp_path / "image.png"
+  images[2].save(path)
+  (name, p), = model.classify([str(path)], task="lora")[0]
+  assert name == alone["lora"].meta["classes"][got[2].argmax()]
+  assert p == pytest.approx(got[2].max(), abs=1e-5)
+
+
+def test_the_base_is_in_memory_once(base, tmp_path):
+  weights = base["vit_ti8"]
+  model = serve.load(weights)
+  for i in range(3):
+    add(model, tmp_path, f"t{i}", weights, seed=i)
+  add(model, tmp_path, "big", weights, size=48)
+  add(model, tmp_path, "merged", weights, merge=True)
+  (_, host, there), (_, other, also) = model._bases.values()
+  assert {n for n in host if host[n] is not other[n]} == {"pos_embedding"}
+  assert {n for n in there if there[n] is not also[n]} == {"pos_embedding"}
+  task = model._tasks["merged"]
+  kernels = {n for n in task.tuned if n.endswith("/kernel")} - {"head/kernel"}
+  assert kernels == {f"backbone/{s.path}/kernel" for s in vit.make(
+      "vit_ti8", SIZE).sites["fc2"]}
+
+
+def test_a_task_more_compiles_nothing_until_a_power_of_two(base, tmp_path):
+  weights = base["vit_ti8"]
+  model = serve.load(weights)
+  for i in range(3):
+    add(model, tmp_path, f"t{i}", weights, seed=i)
+  model.predict(pictures(5), task=["t0", "t1", "t2", "t0", "t1"])
+  add(model, tmp_path, "t3", weights, seed=3,
+      classes=[f"c{i}" for i in range(60)])
+  with compilation.count() as programs:
+    model.predict(pictures(8), task=["t3", "t1"] * 4)
+  assert programs() == 0
+
+
+def test_another_base_is_refused_with_both_hashes(base, pets, tmp_path):
+  other = made_bundles.save_base(
+      str(tmp_path / "other.safetensors"), "vit_ti8", gelu="exact")
+  model = serve.load(other)
+  with pytest.raises(UserError) as error:
+    model.add("pets", pets)
+  assert len(set(re.findall("[0-9a-f]{64}", str(error.value)))) == 2
+  assert model.tasks == {}
+
+
+def test_names_are_taken_removed_and_unknown(base, pets, tmp_path):
+  model = serve.load(base["vit_ti8"])
+  model.add("pets", pets)
+  with pytest.raises(UserError, match="already called 'pets'"):
+    model.add("pets", pets)
+  model.add("pets", pets, replace=True)
+  assert list(model.tasks) == ["pets"]
+  with pytest.raises(UserError, match="did you mean pets"):
+    model.predict(pictures(), task="pest")
+  with pytest.raises(UserError, match="5 images and 2 names"):
+    model.predict(pictures(), task=["pets"] * 2)
+  with pytest.raises(UserError, match="float64 of shape"):
+    model.predict(np.zeros((1, SIZE, SIZE, 3)), task="pets")
+  assert model.predict([], task="pets").shape == (0, 3)
+  model.remove("pets")
+  with pytest.raises(UserError, match="unknown task"):
+    model.predict(pictures(), task="pets")
+
+
+def test_threads_predict_while_tasks_come_and_go(base, pets, tmp_path):
+  model = serve.load(base["vit_ti8"])
+  model.add("pets", pets)
+  want = model.predict(pictures(), task="pets")
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    calls = [pool.submit(model.predict, pictures(), "pets") for _ in range(12)]
+    for _ in range(3):
+      model.add("more", pets)
+      model.remove("more")
+    for call in calls:
+      np.testing.assert_allclose(call.result(), want, atol=1e-6)
+
+
+def test_the_frozen_products_of_a_mixed_batch_are_those_of_one_task(
+    base, tmp_path):
+  """FLOPs of a mixed pass: the kernels are not repeated for each example."""
+  weights = base["vit_ti8"]
+  model = serve.load(weights)
+  for i in range(2):
+    add(model, tmp_path, f"t{i}", weights, seed=i)
+  group, = model._snapshot()[1].values()
+  batch = serve.parallel.shard((np.zeros(8, np.int32), pictures(8)))
+  one, each = (serve._program(group.model, one).lower(
+      model._bases[group.base][2], group.stacked, *batch).compile()
+               for one in (True, False))
+  flops = [p.cost_analysis()["flops"] for p in (one, each)]
+  assert flops[1] < 1.05 * flops[0]

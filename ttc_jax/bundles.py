@@ -1,0 +1,224 @@
+"""Bundles: what one keeps of a task, beside the base weights.
+
+A run writes a folder, through orbax. `pack` makes one file of it, safetensors
+with the metadata as JSON in its header; both open through `load`.
+
+  python -m ttc_jax.bundles inspect BUNDLE...
+  python -m ttc_jax.bundles pack BUNDLE --out=pets.safetensors
+  python -m ttc_jax.bundles unpack pets.safetensors --out=DIR
+"""
+import json
+import os
+import re
+import shutil
+from typing import Any, NamedTuple
+
+from absl import flags
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+from ttc_jax import cli, files
+from ttc_jax.checkpoint import Flat, clear_errors, fill, unfill
+from ttc_jax.errors import UserError
+
+FORMAT = "1"  # of the file
+_KEY = "ttc_jax_bundle"  # of its header
+
+
+class Bundle(NamedTuple):
+  """What one needs beside the base weights to use a tuned model.
+
+  Attributes:
+    tuned: {"backbone/...": array}, every leaf that some stage tuned.
+    selection: {"fc2/channels": array}.
+    meta: method, options, backbone, hash of the base, classes, accuracy, ...
+  """
+  tuned: Flat
+  selection: Flat
+  meta: dict[str, Any]
+
+
+def _is_sha(value):
+  return value == "random" or bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
+# What a bundle cannot be used without: a type, and what else must hold.
+_NEEDED = {
+    "method": (str, bool), "options": (dict, None), "backbone": (str, bool),
+    "fields": (dict, None), "image_size": (int, lambda n: 0 < n < 10_000),
+    "normalisation": (str, bool), "resample": (str, bool),
+    "dtype": (str, lambda v: v in ("float32", "bfloat16")),
+    "weights_sha256": (str, _is_sha), "weights_source": (str, bool),
+    "classes": (list, lambda v: v and all(type(c) is str for c in v)),
+}
+
+
+def save(path: str, bundle: Bundle) -> None:
+  """Writes a bundle to the folder `path`, replacing one that is there."""
+  path = os.path.abspath(path)
+  temporary = path + ".tmp"
+  with clear_errors(path):
+    shutil.rmtree(temporary, ignore_errors=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+      writer.save(temporary, args=ocp.args.Composite(
+          arrays=ocp.args.StandardSave(fill(
+              {"tuned": bundle.tuned, "selection": bundle.selection})),
+          meta=ocp.args.JsonSave(bundle.meta)))
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def pack(path: str, bundle: Bundle) -> None:
+  """Writes a bundle as one safetensors file."""
+  tensors = {f"{part}/{name}": np.asarray(x, order="C") for part, flat in (
+      ("tuned", bundle.tuned), ("selection", bundle.selection))
+             for name, x in flat.items()}
+  text = json.dumps({"format": FORMAT, **bundle.meta})
+  with clear_errors(path), files.replacing(path) as file:
+    file.write(safetensors.numpy.save(tensors, metadata={_KEY: text}))
+
+
+def load(path: str) -> Bundle:
+  """Reads a bundle, a folder or a packed file.
+
+  Raises:
+    UserError: no bundle there, or not a whole one.
+  """
+  path = os.path.abspath(path)
+  if not os.path.exists(path):
+    raise UserError(f"bundle '{path}' does not exist; give the folder "
+                    "'bundle' of a finished run, or a packed file")
+  bundle = (_load_folder if os.path.isdir(path) else _load_file)(path)
+  _check(path, bundle)
+  return bundle
+
+
+def _load_folder(path):
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      got = reader.restore(path, args=ocp.args.Composite(
+          arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
+    arrays = unfill(got.arrays)
+    return Bundle(arrays["tuned"], arrays["selection"], got.meta)
+  except Exception as e:  # orbax and tensorstore raise many kinds
+    raise UserError(f"'{path}' is not a whole bundle ({type(e).__name__})"
+                    ) from e
+
+
+def _load_file(path):
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      text = (file.metadata() or {}).get(_KEY)
+      if text is None:
+        raise UserError(f"'{path}' is no packed bundle: its header has no "
+                        f"{_KEY!r}; weights go to --weights")
+      meta = json.loads(text)
+      # safetensors has compared the sizes that it declares with the file's.
+      tensors = {name: file.get_tensor(name) for name in file.keys()}
+    version = meta.pop("format", None)
+  except (OSError, ValueError, TypeError, AttributeError, RecursionError,
+          safetensors.SafetensorError) as e:
+    reason = " ".join(str(e).split())[:200]
+    raise UserError(f"'{path}' is not a whole bundle ({reason})") from e
+  if version != FORMAT:
+    raise UserError(f"'{path}' is a bundle of format {str(version)[:20]!r}; "
+                    f"this version reads {FORMAT!r}")
+  parts = {"tuned": {}, "selection": {}}
+  for name, x in tensors.items():
+    part, _, rest = name.partition("/")
+    if part not in parts or not rest:
+      raise UserError(f"'{path}' is no whole bundle: its tensor {name!r} "
+                      "belongs to no part")
+    parts[part][rest] = x
+  return Bundle(**parts, meta=meta)
+
+
+def _check(path, bundle):
+  for key, (kind, holds) in _NEEDED.items():
+    value = bundle.meta.get(key) if isinstance(bundle.meta, dict) else None
+    if type(value) is not kind or holds and not holds(value):
+      raise UserError(
+          f"bundle '{path}': its metadata has no good {key!r} "
+          f"({str(value)[:40]!r})")
+  for name, x in (bundle.tuned | bundle.selection).items():
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiuV":
+      raise UserError(f"bundle '{path}': {name!r} is no array of numbers")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+      raise UserError(f"bundle '{path}': {name!r} is not finite")
+  classes = len(bundle.meta["classes"])
+  head = bundle.tuned.get("head/bias")
+  if head is None or head.shape != (classes,):
+    raise UserError(
+        f"bundle '{path}': 'head/bias' is of shape "
+        f"{'none' if head is None else head.shape}, expected ({classes},), "
+        "a number for each class")
+
+
+def sizes(bundle: Bundle) -> dict[str, int]:
+  """{"bytes", "head_bytes"}: of the arrays."""
+  arrays = [*bundle.tuned.items(), *bundle.selection.items()]
+  return {"bytes": sum(x.nbytes for _, x in arrays),
+          "head_bytes": sum(x.nbytes for name, x in arrays
+                            if name.startswith("head/"))}
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+  """What `inspect` says, JSON."""
+  meta = bundle.meta
+  adapters = sorted({name.split("/")[1] for name in bundle.tuned
+                     if name.startswith("adapter/")})
+  keys = ("task", "method", "variant", "k", "backbone", "image_size",
+          "normalisation", "resample", "dtype", "weights_sha256",
+          "weights_source", "protocol", "seed", "test_top1", "val_top1",
+          "module_params", "norm_params", "head_params", "versions")
+  return {key: meta[key] for key in keys if meta.get(key) is not None} | {
+      "sites": adapters, "classes": meta["classes"], **sizes(bundle)}
+
+
+def _inspect(paths):
+  found = [{"bundle": path} | describe(load(path)) for path in paths]
+  if _JSON.value:
+    print(json.dumps(found, indent=2))
+    return
+  for one in found:
+    for key, value in one.items():
+      if key == "classes":
+        more = ", ..." if len(value) > 5 else ""
+        value = f"{len(value)}: {', '.join(value[:5])}{more}"
+      elif isinstance(value, (list, dict)):
+        value = ", ".join(value if isinstance(value, list) else (
+            f"{k} {v}" for k, v in value.items())) or "none"
+      print(f"{key:15}  {value}")
+    print()
+
+
+def _convert(paths, write):
+  if len(paths) != 1 or not _OUT.value:
+    raise UserError("give one bundle and --out=PATH")
+  bundle, out = load(paths[0]), _OUT.value
+  if os.path.exists(out):
+    raise UserError(f"--out={out} exists already; give another")
+  os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+  write(out, bundle)
+  written = files.size(out) if os.path.isdir(out) else os.path.getsize(out)
+  print(f"{out}: {written:,} bytes, of which the head "
+        f"{sizes(bundle)['head_bytes']:,}")
+
+
+def main(argv: list[str]) -> None:
+  commands = {"inspect": _inspect,
+              "pack": lambda paths: _convert(paths, pack),
+              "unpack": lambda paths: _convert(paths, save)}
+  if len(argv) < 3 or argv[1] not in commands:
+    raise UserError(
+        "say inspect BUNDLE..., pack BUNDLE --out=FILE or unpack FILE "
+        "--out=DIR")
+  commands[argv[1]](argv[2:])
+
+
+if __name__ == "__main__":  # no flags for those who import `load`
+  _OUT = flags.DEFINE_string("out", None, "file or folder to write")
+  _JSON = flags.DEFINE_bool("json", False, "for machines")
+  cli.run(main)

@@ -1,0 +1,310 @@
+"""Many tasks on one backbone in memory: bundles served by name.
+
+  model = ttc_jax.serve.load("ViT-B_16.npz")
+  model.add("pets", "runs/pets/runs/RUN/bundle")
+  model.add("cars", "cars.safetensors")
+  model.predict(images, task="pets")               # (N, C) probabilities
+  model.predict(images, task=["pets", "cars"])     # one task an image
+
+A batch of many tasks passes the backbone once: each image has tuned leaves of
+its own (`jax.vmap`), the frozen kernels are shared, so their products are as
+large as those of one task. Tasks go together that agree in method and options,
+image size, normalisation and dtype; a call makes one pass for each such group.
+Tasks that tune whole kernels (`full`) or are merged go alone.
+
+Programs are compiled for batches and numbers of tasks that are powers of two,
+and for class counts that are multiples of 64: a task or batch more compiles
+nothing until it passes the next.
+"""
+from collections.abc import Sequence
+import functools
+import json
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from ttc_jax import bundles, checkpoint, parallel, predict, trees
+from ttc_jax.errors import UserError, check_known
+from ttc_jax.model import Model, pad_head
+from ttc_jax.tasks import images as images_lib
+
+Flat = dict[str, Any]
+_CLASSES = 64  # heads are padded to a multiple
+
+
+class Task(NamedTuple):
+  """A bundle on its base.
+
+  Attributes:
+    base: which of the served model's bases it is on.
+    group: what tasks must share to pass the backbone together.
+    tuned, selection: {name: array}, what differs from the base.
+    meta: the bundle's.
+  """
+  model: Model
+  base: str
+  group: tuple
+  tuned: Flat
+  selection: Flat
+  meta: dict[str, Any]
+
+
+class Group(NamedTuple):
+  """Tasks of one program: their leaves stacked, on every device."""
+  model: Model
+  base: str
+  rows: dict[str, int]
+  stacked: Flat
+
+
+class Served:
+  """A backbone and the tasks that were added to it. Threads may share it: a
+  call works on the tasks that there are when it begins.
+
+  Attributes:
+    source, sha256: of the base weights.
+    batch_size: images of a pass, at most.
+  """
+
+  def __init__(self, source: str, batch_size: int = 64):
+    self.source, self.sha256 = source, predict.hash_of(source)
+    self.batch_size = batch_size
+    self._lock = threading.RLock()
+    self._bases = {}  # {key: (module, parameters on the host, on devices)}
+    self._tasks, self._groups = {}, None
+
+  @property
+  def tasks(self) -> dict[str, list[str]]:
+    """{name: its classes}."""
+    return {name: task.meta["classes"] for name, task in self._tasks.items()}
+
+  def add(self, name: str, bundle: str, replace: bool = False,
+          merge: bool = False) -> None:
+    """Serves a bundle under a name.
+
+    Args:
+      bundle: the folder that a run wrote, or a packed file.
+      replace: takes the place of a task of that name.
+      merge: folds the adapter into kernels of the task's own where that is
+        exact: as fast as the bare backbone, but alone in its pass, and with a
+        copy in memory of what it changes.
+
+    Raises:
+      UserError: the name is taken; no bundle; another base, both hashes named.
+    """
+    saved = bundles.load(bundle)
+    meta = saved.meta
+    predict.check_base(bundle, meta, self.source, self.sha256)
+    with self._lock:
+      if name in self._tasks and not replace:
+        raise UserError(f"a task is already called {name!r}; give another name "
+                        "or replace=True")
+      base = self._base(meta)
+      module, host, _ = self._bases[base]
+      model, params, selection = predict.attach(
+          bundle, saved, module, trees.unflatten(host), merge)
+      before = {f"backbone/{n}": x for n, x in host.items()}
+      params |= {"head": jax.tree.map(
+          np.asarray, pad_head(params["head"], _CLASSES))}
+      tuned = {n: x for n, x in trees.flatten(params).items()
+               if x is not before.get(n)}
+      task = Task(model, base, (), tuned, trees.flatten(selection), meta)
+      alone = not model.handlers and merge or any(
+          n.startswith("backbone/") and n.endswith("/kernel") for n in tuned)
+      task = task._replace(group=("alone", name) if alone else _likeness(task))
+      self._tasks = self._tasks | {name: task}
+      self._groups = None
+
+  def remove(self, name: str) -> None:
+    """Forgets a task."""
+    with self._lock:
+      check_known("task", name, self._tasks)
+      self._tasks = {n: t for n, t in self._tasks.items() if n != name}
+      self._groups = None
+
+  def predict(self, images: Sequence[Any],
+              task: str | Sequence[str]) -> np.ndarray | list[np.ndarray]:
+    """Probabilities of images.
+
+    Args:
+      images: uint8 (N, S, S, 3), or a sequence of uint8 arrays (H, W, 3), PIL
+        images and paths, which are resized as in the task's training.
+      task: of all of them, or one name for each.
+
+    Returns:
+      (N, C), classes as in `tasks`; for many names a list of N arrays (C_i,).
+    """
+    tasks, groups = self._snapshot()
+    names = [task] * len(images) if isinstance(task, str) else list(task)
+    if len(names) != len(images):
+      raise UserError(f"{len(images)} images and {len(names)} names of tasks; "
+                      "give one name, or one for each image")
+    for name in {task} if isinstance(task, str) else set(names):
+      check_known("task", name, tasks)
+    out = [None] * len(names)
+    for key, group in groups.items():
+      at = [i for i, name in enumerate(names) if tasks[name].group == key]
+      if at:
+        pixels = np.stack([_pixels(images[i], tasks[names[i]].meta)
+                           for i in at])
+        rows = np.asarray([group.rows[names[i]] for i in at], np.int32)
+        for i, logits in zip(at, self._logits(group, rows, pixels)):
+          out[i] = _softmax(logits[:len(tasks[names[i]].meta["classes"])])
+    if isinstance(task, str):
+      classes = len(tasks[task].meta["classes"])
+      return np.asarray(out, np.float32).reshape(-1, classes)
+    return out
+
+  def classify(self, images: Sequence[Any], task: str | Sequence[str],
+               top: int = 1) -> list[list[tuple[str, float]]]:
+    """The likeliest classes of each image: [(class, probability), ...]."""
+    names = [task] * len(images) if isinstance(task, str) else task
+    classes = self.tasks
+    return [[(classes[name][i], float(p[i]))
+             for i in np.argsort(-p, kind="stable")[:top]]
+            for name, p in zip(names, self.predict(images, task))]
+
+  def _snapshot(self):
+    """-> (tasks, groups), which nothing will change."""
+    with self._lock:
+      if self._groups is None:
+        self._groups = _group(self._tasks)
+      return self._tasks, self._groups
+
+  def _base(self, meta):
+    """Loads what a bundle is on, if no other is; -> its key."""
+    key = json.dumps([meta[k] for k in (
+        "backbone", "image_size", "fields", "dtype")], sort_keys=True)
+    if key not in self._bases:
+      module, params = predict.base(meta, self.source)
+      host = {n: np.asarray(x) for n, x in trees.flatten(params).items()}
+      devices = {}
+      for name, x in host.items():  # sizes differ in the positions alone
+        for _, other, there in self._bases.values():
+          if name in other and np.array_equal(other[name], x):
+            host[name], devices[name] = other[name], there[name]
+            break
+        else:
+          devices[name] = parallel.replicate(x)
+      self._bases[key] = module, host, devices
+    return key
+
+  def _logits(self, group, rows, images):
+    """Of one group: (N,), (N, S, S, 3) -> (N, C padded)."""
+    base = self._bases[group.base][2]
+    one = len(set(rows.tolist())) == 1
+    program = _program(group.model, one)
+    outputs = []
+    for start in range(0, len(rows), self.batch_size):
+      part = slice(start, start + self.batch_size)
+      count = len(rows[part])
+      size = parallel.round_up(1 << (count - 1).bit_length())
+      row, pixels = (parallel.shard(parallel.pad_to(x[part], size))
+                     for x in (rows, images))
+      y = program(base, group.stacked, row, pixels)
+      outputs.append((y, size, count))
+    return np.concatenate([np.asarray(y).reshape(size, -1)[:count]
+                           for y, size, count in outputs])
+
+
+def load(base: str, batch_size: int = 64) -> Served:
+  """Returns a served model without tasks; its weights are read when the first
+  bundle says which backbone they are.
+
+  Args:
+    base: source of the weights that the bundles were tuned on.
+    batch_size: images of a pass, at most. A pass of many tasks holds the tuned
+      leaves of each of its images.
+
+  Raises:
+    UserError: there are no such weights.
+  """
+  return Served(base, batch_size)
+
+
+def _likeness(task):
+  """What tasks have in common that can share a program."""
+  meta = task.meta
+  shapes = {f"{part}/{n}": np.shape(x) for part, flat in (
+      ("tuned", task.tuned), ("selection", task.selection))
+            for n, x in flat.items() if not n.startswith("head/")}
+  text = [task.base, meta["method"], meta["options"], meta["normalisation"],
+          shapes]
+  return ("like", json.dumps(text, sort_keys=True))
+
+
+def _group(tasks):
+  """Stacks the leaves of tasks that go together."""
+  members = {}
+  for name, task in tasks.items():
+    members.setdefault(task.group, {})[name] = task
+  return {key: Group(next(iter(those.values())).model,
+                     next(iter(those.values())).base,
+                     {name: i for i, name in enumerate(those)},
+                     _stack(list(those.values())))
+          for key, those in members.items()}
+
+
+def _stack(tasks):
+  """The tasks' leaves, up to a power of two of them, on every device."""
+  capacity = 1 << (len(tasks) - 1).bit_length()
+  classes = max(task.tuned["head/bias"].shape[-1] for task in tasks)
+  flats = []
+  for task in tasks:
+    head = pad_head({n: task.tuned[f"head/{n}"] for n in ("kernel", "bias")},
+                    classes)
+    flats.append({
+        **{f"tuned/{n}": x for n, x in task.tuned.items()},
+        **{f"selection/{n}": x for n, x in task.selection.items()},
+        **{f"tuned/head/{n}": x for n, x in head.items()}})
+  flats += flats[-1:] * (capacity - len(flats))
+  return {name: parallel.replicate(np.stack([flat[name] for flat in flats]))
+          for name in flats[0]}
+
+
+@functools.lru_cache(maxsize=None)
+def _program(model, one):
+  """Logits of images under the leaves of their rows.
+
+  Args:
+    one: all rows are the same: the leaves are picked once.
+  """
+  def logits(base, stacked, row, images):
+    picked = trees.unflatten({n: x[row] for n, x in stacked.items()})
+    params = checkpoint.overlay(
+        {"backbone": trees.unflatten(base), "adapter": {}, "head": {}},
+        trees.flatten(picked["tuned"]))
+    return model.logits(params, images, picked.get("selection", {}))
+
+  def of_one(base, stacked, rows, images):
+    return logits(base, stacked, rows[0], images)
+
+  def of_each(base, stacked, rows, images):
+    return jax.vmap(lambda row, image: logits(
+        base, stacked, row, image[None])[0])(rows, images)
+  return parallel.pmap(of_one if one else of_each)
+
+
+def _pixels(image, meta):
+  """uint8 (S, S, 3), resized as the task says."""
+  size = meta["image_size"]
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+      raise UserError(f"an image is {image.dtype} of shape {image.shape}; "
+                      "expected uint8 (H, W, 3)")
+    if image.shape[:2] == (size, size):
+      return image
+    image = Image.fromarray(image)
+  elif isinstance(image, Image.Image):
+    image = images_lib.to_rgb(image)
+  else:
+    image = images_lib.read(image)
+  return images_lib.resize(image, size, meta["resample"])
+
+
+def _softmax(logits):
+  weights = np.exp(logits - logits.max())
+  return weights / weights.sum()
