@@ -25,16 +25,22 @@ class Format(NamedTuple):
   """How a family of files keeps our parameters.
 
   Attributes:
-    names: our name -> the names it may have there, the likeliest first.
+    names: our name -> the names it may have there, the likeliest first; none
+      where the format has no place for it.
     view: (our name, their array) -> the array in our layout.
+    store: (our name, our array) -> the array in their layout; what shares a
+      name there is joined along the first axis.
     heads: whether the arrays have our (heads, width / heads) axes.
+    cls_position: whether [CLS] has a position of its own.
     ignored: pattern of tensors without a part in the features.
     refused: {pattern: what of the architecture we lack}.
   """
   name: str
   names: Callable[[str], tuple[str, ...]]
   view: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array
+  store: Callable[[str, np.ndarray], np.ndarray] = lambda name, array: array
   heads: bool = True
+  cls_position: bool = False
   ignored: str = r"(?!)"
   refused: Mapping[str, str] = {}
 
@@ -93,7 +99,9 @@ def _timm_names(name):
   if stem in _TIMM and leaf in _TIMM_LEAF:
     theirs = f"{_TIMM[stem]}.{_TIMM_LEAF[leaf]}"
   else:
-    theirs = _TIMM.get(key, name)
+    theirs = _TIMM.get(key)
+  if theirs is None:
+    return ()
   return (theirs.format(block[1]) if block else theirs,)
 
 
@@ -102,6 +110,13 @@ def _torch_view(name, array):
   if not name.endswith("/kernel"):
     return array
   return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _torch_store(name, array):
+  """The inverse of `_torch_view`."""
+  if not name.endswith("/kernel"):
+    return array
+  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def _timm_view(name, array):
@@ -114,7 +129,8 @@ def _timm_view(name, array):
 
 
 TIMM = Format(
-    "timm", names=_timm_names, view=_timm_view, heads=False,
+    "timm", names=_timm_names, view=_timm_view, store=_torch_store,
+    heads=False, cls_position=True,
     # The mask token stands for hidden patches; only pretraining hides any.
     ignored=r"(head|head_dist)\..*|mask_token",
     refused={
@@ -169,14 +185,15 @@ def _swin_names(of_block, ends, layers, merged_before):
     if match := re.match(r"merge_(\d+)/(.*)", stem):
       stage = int(match[1]) + merged_before
       return (f"{layers}.{stage}.downsample.{match[2]}{leaf}",)
-    return (ends[stem] + leaf,)
+    return (ends[stem] + leaf,) if stem in ends else ()
   return names
 
 
 def _swin_format(name, view, *naming):
   # Indices and masks are computed; heads are not part of the features.
   return Format(
-      name, names=_swin_names(*naming), view=view, heads=False,
+      name, names=_swin_names(*naming), view=view, store=_torch_store,
+      heads=False,
       ignored=r"(head|classifier)\..*|.*\.(relative_position_index|attn_mask)",
       refused={
           r"absolute_pos_embed|.*position_embeddings": "absolute positions",

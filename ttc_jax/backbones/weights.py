@@ -180,7 +180,7 @@ def check_fields(weights: Weights, module: nn.Module, name: str) -> None:
 
 def _find(weights, name):
   """The name in the file of our parameter."""
-  names = weights.format.names(name)
+  names = weights.format.names(name) or (name,)
   for theirs in names:
     if theirs in weights.tensors:
       return theirs
@@ -318,6 +318,57 @@ def _check_variant(weights, want, name):
 
 
 # --- Weights out --------------------------------------------------------------
+
+_FUSED = ("/query/", "/key/", "/value/")  # in this order, where in one tensor
+
+
+def to_tensors(params: trees.Tree, format_: Format,
+               module: nn.Module) -> dict[str, np.ndarray]:
+  """A backbone's parameters as a format names and lays them out: `fit`'s
+  inverse, bit for bit.
+
+  GELU and epsilon are no tensors: whoever reads the file has to know them.
+
+  Args:
+    params: of the module, float32.
+
+  Returns:
+    {name: float32 array}, contiguous, without a head.
+
+  Raises:
+    UserError: the format cannot hold this variant of the module.
+  """
+  def place(name):
+    return [part in name for part in _FUSED]
+  flat, parts = trees.flatten(params), {}
+  for name in sorted(flat, key=place, reverse=True):
+    array = np.asarray(flat[name], np.float32)
+    if name == "pos_embedding" and format_.cls_position and "cls" in flat:
+      array = np.pad(array, ((0, 0), (1, 0), (0, 0)))  # it is in the token
+    if not format_.heads:
+      array = array.reshape(_merge_heads(name, array.shape))
+    names = format_.names(name)
+    if not names:
+      raise UserError(f"the format '{format_.name}' has no place for the "
+                      f"parameter {name!r} of a {type(module).__name__}")
+    parts.setdefault(names[0], []).append(format_.store(name, array))
+  tensors = {theirs: np.ascontiguousarray(np.concatenate(arrays))
+             for theirs, arrays in parts.items()}
+  _check_held(tensors, format_, module)
+  return tensors
+
+
+def _check_held(tensors, format_, module):
+  """Whoever reads the tensors has to find the same architecture."""
+  if format_ is formats.OURS:
+    return
+  _, fields, _ = formats.recognise(tensors, {}, f"of {format_.name}")
+  for field, value in module.fields.items():
+    if field not in ("gelu", "epsilon") and fields.get(field) != value:
+      raise UserError(
+          f"the format '{format_.name}' cannot hold {field}={value!r}: "
+          "choose another, ttc_jax holds everything")
+
 
 def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
           dtype: str = "float32") -> None:
