@@ -138,3 +138,151 @@ def test_ours_in_timm_s_model(module, options):
       params, formats.TIMM, module))
   assert np.abs(torch_features(model, module.image_size)
                 - features(module, params)).max() < 1e-5
+
+
+def load(read, size, **fields):
+  """The module that a file is of, whatever its size, and its parameters."""
+  width, patch, depth, _, hidden = weights_lib._variant(
+      lambda n: weights_lib._shape(read, n), weights_lib._depth(read.tensors))
+  module = vit.ViT(width, depth, 4, hidden, patch, size,
+                   **weights_lib.settled(read, fields))
+  return module, weights_lib.fit(read, backbones.shapes(module), "tiny")
+
+
+def check_features(path, expected, size, format_, **fields):
+  """The file gives the features, and its parameters go out and in again."""
+  read = weights_lib.read(path)
+  assert read.format is format_
+  module, params = load(read, size, **fields)
+  difference = np.abs(features(module, params) - expected).max()
+  print(f"{format_.name} {module.fields}: {difference:.1e}")
+  assert difference < 1e-4
+  assert np.abs(expected).max() > 0.1
+  return module, params
+
+
+def shake(model):
+  """No parameter at a special value."""
+  import torch
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      spread = 0.1 if p.ndim < 2 else max(1, p.numel() / len(p)) ** -0.5
+      norm = p.ndim == 1 and name.endswith("weight")
+      p.copy_(float(norm) + spread * torch.randn(p.shape, generator=generator))
+  return model.eval()
+
+
+# --- timm's models ------------------------------------------------------------
+
+TIMM_MODELS = {
+    "plain": {},
+    "dinov2 reg4": dict(reg_tokens=4, no_embed_class=True, init_values=1.0),
+    "registers with positions": dict(reg_tokens=2),
+    "siglip": dict(class_token=False, global_pool="map",
+                   act_layer="gelu_tanh"),
+    "clip": dict(pre_norm=True, act_layer="quick_gelu", norm_layer="clip"),
+    "fc_norm": dict(class_token=False, global_pool="avg", fc_norm=True),
+    "fc_norm and a token": dict(global_pool="avg"),
+    "no norm": dict(final_norm=False),
+}
+GELU_OF = {"gelu_tanh": "tanh", "quick_gelu": "quick"}
+
+
+@pytest.mark.parametrize("case", TIMM_MODELS)
+def test_timm_s_vit(case, tmp_path):
+  timm = import_timm()
+  import torch
+  from functools import partial
+  options = dict(TIMM_MODELS[case])
+  if options.get("norm_layer"):
+    options["norm_layer"] = partial(torch.nn.LayerNorm, eps=1e-5)
+  torch.manual_seed(0)
+  model = shake(timm.models.vision_transformer.VisionTransformer(
+      img_size=SIZE, patch_size=PATCH, embed_dim=32, depth=2, num_heads=4,
+      mlp_ratio=4, num_classes=0, **options))
+  path = save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()})
+  gelu = GELU_OF.get(options.get("act_layer"))
+  if gelu:
+    with pytest.raises(UserError, match="does not say the field 'gelu'"):
+      load(weights_lib.read(path), SIZE)
+  module, params = check_features(
+      path, torch_features(model, SIZE), SIZE, formats.TIMM,
+      **({"gelu": gelu} if gelu else {}))
+  ours = weights_lib.to_tensors(params, formats.TIMM, module)
+  check_same_bits(load(weights_lib.read(save(
+      tmp_path / "ours.safetensors", ours)), SIZE, gelu="exact")[1], params)
+
+
+def test_timm_s_distilled_deit(tmp_path):
+  timm = import_timm()
+  model = shake(timm.models.deit.VisionTransformerDistilled(
+      img_size=SIZE, patch_size=PATCH, embed_dim=32, depth=2, num_heads=4,
+      num_classes=3))
+  path = save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()})
+  import torch
+  with torch.no_grad():
+    expected = model.forward_features(torch.from_numpy(
+        images(SIZE).transpose(0, 3, 1, 2).copy()))[:, 0].numpy()
+  check_features(path, expected, SIZE, formats.TIMM)
+
+
+# --- Hugging Face's models ----------------------------------------------------
+
+def hugging_face(kind, **options):
+  import_timm()  # its torchvision is what transformers imports too
+  transformers = pytest.importorskip("transformers")
+  config = getattr(transformers, f"{kind}Config")(**{
+      "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+      "image_size": SIZE, "patch_size": PATCH, **options})
+  return shake(getattr(transformers, f"{kind}Model")(config))
+
+
+HIDDEN = dict(intermediate_size=64)
+HF_MODELS = [
+    ("ViT", {**HIDDEN, "layer_norm_eps": 1e-3}, formats.HF_VIT),
+    ("ViT", {**HIDDEN, "hidden_act": "gelu_new"}, formats.HF_VIT),
+    ("DeiT", HIDDEN, formats.HF_VIT),
+    ("Dinov2", {"mlp_ratio": 2}, formats.HF_DINOV2),
+    ("Dinov2WithRegisters", {"mlp_ratio": 2}, formats.HF_DINOV2),
+    ("CLIPVision", HIDDEN, formats.HF_CLIP),
+    ("CLIPVision", {**HIDDEN, "hidden_act": "gelu"}, formats.HF_CLIP),
+    ("SiglipVision", HIDDEN, formats.HF_SIGLIP),
+]
+
+
+@pytest.mark.parametrize("kind, options, format_", HF_MODELS)
+def test_hugging_face_s_vits(kind, options, format_, tmp_path):
+  model = hugging_face(kind, **options)
+  model.save_pretrained(tmp_path)
+
+  def features_of(model):
+    import torch
+    with torch.no_grad():
+      out = model(torch.from_numpy(images(SIZE).transpose(0, 3, 1, 2).copy()))
+    return (out.pooler_output if kind in ("CLIPVision", "SiglipVision")
+            else out.last_hidden_state[:, 0]).numpy()
+  module, params = check_features(
+      str(tmp_path / "model.safetensors"), features_of(model), SIZE, format_)
+  if kind == "DeiT":  # HF_VIT has registers, but no class of theirs
+    return
+  ours = weights_lib.to_tensors(params, format_, module)
+  save(tmp_path / "model.safetensors", ours)
+  again, loading = type(model).from_pretrained(
+      tmp_path, output_loading_info=True)
+  assert not loading["unexpected_keys"]
+  assert not [n for n in loading["missing_keys"]
+              if "pooler" not in n and "mask_token" not in n]
+  assert np.abs(features_of(again.eval()) - features(module, params)).max() < (
+      1e-5)
+
+
+def test_a_clip_without_its_config_is_in_doubt(tmp_path):
+  hugging_face("CLIPVision", **HIDDEN).save_pretrained(tmp_path)
+  (tmp_path / "config.json").unlink()
+  read = weights_lib.read(str(tmp_path / "model.safetensors"))
+  with pytest.raises(UserError, match="put the model's config.json beside it"):
+    load(read, SIZE)
+  assert load(read, SIZE, gelu="quick")[0].gelu == "quick"

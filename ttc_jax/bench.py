@@ -83,7 +83,7 @@ def flops_needed(vit: ViT, k: int, classes: int) -> dict[str, float]:
   to the patches. The adapter has all three products.
   """
   patches = (vit.image_size // vit.patch) ** 2
-  N, L, D, F = patches + (vit.pool == "cls"), vit.depth, vit.width, vit.hidden
+  N, L, D, F = patches + vit.prefix, vit.depth, vit.width, vit.hidden
   T = (L - 1) * N + (vit.tokens_read or N)
   linear = L * N * 2 * D * D + T * (2 * D * D + 2 * D * F)
   attention = T * 2 * N * D

@@ -82,5 +82,5 @@ def load(name: str, weights: str, image_size: int,
   module = make(name, image_size, **fields)  # a wrong name costs no download
   read = weights_lib.read(weights_lib.locate(weights))
   weights_lib.check_fields(read, module, name)
-  module = module.clone(**(read.fields | fields))
+  module = module.clone(**weights_lib.settled(read, fields))
   return module, weights_lib.fit(read, shapes(module), name)
