@@ -13,7 +13,7 @@ LEVELS = {
     "backbones": 2, "optim": 2, "presets": 2, "progress": 2, "report": 3,
     "taps": 3, "plots": 4, "model": 4, "cost": 5, "evaluate": 5,
     "importance": 5, "checkpoint": 5, "methods": 6, "train": 7, "jobs": 8,
-    "predict": 9, "main": 9, "bench_torch": 1, "bench": 9,
+    "predict": 9, "weights": 9, "main": 9, "bench_torch": 1, "bench": 9,
 }
 
 

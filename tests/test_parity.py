@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.conftest import import_transformers
 from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax.backbones import formats, swin, vit, weights as weights_lib
@@ -232,8 +233,7 @@ def test_timm_s_distilled_deit(tmp_path):
 # --- Hugging Face's models ----------------------------------------------------
 
 def hugging_face(kind, **options):
-  import_timm()  # its torchvision is what transformers imports too
-  transformers = pytest.importorskip("transformers")
+  transformers = import_transformers()
   config = getattr(transformers, f"{kind}Config")(**{
       "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
       "image_size": SIZE, "patch_size": PATCH, **options})

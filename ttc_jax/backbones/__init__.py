@@ -79,8 +79,15 @@ def load(name: str, weights: str, image_size: int,
   Raises:
     UserError: with the one thing to change.
   """
-  module = make(name, image_size, **fields)  # a wrong name costs no download
-  read = weights_lib.read(weights_lib.locate(weights))
+  make(name, image_size, **fields)  # a wrong name costs no download
+  return fit(weights_lib.read(weights_lib.locate(weights)), name, image_size,
+             **fields)
+
+
+def fit(read: weights_lib.Weights, name: str, image_size: int,
+        **fields: Any) -> tuple[nn.Module, trees.Tree]:
+  """`load` of a file that is open already."""
+  module = make(name, image_size, **fields)
   weights_lib.check_fields(read, module, name)
   module = module.clone(**weights_lib.settled(read, fields))
   return module, weights_lib.fit(read, shapes(module), name)

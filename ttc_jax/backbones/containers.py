@@ -30,15 +30,20 @@ FLOATS = ("F16", "BF16", "F32", "F64", "<f2", "<f4", "<f8", "|V2",
 
 
 class Tensor(NamedTuple):
-  """A tensor that is still in its file."""
+  """A tensor that is still in its file.
+
+  Attributes:
+    whole: the tensor that this one is a part of, if it is.
+  """
   shape: tuple[int, ...]
   dtype: str
   read: Callable[[], np.ndarray]
+  whole: "Tensor | None" = None
 
   def unstacked(self) -> list["Tensor"]:
     """Those along the first axis; the file is read once for all."""
-    whole = functools.cache(self.read)
-    return [Tensor(self.shape[1:], self.dtype, lambda i=i: whole()[i])
+    read = functools.cache(self.read)
+    return [Tensor(self.shape[1:], self.dtype, lambda i=i: read()[i], self)
             for i in range(self.shape[0])]
 
 

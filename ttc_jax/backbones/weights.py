@@ -31,11 +31,13 @@ class Weights(NamedTuple):
   Attributes:
     fields: of the variant, as far as the file settles them; None: in doubt.
     tensors: by the names they have in the format.
+    outside: names of what is no part of the format: heads, another tower.
   """
   path: str
   format: Format
   fields: dict[str, Any]
   tensors: Mapping[str, Tensor]
+  outside: tuple[str, ...] = ()
 
 
 # --- Reading ------------------------------------------------------------------
@@ -51,15 +53,17 @@ def read(path: str) -> Weights:
     UserError: missing, damaged, of no known format, or of an architecture
       that is not ours.
   """
-  tensors, metadata = containers.open_file(path)
+  everything, metadata = containers.open_file(path)
   format_, fields, tensors = formats.recognise(
-      tensors, metadata, _config(path), path)
+      everything, metadata, _config(path), path)
   for pattern, what in format_.refused.items():
     for name in filter(re.compile(pattern).fullmatch, tensors):
       raise UserError(
           f"weights file '{path}' has {what} ({name!r}), which is not "
           "supported: use a plain ViT or Swin")
-  return Weights(path, format_, fields, tensors)
+  taken = {id(t.whole or t) for t in tensors.values()}
+  outside = tuple(n for n, t in everything.items() if id(t) not in taken)
+  return Weights(path, format_, fields, tensors, outside)
 
 
 def _config(path):
@@ -277,21 +281,37 @@ def _token_shape(weights, theirs, width):
 
 def _positions(weights, width, prefix):
   """-> positions of the first tokens (1, 0 to prefix, D), the patches'."""
-  theirs = _find(weights, "pos_embedding")
+  extra, side = _grid(weights, width, prefix)
+  position = _values(weights, _find(weights, "pos_embedding")).reshape(
+      1, extra + side ** 2, width)
+  return position[:, :extra], position[:, extra:]
+
+
+def _grid(weights, width, prefix):
+  """-> how many tokens before the patches have a position, patches a side."""
   shape = _shape(weights, "pos_embedding")
   tokens = shape[1] if len(shape) == 3 else 0
   # None of them has a position, [CLS] alone has one, or all have.
-  extra = next((extra for extra in (0, min(prefix, 1), prefix)
-                if math.isqrt(max(tokens - extra, 0)) ** 2 == tokens - extra),
-               None)
-  if (shape != (1, tokens, width) or extra is None
-      or not 1 <= tokens - extra <= _LARGEST_GRID ** 2):
-    raise UserError(
-        f"weights file '{weights.path}': {theirs!r} has the shape "
-        f"{weights.tensors[theirs].shape}, expected (1, n * n, {width}), or "
-        "one more for a class token")
-  position = _values(weights, theirs).reshape(shape)
-  return position[:, :extra], position[:, extra:]
+  for extra in sorted({0, min(prefix, 1), prefix}):
+    side = math.isqrt(max(tokens - extra, 0))
+    if (shape == (1, side ** 2 + extra, width)
+        and 1 <= side <= _LARGEST_GRID):
+      return extra, side
+  theirs = _find(weights, "pos_embedding")
+  raise UserError(
+      f"weights file '{weights.path}': {theirs!r} has the shape "
+      f"{weights.tensors[theirs].shape}, expected (1, n * n, {width}), or "
+      "one more for a class token")
+
+
+def native_size(weights: Weights) -> int | None:
+  """Pixels a side that the position embedding of a file is made for; None if
+  it has none."""
+  if not weights.format.names("pos_embedding") or "window" in weights.fields:
+    return None
+  patch, *_, width = _shape(weights, "embedding/kernel")
+  found = formats.count_tokens(weights.tensors, weights.format.tokens)
+  return patch * _grid(weights, width, found)[1]
 
 
 def resize_positions(position: np.ndarray, tokens: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import json
 import pkgutil
 from typing import Any
 
-from ttc_jax.backbones.formats.base import Fields, Format, Found
+from ttc_jax.backbones.formats.base import Format, Found, count_tokens
 from ttc_jax.backbones.formats.bigvision import BIGVISION
 from ttc_jax.backbones.formats.hf import HF_CLIP, HF_DINOV2, HF_SIGLIP, HF_VIT
 from ttc_jax.backbones.formats.swin import SWIN_HF, SWIN_MS, SWIN_TIMM
