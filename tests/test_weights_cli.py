@@ -286,3 +286,50 @@ def test_timm_s_config(tmp_path, config, gelu, pool):
   fields = weights.read(path).fields
   assert (fields["gelu"], fields["pool"]) == (gelu, pool)
   assert fields["registers"] == int(pool == "gap")
+
+
+# --- Another patch ------------------------------------------------------------
+
+def bilinear(old, new):
+  """(new, old): samples at the centres of new pixels, edges repeated."""
+  out = np.zeros((new, old))
+  for i in range(new):
+    at = np.clip((i + 0.5) * old / new - 0.5, 0, old - 1)
+    low = int(at)
+    out[i, low] += 1 - (at - low)
+    out[i, min(low + 1, old - 1)] += at - low
+  return out
+
+
+@pytest.mark.parametrize("old, new", [(4, 6), (8, 5), (4, 8)])
+def test_pi_resize_is_flexivit_s_formula(old, new):
+  kernel = np.random.default_rng(0).normal(size=(old, old, 3, 5))
+  kernel = kernel.astype(np.float32)
+  one = bilinear(old, new)
+  inverse = np.linalg.pinv(np.kron(one, one).T)
+  expected = np.einsum("ij,jcd->icd", inverse, kernel.reshape(-1, 3, 5))
+  got = weights.resize_patch(kernel, new)
+  np.testing.assert_allclose(got, expected.reshape(new, new, 3, 5), atol=1e-5)
+  if new > old:  # a patch made larger looks the same: the purpose of it all
+    patch = np.random.default_rng(1).normal(size=(old, old, 3))
+    larger = np.einsum("ij,kl,jlc->ikc", one, one, patch)
+    np.testing.assert_allclose(np.einsum("ijc,ijcd->d", larger, got),
+                               np.einsum("ijc,ijcd->d", patch, kernel),
+                               atol=1e-4)
+
+
+def test_another_patch_is_asked_for(sizes, tmp_path):
+  path = save(tmp_path / "t.safetensors", as_timm(flat_params()))
+  with pytest.raises(UserError, match="use backbone=vit_ti4"):
+    backbones.load("vit_ti8", path, 32)
+  module, params = backbones.load("vit_ti8", path, 32, resample_patch=True)
+  assert params["embedding"]["kernel"].shape == (8, 8, 3, D)
+  assert (params["pos_embedding"] == flat_params()["pos_embedding"]).all()
+  out = str(tmp_path / "out.safetensors")
+  cli.convert(path, out, patch=8)
+  assert cli.describe(out)["backbone"] == "vit_ti8"
+  assert cli.describe(out)["image_size"] == 32
+  check_equal(trees.flatten(backbones.load("vit_ti8", out, 32)[1]),
+              trees.flatten(params), 0)
+  with pytest.raises(UserError, match="depth 2; vit_s8 has width 384"):
+    backbones.load("vit_s8", path, 32, resample_patch=True)

@@ -2,11 +2,13 @@
 
   python -m ttc_jax.weights inspect FILE... [--json]
   python -m ttc_jax.weights convert FILE --out=FILE [--to=FORMAT] [--dtype=TYPE]
+      [--patch=PIXELS] [--gelu=NAME]
   python -m ttc_jax.weights diff FILE FILE
 
 A FILE is whatever `weights=` takes: a path, a URL, hf://owner/name. `convert`
 writes the backbone without a head, by default in our own format; `--to=timm`
-and `--to=hf` write safetensors and `--to=bigvision` an .npz. `diff` compares
+and `--to=hf` write safetensors and `--to=bigvision` an .npz. `--patch` resizes
+the patch embedding, so that a file of vit_b16 serves vit_b14. `diff` compares
 tensors by our names, so files of different formats too, and exits with 1 where
 they differ.
 """
@@ -61,16 +63,26 @@ def describe(source: str) -> dict[str, Any]:
       "ignored": sorted([*ignored, *read.outside])}
 
 
-def load(read: weights_lib.Weights, gelu: str = "") -> Loaded:
-  """The backbone that a file is of, at its native size, and its parameters."""
-  name = weights_lib.identify(read)
-  return backbones.fit(
-      read, name, weights_lib.native_size(read) or 224,
-      **({"gelu": gelu} if gelu else {}))
+def load(read: weights_lib.Weights, gelu: str = "", patch: int = 0) -> Loaded:
+  """The backbone that a file is of, on its native grid, and its parameters.
+
+  Args:
+    gelu: where the file is in doubt.
+    patch: another than the file's; 0: that.
+  """
+  name, size = weights_lib.identify(read), weights_lib.native_size(read)
+  if patch:
+    size_name, own = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    if not own or patch < 1:
+      raise UserError(f"--patch={patch} is nothing for {name}: give the pixels "
+                      "of a ViT's patch")
+    name, size = f"{size_name}{patch}", size // int(own) * patch
+  return backbones.fit(read, name, size or 224, resample_patch=bool(patch),
+                       **({"gelu": gelu} if gelu else {}))
 
 
 def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
-            gelu: str = "") -> tuple[str, dict[str, Any]]:
+            gelu: str = "", patch: int = 0) -> tuple[str, dict[str, Any]]:
   """Writes a file's backbone in another format.
 
   Returns:
@@ -81,7 +93,8 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   """
   check_known("--to", to, TARGETS)
   check_known("--dtype", dtype, DTYPES)
-  module, params = load(weights_lib.read(weights_lib.locate(source)), gelu)
+  module, params = load(
+      weights_lib.read(weights_lib.locate(source)), gelu, patch)
   if to == "ttc_jax":
     weights_lib.write(out, params, module.fields, dtype)
     return to, {}
@@ -174,7 +187,7 @@ def main(argv) -> int | None:
   if not _OUT.value:
     raise UserError("give --out=FILE")
   name, untold = convert(sources[0], _OUT.value, _TO.value, _DTYPE.value,
-                         _GELU.value)
+                         _GELU.value, _PATCH.value)
   told = ", ".join(f"{k}={v}" for k, v in untold.items())
   print(f"{_OUT.value}: {name}" + (
       f"; tell its readers {told}: the format has no place for that"
@@ -187,4 +200,5 @@ if __name__ == "__main__":
   _TO = flags.DEFINE_string("to", "ttc_jax", f"convert: {', '.join(TARGETS)}")
   _DTYPE = flags.DEFINE_string("dtype", "float32", ", ".join(DTYPES))
   _GELU = flags.DEFINE_string("gelu", "", "convert: where the file is in doubt")
+  _PATCH = flags.DEFINE_integer("patch", 0, "convert: of another patch size")
   cli.run(main)

@@ -83,9 +83,11 @@ def _config(path):
 # --- Into a module ------------------------------------------------------------
 
 _TOKENS = ("cls", "registers", "pos_embedding")
+_KERNEL = "embedding/kernel"
 
 
-def fit(weights: Weights, expected: trees.Tree, name: str) -> trees.Tree:
+def fit(weights: Weights, expected: trees.Tree, name: str,
+        resample_patch: bool = False) -> trees.Tree:
   """Returns the parameters of a module, numpy float32.
 
   Position embeddings are resized to the module's grid; the positions of tokens
@@ -94,13 +96,14 @@ def fit(weights: Weights, expected: trees.Tree, name: str) -> trees.Tree:
   Args:
     expected: tree of the module's shapes (`jax.eval_shape` of its `init`).
     name: of the backbone, for messages.
+    resample_patch: resizes the patch embedding of another patch size.
 
   Raises:
     UserError: the file is of another variant; a tensor is missing, left
       over, of another shape or type, or not finite.
   """
   want = {n: leaf.shape for n, leaf in trees.flatten(expected).items()}
-  _check_variant(weights, want, name)
+  _check_variant(weights, want, name, resample_patch)
   found = {n: _find(weights, n) for n in want
            if n not in _TOKENS[:2] and not _is_zero(weights, n)}
   left = sorted(n for n in weights.tensors.keys() - set(found.values())
@@ -112,7 +115,11 @@ def fit(weights: Weights, expected: trees.Tree, name: str) -> trees.Tree:
         f"has no place for, first {left[0]!r}")
   out = {n: np.zeros(shape, np.float32) if n not in found else
          _tensor(weights, n, shape)
-         for n, shape in want.items() if n not in _TOKENS}
+         for n, shape in want.items() if n not in (*_TOKENS, _KERNEL)}
+  patch = (_shape(weights, _KERNEL) if resample_patch else want[_KERNEL])[0]
+  out[_KERNEL] = resize_patch(
+      _tensor(weights, _KERNEL, (patch, patch, *want[_KERNEL][2:])),
+      want[_KERNEL][0])
   if "pos_embedding" in want:
     out |= _tokens(weights, want, name)
   return trees.unflatten({n: out[n] for n in want})
@@ -329,6 +336,24 @@ def resize_positions(position: np.ndarray, tokens: int) -> np.ndarray:
   return np.asarray(grid).reshape(1, tokens, -1)
 
 
+def resize_patch(kernel: np.ndarray, patch: int) -> np.ndarray:
+  """(p, p, C, D) -> (patch, patch, C, D): the kernel that sees in a patch, when
+  it is resized, what the old one saw.
+
+  FlexiViT's PI-resize (Beyer et al., 2023, Eq. 3): with B the linear map that
+  resizes a patch bilinearly, the pseudo-inverse of B^T times the kernel.
+  """
+  old = len(kernel)
+  if old == patch:
+    return kernel
+  basis = np.eye(old ** 2, dtype=np.float32).reshape(old ** 2, old, old)
+  resized = jax.image.resize(
+      basis, (old ** 2, patch, patch), "bilinear", antialias=False)
+  B = np.asarray(resized, np.float64).reshape(old ** 2, patch ** 2).T
+  new = np.linalg.pinv(B.T) @ kernel.reshape(old ** 2, -1)
+  return new.reshape(patch, patch, *kernel.shape[2:]).astype(np.float32)
+
+
 # --- Which variant ------------------------------------------------------------
 
 class _Variant(NamedTuple):
@@ -367,7 +392,7 @@ def _size(weights, file):
                and file.heads in (None, heads)), None)
 
 
-def _check_variant(weights, want, name):
+def _check_variant(weights, want, name, resample_patch):
   """One sentence instead of the first of a hundred wrong shapes."""
   try:
     file = _variant(lambda n: _shape(weights, n), _depth(weights.tensors))
@@ -376,7 +401,8 @@ def _check_variant(weights, want, name):
     return  # A tensor is missing or odd: `fit` names it.
   size = _size(weights, file)
   file = file._replace(heads=file.heads or mine.heads)
-  if file == mine:
+  if file == mine or (
+      resample_patch and file._replace(patch=mine.patch) == mine):
     return
   shown = file._fields[:3] if file[:3] != mine[:3] else file._fields
   def text(v):
