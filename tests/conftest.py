@@ -1,6 +1,7 @@
 """Two fake CPU devices and one empty cache for all tests, and a tiny problem.
 """
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
@@ -79,3 +81,12 @@ def random_adapter(adapter, seed=7):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
       lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), adapter)
+
+
+def import_transformers():
+  """Hugging Face's, which imports the torchvision that timm needs if it is
+  there."""
+  if importlib.util.find_spec("torchvision"):
+    import_timm()
+  pytest.importorskip("torch")
+  return pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import random_adapter
+from tests.conftest import import_transformers, random_adapter
 from ttc_jax import backbones, importance, methods, model as model_lib
 from ttc_jax import parallel, train, trees
 from ttc_jax.backbones import swin, weights as weights_lib
@@ -51,7 +51,7 @@ VARIANTS = {
 
 def hugging_face(size, embed, depths, heads, window):
   torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
+  transformers = import_transformers()
   model = transformers.SwinModel(transformers.SwinConfig(
       image_size=size, embed_dim=embed, depths=list(depths),
       num_heads=[heads * 2 ** i for i in range(4)], window_size=window)).eval()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.conftest import import_transformers
 from ttc_jax import backbones, trees
 from ttc_jax.backbones import layers, vit
 from ttc_jax.errors import UserError
@@ -189,8 +190,7 @@ def torch():
 
 @pytest.fixture(scope="module")
 def transformers():
-  pytest.importorskip("torch")
-  return pytest.importorskip("transformers")
+  return import_transformers()
 
 
 def scramble(torch, model, seed=0):

@@ -137,7 +137,8 @@ def test_timm(tmp_path, fields):
   assert read.format.name == "timm"
   assert read.fields == {
       "gelu": "exact", "epsilon": 1e-6, "pool": "cls", "final_norm": True,
-      "layer_scale": False} | fields
+      "layer_scale": False, "registers": 0, "pre_norm": False,
+      "pool_norm": False} | fields
   check_equal(fit(path), flat)
 
 
@@ -304,10 +305,7 @@ def test_a_missing_big_vision_tensor_is_named(tmp_path, missing):
 
 
 @pytest.mark.parametrize("name, what", [
-    ("reg_token", "register tokens"), ("fc_norm.weight", "after the pooling"),
-    ("dist_token", "distillation"), ("attn_pool.q.weight", "attention pool"),
-    ("norm_pre.weight", "before the blocks"),
-    ("blocks.0.attn.q_norm.weight", "norms of queries"),
+    ("blocks.0.gamma_1", "EVA"), ("blocks.0.attn.q_norm.weight", "norms of queries"),
     ("blocks.1.mlp.w12.weight", "gated"),
     ("blocks.0.something.weight", "no place")])
 def test_other_timm_architectures_are_refused(tmp_path, name, what):
@@ -316,8 +314,7 @@ def test_other_timm_architectures_are_refused(tmp_path, name, what):
 
 
 @pytest.mark.parametrize("name, what", [
-    ("MAPHead_0/probe", "attention pooling"), ("conv_root/kernel", "ResNet"),
-    ("Transformer/encoderblock/LayerNorm_0/bias", "stacked"),
+    ("conv_root/kernel", "ResNet"),
     ("Transformer/encoderblock_0/something/bias", "no place")])
 def test_other_big_vision_architectures_are_refused(tmp_path, name, what):
   check_error(save(tmp_path / "bv.npz", flat_params() | {name: np.zeros(D)}),
@@ -442,7 +439,7 @@ GOOD = {"gelu": "exact", "epsilon": 1e-6}
     (json.dumps({"gelu": "exact"}), "epsilon"),
     (json.dumps(GOOD | {"stride": 7}), "'stride'"),
     (json.dumps(GOOD | {"window": 0}), "1 to 64"),
-    (json.dumps(GOOD | {"gelu": "quick"}), "'quick'"),
+    (json.dumps(GOOD | {"gelu": "relu"}), "'relu'"),
     (json.dumps(GOOD | {"gelu": ["exact"]}), "gelu"),
     (json.dumps(GOOD | {"epsilon": "1e-6"}), "epsilon"),
     (json.dumps(GOOD | {"epsilon": True}), "epsilon"),
@@ -601,7 +598,8 @@ def test_a_folder_and_a_pickle(tmp_path):
   check_error(str(tmp_path), "cannot be read")
   with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
     archive.writestr("archive/data.pkl", b"\x80\x02.")
-  check_error(str(tmp_path / "model.pth"), "no known format")
+  pytest.importorskip("torch")
+  check_error(str(tmp_path / "model.pth"), "cannot be read")
 
 
 # --- Sources ------------------------------------------------------------------
@@ -838,6 +836,9 @@ def test_two_processes_fetch_once(server, tmp_path):
 class FakeHub(types.ModuleType):
   """Stands for huggingface_hub at the two calls we make."""
 
+  class errors:
+    EntryNotFoundError = FileNotFoundError
+
   def __init__(self, folder, files):
     super().__init__("huggingface_hub")
     self.files, self.calls = files, []
@@ -849,7 +850,7 @@ class FakeHub(types.ModuleType):
     def hf_hub_download(repo, file, revision=None, cache_dir=None):
       self.calls.append((repo, file, revision))
       if file not in self.files:
-        raise RuntimeError("404 Client Error")
+        raise FileNotFoundError("404 Client Error")
       path = folder / "copy"
       path.write_bytes(CONTENT)
       return str(path)
@@ -865,7 +866,7 @@ def test_the_hub_chooses_a_file(tmp_path, monkeypatch, files, chosen):
   monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
   if chosen:
     assert holds(weights.locate("hf://owner/name"))
-    assert hub.calls == [("owner/name", chosen, None)]
+    assert hub.calls[0] == ("owner/name", chosen, None)
   else:
     check_source("hf://owner/name", tmp_path, "name one",
                  "hf://owner/name/a.npz" if len(files) > 1 else "none")
@@ -876,7 +877,8 @@ def test_the_hub_with_file_revision_and_hash(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
   source = "hf://owner/na.me@v1/sub/x.npz"
   assert holds(weights.locate(f"{source}#sha256={DIGEST}"))
-  assert hub.calls == [("owner/na.me", "sub/x.npz", "v1")]
+  assert hub.calls == [("owner/na.me", "sub/x.npz", "v1"),
+                       ("owner/na.me", "sub/config.json", "v1")]
   check_source(f"{source}#sha256={'0' * 64}", tmp_path, DIGEST)
   check_source("hf://owner/name/none.npz", tmp_path, "404")
   check_source("hf://owner", tmp_path, "hf://owner/name")

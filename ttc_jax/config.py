@@ -42,7 +42,7 @@ def default() -> ml_collections.ConfigDict:
 
   c.backbone = "vit_b16"
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
-  c.gelu = ""                 # "exact", "tanh"; empty: what the weights say
+  c.gelu = ""                 # exact, tanh, quick; empty: what the weights say
   c.dtype = "float32"         # or "bfloat16": of the computation
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.
@@ -169,7 +169,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("optimiser", config.optimiser, OPTIMISERS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
   check_known("resample", config.resample, ("bicubic", "bilinear"))
-  check_known("gelu", config.gelu, ("", "exact", "tanh"))
+  check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))
   check_known("matmul_precision", config.matmul_precision,
               ("", "high", "highest"))
   for key in ("epochs", "batch_size", "image_size", "eval_every"):

@@ -128,7 +128,7 @@ def _class_squares(model, sites, params, selection, batch):
   images, labels, weight = batch
   classes = params["head"]["bias"].shape[-1]
   members = jax.nn.one_hot(labels, classes) * weight[:, None]
-  first = int(model.backbone.pool == "cls")
+  first = model.backbone.prefix
   features = _features(model, sites, params, selection, images)
   return jax.tree.map(
       lambda y: jnp.einsum("bc,bnd->cd", members, jnp.square(y[:, first:])),

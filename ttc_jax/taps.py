@@ -10,7 +10,9 @@ into y, and goes on with what comes back. Site names, the same in every block:
   mlp                   the MLP from its normalised input to its output
   attention block       the residual stream, after MHSA and after the MLP
   embedding tokens norm patches, the sequence that enters, the final norm;
-                        these count as block 0
+                        these count as block 0, as do the norms that some
+                        backbones have: pre_norm pool_norm map_norm
+                        embedding_norm
 
 A handler is `handler(p, y, x) -> y`: what a method does at a site, with `p`
 its parameters there. In training `p["key"]` is a random key of the site, block

@@ -61,7 +61,7 @@ def _images(module):
 
 
 def load(name: str, weights: str, image_size: int,
-         **fields: Any) -> tuple[nn.Module, trees.Tree]:
+         resample_patch: bool = False, **fields: Any) -> tuple[nn.Module, trees.Tree]:
   """Returns a backbone and its pretrained parameters.
 
   Args:
@@ -69,6 +69,8 @@ def load(name: str, weights: str, image_size: int,
     weights: path, gs://, https:// or hf:// source of a file, see `sources`,
       in a format that `weights` knows.
     image_size: pixels a side; the position embeddings are resized to it.
+    resample_patch: resizes the patch embedding too, where the file has another
+      patch than the name; else that is an error.
     **fields: of the module, to override what the file says, e.g.
       gelu="tanh", drop_path=0.1, dtype=jnp.bfloat16.
 
@@ -79,8 +81,15 @@ def load(name: str, weights: str, image_size: int,
   Raises:
     UserError: with the one thing to change.
   """
-  module = make(name, image_size, **fields)  # a wrong name costs no download
-  read = weights_lib.read(weights_lib.locate(weights))
+  make(name, image_size, **fields)  # a wrong name costs no download
+  return fit(weights_lib.read(weights_lib.locate(weights)), name, image_size,
+             resample_patch, **fields)
+
+
+def fit(read: weights_lib.Weights, name: str, image_size: int,
+        resample_patch: bool = False, **fields: Any) -> tuple[nn.Module, trees.Tree]:
+  """`load` of a file that is open already."""
+  module = make(name, image_size, **fields)
   weights_lib.check_fields(read, module, name)
-  module = module.clone(**(read.fields | fields))
-  return module, weights_lib.fit(read, shapes(module), name)
+  module = module.clone(**weights_lib.settled(read, fields))
+  return module, weights_lib.fit(read, shapes(module), name, resample_patch)

@@ -4,7 +4,9 @@
   gs://vit_models/augreg/S_16.npz, https://...    whatever fsspec opens
   hf://owner/name[@revision][/file]               the Hugging Face Hub
 
-Any of them may end with "#sha256=HEX", the file's expected hash.
+Any of them may end with "#sha256=HEX", the file's expected hash. A folder
+stands for its model.safetensors or, of a model in several files, for
+model.safetensors.index.json; a hash of that is one of all its files.
 """
 import contextlib
 import hashlib
@@ -17,6 +19,8 @@ from typing import Any
 from ttc_jax import files
 from ttc_jax.errors import UserError
 
+INDEX = ".safetensors.index.json"
+_MAIN = ("model.safetensors", "model" + INDEX)
 _BLOCK = 2 ** 22  # bytes of one read while a download resumes
 
 
@@ -40,6 +44,8 @@ def locate(source: str, cache: str | None = None) -> str:
   if "://" in address and not address.startswith("hf://"):
     return _download(address, wanted, cache or default_cache())
   path = _from_hub(address, cache) if "://" in address else address
+  path = next((inside for name in _MAIN if os.path.isfile(
+      inside := os.path.join(path, name))), path)
   if not os.path.isfile(path):
     raise UserError(f"weights file '{path}' does not exist")
   if wanted:
@@ -53,9 +59,49 @@ def default_cache() -> str:
 
 
 def sha256(path: str) -> str:
-  """Returns the file's SHA-256, hexadecimal, without holding it in memory."""
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
+  """Returns the file's SHA-256, hexadecimal, without holding it in memory.
+
+  Of an index: that of the list of the hashes of the index and its files.
+  """
+  def of_file(path):
+    with open(path, "rb") as f:
+      return hashlib.file_digest(f, "sha256").hexdigest()
+  if not path.endswith(INDEX):
+    return of_file(path)
+  folder = os.path.dirname(path)
+  names = [os.path.basename(path), *sorted(set(shards(path).values()))]
+  lines = [f"{of_file(os.path.join(folder, n))}  {n}\n" for n in names]
+  return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shards(path: str) -> dict[str, str]:
+  """Reads the index of sharded safetensors: {tensor: file beside the index}.
+
+  Raises:
+    UserError: no such index, a file that is not there, or a name that is no
+      plain file name.
+  """
+  map_ = _weight_map(path)
+  for name in sorted(set(map_.values())):
+    if not os.path.isfile(os.path.join(os.path.dirname(path), name)):
+      raise UserError(f"weights file '{path}' names '{name}', which is not "
+                      "beside it: fetch all files of the model")
+  return map_
+
+
+def _weight_map(path):
+  read = _read_json(path)
+  map_ = read.get("weight_map") if read else None
+  if not isinstance(map_, dict) or not map_:
+    raise UserError(f"weights file '{path}' is no index of sharded "
+                    "safetensors: it has no 'weight_map'")
+  for name in map_.values():
+    # It comes from strangers: nothing but a file beside it may be named.
+    if not isinstance(name, str) or not re.fullmatch(
+        r"[\w.-]+\.safetensors", name):
+      raise UserError(f"weights file '{path}' names the file {name!r}; "
+                      "expected plain names that end in .safetensors")
+  return map_
 
 
 def _check(address, found, wanted):
@@ -161,14 +207,24 @@ def _from_hub(address: str, cache: str | None) -> str:
     import huggingface_hub as hub
     file = file or _main_file(
         address, hub.HfApi().list_repo_files(repo, revision=revision))
-    return hub.hf_hub_download(
-        repo, file, revision=revision, cache_dir=cache)
+    def fetch(name):
+      return hub.hf_hub_download(
+          repo, os.path.join(os.path.dirname(file), name), revision=revision,
+          cache_dir=cache)
+    path = fetch(os.path.basename(file))
+    with contextlib.suppress(hub.errors.EntryNotFoundError):
+      fetch("config.json")  # it may say which GELU
+    if path.endswith(INDEX):
+      for name in sorted(set(_weight_map(path).values())):
+        fetch(name)
+    return path
 
 
 def _main_file(address, files):
-  files = [f for f in files if f.endswith((".safetensors", ".npz"))]
-  if "model.safetensors" in files:
-    return "model.safetensors"
+  for name in _MAIN:
+    if name in files:
+      return name
+  files = [f for f in files if f.endswith((".safetensors", ".npz", ".pth"))]
   if len(files) != 1:
     raise UserError(
         f"weights '{address}' hold {len(files)} weights files; name one: "

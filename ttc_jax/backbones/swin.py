@@ -203,6 +203,7 @@ class Swin(nn.Module):
   dtype: Any = jnp.float32
 
   pool = "gap"
+  prefix = 0  # no token stands before the patches
 
   @property
   def width(self) -> int:

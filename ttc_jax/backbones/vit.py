@@ -22,8 +22,12 @@ SIZES = {
     "s": (384, 12, 6, 1536),
     "b": (768, 12, 12, 3072),
     "l": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
     "h": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
 }
+
+POOLS = ("cls", "gap", "map")
 
 # Of parameters, as Big Vision names them; {} is the number of the block.
 BLOCK = "Transformer/encoderblock_{}"
@@ -32,12 +36,12 @@ _MLP = f"{BLOCK}/MlpBlock_0"
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention of the first `queries` tokens to all."""
+  """Multi-head attention of `queries` (B, M, D) to x (B, N, D)."""
   heads: int
   dtype: Any
 
   @nn.compact
-  def __call__(self, x, queries, mask, tap):
+  def __call__(self, queries, x, mask, tap):
     D, H = x.shape[-1], self.heads
     heads = functools.partial(
         Dense, (D, H, D // H), contract=1, dtype=self.dtype)
@@ -45,7 +49,7 @@ class Attention(nn.Module):
     def project(site, name, x):
       return tap(site, heads(name=name)(x, mask.get(site)), x)
 
-    q = project("q", "query", x[:, :queries])
+    q = project("q", "query", queries)
     k = project("k", "key", x)
     v = project("v", "value", x)
     y = layers.attention(q, k, v, H, tap)
@@ -79,7 +83,7 @@ class Block(nn.Module):
     z = tap("norm1", norm(name="LayerNorm_0")(x), x)
     x = x[:, :self.queries]
     y = Attention(vit.heads, dtype, name="MultiHeadDotProductAttention_0")(
-        z, self.queries, mask, tap)
+        z[:, :self.queries], z, mask, tap)
     x = tap("attention", add(x, y, "layer_scale_0"), x)
     z = tap("norm2", norm(name="LayerNorm_1")(x), x)
     y = layers.Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(
@@ -109,12 +113,40 @@ class Encoder(nn.Module):
     return x
 
 
+class MAPHead(nn.Module):
+  """Pooling by attention (Zhai et al., 2022): (B, N, D) -> (B, D).
+
+  What a learnt probe sees of the tokens, and an MLP beside it.
+  """
+  vit: "ViT"
+
+  @nn.compact
+  def __call__(self, x, tap):
+    vit, shape = self.vit, (1, 1, x.shape[-1])
+    # Its layers are nobody's sites: they belong to no block.
+    alone = layers.at_block(layers.no_tap, 0)
+    probe = self.param("probe", nn.initializers.xavier_uniform(), shape)
+    probe = jnp.broadcast_to(probe.astype(vit.dtype), (len(x), *shape[1:]))
+    x = Attention(vit.heads, vit.dtype, name="MultiHeadDotProductAttention_0")(
+        probe, x, {}, alone)
+    norm = layers.LayerNorm(vit.epsilon, vit.dtype, name="LayerNorm_0")
+    z = tap("map_norm", norm(x), x)
+    mlp = layers.Mlp(vit.hidden, vit.gelu, vit.dtype, name="MlpBlock_0")
+    return (x + mlp(z, {}, alone))[:, 0]
+
+
 class ViT(nn.Module):
   """`apply({"params": p}, images) -> features`.
 
   Attributes:
-    pool: "cls" (a learnt token) or "gap" (the mean of the patch tokens).
-    gelu: "exact" (timm, DINO) or "tanh" (Big Vision, vision_transformer).
+    pool: "cls" (a learnt token), "gap" (the mean of the patch tokens) or "map"
+      (attention to them: SigLIP).
+    registers: learnt tokens before the patches that no pooling reads.
+    pre_norm: a LayerNorm before the blocks (CLIP).
+    final_norm: one of all tokens, after the blocks.
+    pool_norm: one of what was pooled (timm's fc_norm).
+    gelu: "exact" (timm, DINO), "tanh" (Big Vision, vision_transformer) or
+      "quick" (CLIP).
     epsilon: of every LayerNorm.
     drop_path: rate of the last block; it rises linearly from 0.
     every_token: in the last block, computes also those that nobody reads.
@@ -128,8 +160,11 @@ class ViT(nn.Module):
   patch: int
   image_size: int
   pool: str = "cls"
+  registers: int = 0
+  pre_norm: bool = False
   layer_scale: bool = False
   final_norm: bool = True
+  pool_norm: bool = False
   gelu: str = "tanh"
   epsilon: float = 1e-6
   drop_path: float = 0.0
@@ -144,6 +179,11 @@ class ViT(nn.Module):
     others' queries, MLP and gradients saves 1/14 of the work of 12 blocks.
     """
     return 1 if self.pool == "cls" and not self.every_token else None
+
+  @property
+  def prefix(self) -> int:
+    """How many tokens stand before the patches."""
+    return (self.pool == "cls") + self.registers
 
   @property
   def default_k(self) -> int:
@@ -168,9 +208,9 @@ class ViT(nn.Module):
   @property
   def fields(self) -> dict[str, Any]:
     """What belongs to the weights: files and bundles repeat it."""
-    return {"pool": self.pool, "layer_scale": self.layer_scale,
-            "final_norm": self.final_norm, "gelu": self.gelu,
-            "epsilon": self.epsilon}
+    return {name: getattr(self, name) for name in (
+        "pool", "registers", "pre_norm", "layer_scale", "final_norm",
+        "pool_norm", "gelu", "epsilon")}
 
   @property
   def sites(self) -> dict[str, tuple[Site, ...]]:
@@ -201,7 +241,7 @@ class ViT(nn.Module):
     """
     D, F, L = self.width, self.hidden, self.depth
     P = (self.image_size // self.patch) ** 2
-    N = P + (self.pool == "cls")
+    N = P + (self.pool == "cls") + self.registers
     outputs = (N,) * (L - 1) + (self.tokens_read or N,)
     T = sum(outputs)
     return Work(P * 3 * self.patch ** 2 * D,
@@ -215,15 +255,21 @@ class ViT(nn.Module):
     norms = {name: tuple(f"{BLOCK.format(i)}/{path}"
                          for i in range(self.depth))
              for name, path in names.items()}
-    final = ("Transformer/encoder_norm",) if self.final_norm else ()
-    return norms | {"norm": final}
+    outside = {"pre_norm": (self.pre_norm, "pre_norm"),
+               "norm": (self.final_norm, "Transformer/encoder_norm"),
+               "map_norm": (self.pool == "map", "MAPHead_0/LayerNorm_0"),
+               "pool_norm": (self.pool_norm, "pool_norm")}
+    return norms | {name: (path,) if there else ()
+                    for name, (there, path) in outside.items()}
 
   def block_of(self, name: str) -> int:
     """The block that a parameter belongs to: -1 before, L after them all."""
     match = re.search(r"encoderblock_(\d+)/", name)
     if match:
       return int(match[1])
-    return self.depth if name.startswith("Transformer/encoder_norm") else -1
+    after = name.startswith(
+        ("Transformer/encoder_norm", "MAPHead_0/", "pool_norm/"))
+    return self.depth if after else -1
 
   @nn.compact
   def __call__(self, images, mask=None, tap=None, train=False, start=0):
@@ -238,13 +284,25 @@ class ViT(nn.Module):
       features (B, D), float32.
     """
     mask, tap = mask or {}, tap or layers.no_tap
-    x = images if start else self._tokens(images, mask, layers.at_block(tap, 0))
-    x = Encoder(self, name="Transformer")(x, mask, tap, train, start)
-    x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+    first = layers.at_block(tap, 0)
+    vit = self.clone(parent=None)  # Linen sets up, so ends, who is handed on
+    x = images if start else self._tokens(images, mask, first)
+    x = Encoder(vit, name="Transformer")(x, mask, tap, train, start)
+    if self.pool == "cls":
+      x = x[:, 0]
+    elif self.pool == "gap":
+      x = x[:, self.registers:].mean(axis=1)
+    else:
+      x = MAPHead(vit, name="MAPHead_0")(x[:, self.registers:], first)
+    if self.pool_norm:
+      x = first("pool_norm", self._norm("pool_norm")(x), x)
     return x.astype(jnp.float32)
 
+  def _norm(self, name):
+    return layers.LayerNorm(self.epsilon, self.dtype, name=name)
+
   def _tokens(self, images, mask, tap):
-    """Patch and position embeddings, behind [CLS]: (B, N, D)."""
+    """Patch and position embeddings, behind [CLS] and registers: (B, N, D)."""
     B, S, p = len(images), self.image_size, self.patch
     x = layers.patches(images.astype(self.dtype), p, S)
     embed = Dense((p, p, 3, self.width), contract=3, dtype=self.dtype,
@@ -253,21 +311,27 @@ class ViT(nn.Module):
     position = self.param("pos_embedding", nn.initializers.normal(0.02),
                           (1, (S // p) ** 2, self.width))
     x = x + position.astype(self.dtype)
-    if self.pool == "cls":
-      cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
-      cls = jnp.broadcast_to(cls.astype(self.dtype), (B, 1, self.width))
-      x = jnp.concatenate([cls, x], axis=1)
+    for name, count in (("registers", self.registers),
+                        ("cls", self.pool == "cls")):
+      if count:
+        token = self.param(
+            name, nn.initializers.zeros, (1, int(count), self.width))
+        token = jnp.broadcast_to(
+            token.astype(self.dtype), (B, *token.shape[1:]))
+        x = jnp.concatenate([token, x], axis=1)
+    if self.pre_norm:
+      x = tap("pre_norm", self._norm("pre_norm")(x), x)
     return tap("tokens", x, images)
 
 
 def make(name: str, image_size: int, **fields) -> ViT | None:
   """Returns the ViT called e.g. "vit_b16", or None if that is no ViT's name."""
-  match = re.fullmatch(r"vit_(ti|s|b|l|h)([1-9]\d*)", name)
+  match = re.fullmatch(rf"vit_({'|'.join(SIZES)})([1-9]\d*)", name)
   if not match:
     return None
   width, depth, heads, hidden = SIZES[match[1]]
   vit = ViT(width, depth, heads, hidden, int(match[2]), image_size, **fields)
-  check_known("pool", vit.pool, ("cls", "gap"))
+  check_known("pool", vit.pool, POOLS)
   check_known("gelu", vit.gelu, layers.GELU)
   return vit
 
@@ -275,4 +339,4 @@ def make(name: str, image_size: int, **fields) -> ViT | None:
 def examples() -> tuple[str, ...]:
   """Names to show a user: any size works with any patch."""
   return ("vit_ti16", "vit_s14", "vit_s16", "vit_b8", "vit_b16", "vit_b32",
-          "vit_l14", "vit_l16", "vit_h14")
+          "vit_l14", "vit_l16", "vit_so400m14", "vit_h14", "vit_g14")

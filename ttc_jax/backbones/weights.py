@@ -3,170 +3,133 @@
 Tensors stay in the file until their shape has been compared with the module's,
 so a wrong or hostile file costs no memory.
 """
-import contextlib
 import json
 import math
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from ttc_jax import trees
-from ttc_jax.backbones import formats, vit
+from ttc_jax import files, trees
+from ttc_jax.backbones import containers, formats, layers, swin, vit
+from ttc_jax.backbones.containers import Tensor
 from ttc_jax.backbones.formats import Format
 from ttc_jax.backbones.sources import locate, sha256  # for our callers
 from ttc_jax.errors import UserError
 
-# As the containers spell them; "|V2" is how numpy stores bfloat16.
-_FLOATS = ("F16", "BF16", "F32", "F64", "<f2", "<f4", "<f8", "|V2")
 _LARGEST_GRID = 256  # patches a side of a believable position embedding
-
-
-class Tensor(NamedTuple):
-  """A tensor that is still in its file."""
-  shape: tuple[int, ...]
-  dtype: str
-  read: Callable[[], np.ndarray]
 
 
 class Weights(NamedTuple):
   """An opened file.
 
   Attributes:
-    fields: of the variant, as far as the file settles them.
-    tensors: by the names they have in the file.
+    fields: of the variant, as far as the file settles them; None: in doubt.
+    tensors: by the names they have in the format.
+    outside: names of what is no part of the format: heads, another tower.
   """
   path: str
   format: Format
   fields: dict[str, Any]
-  tensors: dict[str, Tensor]
+  tensors: Mapping[str, Tensor]
+  outside: tuple[str, ...] = ()
 
 
 # --- Reading ------------------------------------------------------------------
 
 def read(path: str) -> Weights:
-  """Opens a local `.npz` or `.safetensors` file; the tensors stay in it.
+  """Opens a local file; the tensors stay in it.
+
+  Args:
+    path: of an `.npz`, `.safetensors` or `.pth` file, or of the index of
+      sharded safetensors. A `config.json` beside it is read too.
 
   Raises:
     UserError: missing, damaged, of no known format, or of an architecture
       that is not ours.
   """
-  with _readable(path):
-    with open(path, "rb") as f:
-      is_zip = f.read(2) == b"PK"
-    tensors, metadata = (_open_npz if is_zip else _open_safetensors)(path)
-  format_, fields, tensors = formats.recognise(tensors, metadata, path)
+  everything, metadata = containers.open_file(path)
+  format_, fields, tensors = formats.recognise(
+      everything, metadata, _config(path), path)
   for pattern, what in format_.refused.items():
     for name in filter(re.compile(pattern).fullmatch, tensors):
       raise UserError(
           f"weights file '{path}' has {what} ({name!r}), which is not "
           "supported: use a plain ViT or Swin")
-  return Weights(path, format_, fields, tensors)
+  taken = {id(t.whole or t) for t in tensors.values()}
+  outside = tuple(n for n, t in everything.items() if id(t) not in taken)
+  return Weights(path, format_, fields, tensors, outside)
 
 
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _config(path):
+  """What config.json beside the file holds."""
+  beside = os.path.join(os.path.dirname(path), "config.json")
   try:
-    yield
-  except FileNotFoundError as e:
-    raise UserError(f"weights file '{path}' does not exist") from e
-  except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
-          zipfile.BadZipFile, zlib.error, safetensors.SafetensorError) as e:
-    reason = " ".join(str(e).split())[:200]  # Some quote the whole header.
-    raise UserError(
-        f"weights file '{path}' cannot be read ({reason}): is it truncated, "
-        "or no .npz or .safetensors file? fetch it again") from e
-
-
-def _open_safetensors(path):
-  def reader(name):
-    def read_tensor():
-      with safetensors.safe_open(path, framework="numpy") as file:
-        return file.get_tensor(name)
-    return read_tensor
-
-  with safetensors.safe_open(path, framework="numpy") as file:
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    return {name: Tensor(tuple(s.get_shape()), s.get_dtype(), reader(name))
-            for name, s in slices.items()}, file.metadata() or {}
-
-
-def _open_npz(path):
-  def reader(member):
-    def read_tensor():
-      with zipfile.ZipFile(path) as archive, archive.open(member) as f:
-        array = np.lib.format.read_array(f, allow_pickle=False)
-      return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
-    return read_tensor
-
-  tensors = {}
-  with zipfile.ZipFile(path) as archive:
-    for member in archive.infolist():
-      if not member.filename.endswith(".npy"):
-        continue
-      with archive.open(member) as f:
-        shape, dtype = _npy_header(f)
-        declared = f.tell() + math.prod(shape) * dtype.itemsize
-      if not dtype.hasobject and declared != member.file_size:
-        raise ValueError(f"{member.filename} has {member.file_size} bytes, "
-                         f"its header declares {declared}")
-      name = member.filename.removesuffix(".npy")
-      tensors[name] = Tensor(shape, dtype.str, reader(member.filename))
-  return tensors, {}
-
-
-def _npy_header(f):
-  version = np.lib.format.read_magic(f)
-  if version == (1, 0):
-    shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-  else:
-    shape, _, dtype = np.lib.format.read_array_header_2_0(f)
-  return shape, dtype
+    with open(beside, encoding="utf-8") as f:
+      config = json.load(f)
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise UserError(f"'{beside}', beside the weights, cannot be read "
+                    f"({error}): mend it or move it away") from error
+  return config if isinstance(config, dict) else {}
 
 
 # --- Into a module ------------------------------------------------------------
 
-def fit(weights: Weights, expected: trees.Tree, name: str) -> trees.Tree:
+_TOKENS = ("cls", "registers", "pos_embedding")
+_KERNEL = "embedding/kernel"
+
+
+def fit(weights: Weights, expected: trees.Tree, name: str,
+        resample_patch: bool = False) -> trees.Tree:
   """Returns the parameters of a module, numpy float32.
 
-  Position embeddings are resized to the module's grid; a position of the
-  class token is added to the token.
+  Position embeddings are resized to the module's grid; the positions of tokens
+  before the patches are added to the tokens.
 
   Args:
     expected: tree of the module's shapes (`jax.eval_shape` of its `init`).
     name: of the backbone, for messages.
+    resample_patch: resizes the patch embedding of another patch size.
 
   Raises:
     UserError: the file is of another variant; a tensor is missing, left
       over, of another shape or type, or not finite.
   """
   want = {n: leaf.shape for n, leaf in trees.flatten(expected).items()}
-  _check_variant(weights, want, name)
-  found = {n: _find(weights, n) for n in want}
+  _check_variant(weights, want, name, resample_patch)
+  found = {n: _find(weights, n) for n in want
+           if n not in _TOKENS[:2] and not _is_zero(weights, n)}
   left = sorted(n for n in weights.tensors.keys() - set(found.values())
+                - set(weights.format.tokens)
                 if not re.fullmatch(weights.format.ignored, n))
   if left:
     raise UserError(
         f"weights file '{weights.path}' has {len(left)} tensors that {name} "
         f"has no place for, first {left[0]!r}")
-  out = {n: _tensor(weights, n, shape) for n, shape in want.items()
-         if n != "pos_embedding"}
+  out = {n: np.zeros(shape, np.float32) if n not in found else
+         _tensor(weights, n, shape)
+         for n, shape in want.items() if n not in (*_TOKENS, _KERNEL)}
+  patch = (_shape(weights, _KERNEL) if resample_patch else want[_KERNEL])[0]
+  out[_KERNEL] = resize_patch(
+      _tensor(weights, _KERNEL, (patch, patch, *want[_KERNEL][2:])),
+      want[_KERNEL][0])
   if "pos_embedding" in want:
-    _, tokens, width = want["pos_embedding"]
-    of_cls, grid = _positions(weights, width)
-    if "cls" in out:
-      out["cls"] += of_cls
-    out["pos_embedding"] = resize_positions(grid, tokens)
+    out |= _tokens(weights, want, name)
   return trees.unflatten({n: out[n] for n in want})
+
+
+def _is_zero(weights, name):
+  """Whether the file lacks a parameter because it is 0."""
+  format_ = weights.format
+  return (name in format_.zero and weights.fields.get("pre_norm")
+          and not weights.tensors.keys() & set(format_.names(name)))
 
 
 def check_fields(weights: Weights, module: nn.Module, name: str) -> None:
@@ -178,9 +141,26 @@ def check_fields(weights: Weights, module: nn.Module, name: str) -> None:
           f"settles the field '{field}', which {name} does not have")
 
 
+def settled(weights: Weights, given: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of the file, and those that are given in their place.
+
+  Raises:
+    UserError: one is in doubt, and not given.
+  """
+  fields = weights.fields | dict(given)
+  for field, value in fields.items():
+    if value is None:
+      raise UserError(
+          f"weights file '{weights.path}' does not say the field '{field}': "
+          "put the model's config.json beside it, or give the field (as in "
+          f"--config.{field}), for a GELU one of "
+          f"{', '.join(layers.GELU)} (OpenAI's CLIP: quick, SigLIP: tanh)")
+  return fields
+
+
 def _find(weights, name):
   """The name in the file of our parameter."""
-  names = weights.format.names(name)
+  names = weights.format.names(name) or (name,)
   for theirs in names:
     if theirs in weights.tensors:
       return theirs
@@ -191,22 +171,63 @@ def _find(weights, name):
 
 def _shape(weights, name):
   """The shape in our layout of our parameter, from the header alone."""
-  shape = weights.tensors[_find(weights, name)].shape
-  with _readable(weights.path):  # numpy refuses to imagine some shapes
-    return weights.format.view(name, np.broadcast_to(0, shape)).shape
+  theirs = _find(weights, name)
+  shape = weights.tensors[theirs].shape
+  with containers.readable(weights.path):  # numpy refuses to imagine some
+    return _view(weights.format, name, theirs, np.broadcast_to(0, shape)).shape
 
 
 def _tensor(weights, name, shape):
   """Our parameter, float32, of exactly that shape."""
   theirs = _find(weights, name)
-  in_file = shape if weights.format.heads else _merge_heads(name, shape)
+  in_file = _merge_heads(name, shape) if weights.format.torch else shape
   found = _shape(weights, name)
   if found != in_file:
     raise UserError(
         f"weights file '{weights.path}': {theirs!r} has the shape "
         f"{weights.tensors[theirs].shape}, so {name!r} would have {found} "
         f"instead of {in_file}")
-  return weights.format.view(name, _values(weights, theirs)).reshape(shape)
+  array = _view(weights.format, name, theirs, _values(weights, theirs))
+  return array.reshape(shape)
+
+
+# --- Layouts ------------------------------------------------------------------
+
+_FUSED = ("/query/", "/key/", "/value/")  # in this order, where in one tensor
+
+
+def _view(format_, name, theirs, array):
+  """Their array, or our part of it, in our layout."""
+  array = array.reshape((1,) * format_.squeezed.get(theirs, 0) + array.shape)
+  if not format_.torch:
+    return array
+  mates = _mates(format_, name)
+  if array.ndim and array.shape[0] % len(mates) == 0:
+    rows, i = array.shape[0] // len(mates), mates.index(name)
+    array = array[i * rows:(i + 1) * rows]
+  if not name.endswith("/kernel"):
+    return array
+  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _store(format_, name, theirs, array):
+  """The inverse of `_view`, of a part."""
+  array = array.reshape(array.shape[format_.squeezed.get(theirs, 0):])
+  if not format_.torch:
+    return array
+  array = array.reshape(_merge_heads(name, array.shape))
+  if not name.endswith("/kernel"):
+    return array
+  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def _mates(format_, name):
+  """The parameters that share one tensor there, in its order."""
+  part = next((part for part in _FUSED if part in name), None)
+  if part is None:
+    return [name]
+  return [mate for other in _FUSED if format_.names(
+      mate := name.replace(part, other)) == format_.names(name)]
 
 
 def _merge_heads(name, shape):
@@ -222,10 +243,10 @@ def _values(weights, theirs):
   """A tensor of the file, float32 and finite."""
   tensor = weights.tensors[theirs]
   where = f"weights file '{weights.path}': {theirs!r}"
-  if tensor.dtype not in _FLOATS:
+  if tensor.dtype not in containers.FLOATS:
     raise UserError(f"{where} has the type {tensor.dtype}, expected floats "
                     "of 16, 32 or 64 bits")
-  with _readable(weights.path):
+  with containers.readable(weights.path):
     array = tensor.read()
   with np.errstate(over="ignore"):
     array = array.astype(np.float32)
@@ -234,21 +255,70 @@ def _values(weights, theirs):
   return array
 
 
-def _positions(weights, width):
-  """-> the class token's position (1, 0 or 1, D), the patches' (1, n n, D)."""
-  theirs = _find(weights, "pos_embedding")
-  shape = weights.tensors[theirs].shape
-  tokens = shape[1] if len(shape) == 3 else 0
-  side = math.isqrt(max(tokens, 0))
-  extra = tokens - side ** 2
-  if (shape != (1, tokens, width) or not 1 <= side <= _LARGEST_GRID
-      or extra > ("cls" in weights.tensors or "cls_token" in weights.tensors)):
+# --- Tokens and positions -----------------------------------------------------
+
+def _tokens(weights, want, name):
+  """[CLS], registers and the positions of patches, as far as wanted."""
+  _, patches, width = want["pos_embedding"]
+  there = [n for n in weights.format.tokens if n in weights.tensors]
+  found = sum(_token_shape(weights, n, width)[1] for n in there)
+  cls = int("cls" in want)
+  wanted = cls + want.get("registers", (1, 0, width))[1]
+  of_prefix, grid = _positions(weights, width, found)
+  if found != wanted:
     raise UserError(
-        f"weights file '{weights.path}': {theirs!r} has the shape {shape}, "
-        f"expected (1, n * n, {width}), or one more for a class token")
-  position = _values(weights, theirs)
-  return (position[:, :extra] if extra else np.zeros((1, 1, width), "f4"),
-          position[:, extra:])
+        f"weights file '{weights.path}' has {found} tokens before the patches, "
+        f"{name} has {wanted}: leave the fields pool and registers to the file")
+  prefix = np.concatenate([np.zeros((1, 0, width), np.float32), *(
+      _values(weights, n).reshape(_token_shape(weights, n, width))
+      for n in there)], axis=1)
+  prefix[:, :of_prefix.shape[1]] += of_prefix
+  return {"cls": prefix[:, :cls], "registers": prefix[:, cls:],
+          "pos_embedding": resize_positions(grid, patches)}
+
+
+def _token_shape(weights, theirs, width):
+  shape = weights.tensors[theirs].shape
+  found = (1,) * weights.format.squeezed.get(theirs, 0) + shape
+  if len(found) != 3 or found[0] != 1 or found[2] != width:
+    raise UserError(f"weights file '{weights.path}': {theirs!r} has the shape "
+                    f"{shape}, expected (1, tokens, {width})")
+  return found
+
+
+def _positions(weights, width, prefix):
+  """-> positions of the first tokens (1, 0 to prefix, D), the patches'."""
+  extra, side = _grid(weights, width, prefix)
+  position = _values(weights, _find(weights, "pos_embedding")).reshape(
+      1, extra + side ** 2, width)
+  return position[:, :extra], position[:, extra:]
+
+
+def _grid(weights, width, prefix):
+  """-> how many tokens before the patches have a position, patches a side."""
+  shape = _shape(weights, "pos_embedding")
+  tokens = shape[1] if len(shape) == 3 else 0
+  # None of them has a position, [CLS] alone has one, or all have.
+  for extra in sorted({0, min(prefix, 1), prefix}):
+    side = math.isqrt(max(tokens - extra, 0))
+    if (shape == (1, side ** 2 + extra, width)
+        and 1 <= side <= _LARGEST_GRID):
+      return extra, side
+  theirs = _find(weights, "pos_embedding")
+  raise UserError(
+      f"weights file '{weights.path}': {theirs!r} has the shape "
+      f"{weights.tensors[theirs].shape}, expected (1, n * n, {width}), or "
+      "one more for a class token")
+
+
+def native_size(weights: Weights) -> int | None:
+  """Pixels a side that the position embedding of a file is made for; None if
+  it has none."""
+  if not weights.format.names("pos_embedding") or "window" in weights.fields:
+    return None
+  patch, *_, width = _shape(weights, "embedding/kernel")
+  found = formats.count_tokens(weights.tensors, weights.format.tokens)
+  return patch * _grid(weights, width, found)[1]
 
 
 def resize_positions(position: np.ndarray, tokens: int) -> np.ndarray:
@@ -264,6 +334,24 @@ def resize_positions(position: np.ndarray, tokens: int) -> np.ndarray:
   shape = (1, new, new, grid.shape[-1])
   grid = jax.image.resize(grid, shape, "cubic", antialias=True)
   return np.asarray(grid).reshape(1, tokens, -1)
+
+
+def resize_patch(kernel: np.ndarray, patch: int) -> np.ndarray:
+  """(p, p, C, D) -> (patch, patch, C, D): the kernel that sees in a patch, when
+  it is resized, what the old one saw.
+
+  FlexiViT's PI-resize (Beyer et al., 2023, Eq. 3): with B the linear map that
+  resizes a patch bilinearly, the pseudo-inverse of B^T times the kernel.
+  """
+  old = len(kernel)
+  if old == patch:
+    return kernel
+  basis = np.eye(old ** 2, dtype=np.float32).reshape(old ** 2, old, old)
+  resized = jax.image.resize(
+      basis, (old ** 2, patch, patch), "bilinear", antialias=False)
+  B = np.asarray(resized, np.float64).reshape(old ** 2, patch ** 2).T
+  new = np.linalg.pinv(B.T) @ kernel.reshape(old ** 2, -1)
+  return new.reshape(patch, patch, *kernel.shape[2:]).astype(np.float32)
 
 
 # --- Which variant ------------------------------------------------------------
@@ -289,44 +377,147 @@ def _variant(shape: Callable[[str], tuple[int, ...]], depth: int):
       width, patch, depth, out[0] if len(out) == 3 else None, hidden)
 
 
-def _check_variant(weights, want, name):
-  """One sentence instead of the first of a hundred wrong shapes."""
-  def depth(names):
-    found = (re.match(r"(?:Transformer/encoderblock_|blocks\.)(\d+)\D", n)
-             for n in names)
-    return max((int(m[1]) + 1 for m in found if m), default=0)
+def _depth(names):
+  """How many blocks tensors of a ViT have names of, in any format."""
+  found = (re.match(r"(?:Transformer/encoderblock_|blocks\.|encoder\.layers?\.)"
+                    r"(\d+)\D", n) for n in names)
+  return max((int(m[1]) + 1 for m in found if m), default=0)
 
+
+def _size(weights, file):
+  """The name of a ViT's size, None if there is none here."""
+  return next((size for size, (width, depth, heads, hidden)
+               in vit.SIZES.items() if (width, depth, hidden) == (
+                   file.width, file.depth, file.hidden)
+               and file.heads in (None, heads)), None)
+
+
+def _check_variant(weights, want, name, resample_patch):
+  """One sentence instead of the first of a hundred wrong shapes."""
   try:
-    file = _variant(lambda n: _shape(weights, n), depth(weights.tensors))
-    mine = _variant(want.__getitem__, depth(want))
+    file = _variant(lambda n: _shape(weights, n), _depth(weights.tensors))
+    mine = _variant(want.__getitem__, _depth(want))
   except (UserError, KeyError, ValueError):
     return  # A tensor is missing or odd: `fit` names it.
+  size = _size(weights, file)
   file = file._replace(heads=file.heads or mine.heads)
-  if file == mine:
+  if file == mine or (
+      resample_patch and file._replace(patch=mine.patch) == mine):
     return
   shown = file._fields[:3] if file[:3] != mine[:3] else file._fields
   def text(v):
     return ", ".join(f"{field} {getattr(v, field)}" for field in shown)
-  size = next((size for size, (width, layers, heads, hidden)
-               in vit.SIZES.items() if (width, layers, hidden) == (
-                   file.width, file.depth, file.hidden)
-               and (not weights.format.heads or heads == file.heads)), None)
   advice = (f"use backbone=vit_{size}{file.patch}" if size else
             "no backbone here has that size")
   raise UserError(f"weights file '{weights.path}' is a ViT of {text(file)}; "
                   f"{name} has {text(mine)}: {advice}")
 
 
+def identify(weights: Weights) -> str:
+  """The name of the backbone that a file is of, e.g. "vit_s14", by its shapes.
+
+  Raises:
+    UserError: no backbone here has its size.
+  """
+  def refuse(what, cause=None):
+    raise UserError(f"weights file '{weights.path}' is {what}: no backbone here "
+                    "has that size") from cause
+  if "window" in weights.fields:
+    embed = _shape(weights, "embedding/kernel")[-1]
+    heads = _shape(weights, f"{_SWIN_BLOCK.format(0, 0)}/attention/"
+                   "relative_position_bias")[-1]
+    depths = []
+    while blocks := _count(weights, _SWIN_BLOCK.replace(
+        "{}", str(len(depths)), 1)):
+      depths.append(blocks)
+    for size, parts in swin.SIZES.items():
+      if parts == (embed, tuple(depths), heads):
+        return f"swin_{size}"
+    refuse(f"a Swin of width {embed}, depths {depths} and {heads} heads")
+  try:
+    file = _variant(lambda n: _shape(weights, n), _depth(weights.tensors))
+  except ValueError as error:
+    refuse("no whole ViT", error)
+  if size := _size(weights, file):
+    return f"vit_{size}{file.patch}"
+  refuse(f"a ViT of width {file.width}, depth {file.depth} and hidden width "
+         f"{file.hidden}")
+
+
+_SWIN_BLOCK = "stage_{}_block_{}"
+
+
+def _count(weights, block):
+  """How many of the blocks 0, 1, ... are there."""
+  count = 0
+  while weights.format.names(
+      f"{block.format(count)}/LayerNorm_0/scale")[0] in weights.tensors:
+    count += 1
+  return count
+
+
 # --- Weights out --------------------------------------------------------------
+
+def to_tensors(params: trees.Tree, format_: Format,
+               module: nn.Module) -> dict[str, np.ndarray]:
+  """A backbone's parameters as a format names and lays them out: `fit`'s
+  inverse, bit for bit.
+
+  GELU and epsilon are no tensors: whoever reads the file has to know them.
+
+  Args:
+    params: of the module, float32.
+
+  Returns:
+    {name: float32 array}, contiguous, without a head.
+
+  Raises:
+    UserError: the format cannot hold this variant of the module.
+  """
+  flat = {n: np.asarray(x, np.float32) for n, x in trees.flatten(params).items()}
+  if "pos_embedding" in flat:  # that of a token is in the token already
+    before = format_.positions("cls" in flat, getattr(module, "registers", 0))
+    flat["pos_embedding"] = np.pad(
+        flat["pos_embedding"], ((0, 0), (before, 0), (0, 0)))
+  parts = {}
+  for name, array in flat.items():
+    if name in format_.zero and getattr(module, "pre_norm", False):
+      if array.any():
+        raise UserError(f"the format '{format_.name}' cannot hold {name!r} "
+                        "beside a norm before the blocks, unless it is 0")
+      continue
+    names = format_.names(name)
+    if not names:
+      raise UserError(f"the format '{format_.name}' has no place for the "
+                      f"parameter {name!r} of a {type(module).__name__}")
+    parts.setdefault(names[0], {})[name] = _store(
+        format_, name, names[0], array)
+  tensors = {theirs: np.ascontiguousarray(np.concatenate(
+      [arrays[n] for n in _mates(format_, next(iter(arrays)))]))
+             for theirs, arrays in parts.items()}
+  _check_held(tensors, format_, module)
+  return tensors
+
+
+def _check_held(tensors, format_, module):
+  """Whoever reads the tensors has to find the same architecture."""
+  if format_ is formats.OURS:
+    return
+  _, fields, _ = formats.recognise(tensors, {}, {}, f"of {format_.name}")
+  for field, value in module.fields.items():
+    if field not in ("gelu", "epsilon") and fields.get(field) != value:
+      raise UserError(
+          f"the format '{format_.name}' cannot hold {field}={value!r}: "
+          "choose another, ttc_jax holds everything")
+
 
 def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
           dtype: str = "float32") -> None:
   """Writes a backbone's parameters in our own format, all or nothing.
 
   Args:
-    fields: of the variant: "gelu" and "epsilon", and those of "pool",
-      "final_norm", "layer_scale" and "window" that are not the module's
-      defaults.
+    fields: of the variant: "gelu" and "epsilon", and those of
+      `module.fields` that are not the defaults.
     dtype: "float32", "float16" or "bfloat16".
 
   Raises:
@@ -340,11 +531,6 @@ def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
     if not np.isfinite(flat[name]).all():
       raise UserError(f"weights file '{path}': {name!r} is not finite as "
                       f"{dtype}")
-  part = f"{path}.{os.getpid()}.part"
-  try:
+  with files.replacing(path) as file:
     safetensors.numpy.save_file(
-        flat, part, metadata={"ttc_jax": json.dumps(fields)})
-    os.replace(part, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(part)
+        flat, file.name, metadata={"ttc_jax": json.dumps(fields)})

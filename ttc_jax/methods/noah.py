@@ -83,7 +83,7 @@ def hide(first: int):
 
 
 def handlers(backbone):
-  first = int(backbone.pool == "cls")
+  first = backbone.prefix
   return (("tokens", exchange(first)), ("input", exchange(first)),
           ("scores", hide(first)), ("q", low_rank), ("v", low_rank),
           ("fc2", bottleneck),

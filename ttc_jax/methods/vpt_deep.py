@@ -36,7 +36,7 @@ def prepare(context, *, count, dropout):
 
 def make(config, backbone) -> Method:
   vpt_shallow.check(config, backbone)
-  first = int(backbone.pool == "cls")
+  first = backbone.prefix
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(
           prepare, count=config.vpt.prompts, dropout=config.vpt.dropout)),),

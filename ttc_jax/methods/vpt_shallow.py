@@ -1,8 +1,8 @@
 """VPT-Shallow (Jia et al., 2022, Eq. 4 and 5): prompts beside the tokens that
 enter.
 
-They stand after [CLS], or first where there is none; the mean of a model that
-pools by it leaves them out.
+They stand after [CLS] and registers, or first where there is none; a pooling of
+all patches, the mean or attention, leaves them out.
 """
 import functools
 
@@ -57,12 +57,14 @@ def last_site(backbone) -> tuple[str, str]:
 
 
 def pooling(backbone, count):
-  """The selection that keeps prompts out of a mean."""
+  """The selection that keeps prompts out of a pooling of all patches."""
   if backbone.pool == "cls" or not count:
     return {}
   patches = (backbone.image_size // backbone.patch) ** 2
   site, block = last_site(backbone)
-  return {site: {block: {"keep": np.arange(count, count + patches)}}}
+  keep = np.delete(np.arange(backbone.prefix + count + patches),
+                   np.arange(backbone.prefix, backbone.prefix + count))
+  return {site: {block: {"keep": keep}}}
 
 
 def prepare(context, *, count, dropout):
@@ -90,7 +92,7 @@ def check(config, backbone):
 
 def make(config, backbone) -> Method:
   check(config, backbone)
-  first = int(backbone.pool == "cls")
+  first = backbone.prefix
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(
           prepare, count=config.vpt.prompts, dropout=config.vpt.dropout)),),

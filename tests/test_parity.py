@@ -1,0 +1,288 @@
+"""Files of every format: with PyTorch's own models the same features; back
+from our parameters the same bits."""
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.conftest import import_transformers
+from tests.torch_models import import_timm
+from ttc_jax import backbones, trees
+from ttc_jax.backbones import formats, swin, vit, weights as weights_lib
+from ttc_jax.errors import UserError
+
+SIZE, PATCH = 24, 8
+
+
+def tiny(**fields):
+  fields = {"gelu": "exact", **fields}
+  return vit.ViT(32, 2, 4, 64, PATCH, SIZE, **fields)
+
+
+def tiny_swin(**fields):
+  return swin.Swin(16, (2, 2), 2, 32, window=4, **fields)
+
+
+def random_params(module, seed=1):
+  """No parameter at a special value."""
+  rng = np.random.default_rng(seed)
+
+  def draw(name, leaf):
+    spread = 0.1 if len(leaf.shape) == 1 else (
+        max(1, leaf.size // leaf.shape[-1]) ** -0.5)
+    mean = 1.0 if name.endswith("scale") else 0.0
+    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
+  return trees.map_with_names(draw, backbones.shapes(module))
+
+
+def images(size, count=2):
+  return np.random.default_rng(0).normal(
+      size=(count, size, size, 3)).astype(np.float32)
+
+
+def features(module, params):
+  return np.asarray(module.apply(
+      {"params": params}, images(module.image_size)))
+
+
+def save(path, tensors):
+  path = str(path)
+  if path.endswith(".npz"):
+    np.savez(path, **tensors)
+  else:
+    safetensors.numpy.save_file(tensors, path)
+  return path
+
+
+def check_same_bits(found, params):
+  found, params = trees.flatten(found), trees.flatten(params)
+  assert found.keys() == params.keys()
+  for name, value in params.items():
+    assert (found[name] == value).all(), name
+
+
+# --- Out and in again ---------------------------------------------------------
+
+ROUND_TRIPS = [
+    ("npz", formats.BIGVISION, tiny(gelu="tanh")),
+    ("npz", formats.BIGVISION, tiny(gelu="tanh", pool="gap")),
+    ("safetensors", formats.TIMM, tiny()),
+    ("safetensors", formats.TIMM, tiny(pool="gap", layer_scale=True)),
+    ("safetensors", formats.TIMM, tiny(final_norm=False)),
+    ("safetensors", formats.SWIN_TIMM, tiny_swin()),
+    ("safetensors", formats.SWIN_MS, tiny_swin()),
+    ("safetensors", formats.SWIN_HF, tiny_swin()),
+]
+
+
+@pytest.mark.parametrize("container, format_, module", ROUND_TRIPS)
+def test_out_and_in_again_are_the_same_bits(
+    container, format_, module, tmp_path):
+  params = random_params(module)
+  tensors = weights_lib.to_tensors(params, format_, module)
+  read = weights_lib.read(save(tmp_path / f"file.{container}", tensors))
+  assert read.format is format_
+  assert read.fields == module.fields
+  check_same_bits(weights_lib.fit(
+      read, backbones.shapes(module), "tiny"), params)
+
+
+@pytest.mark.parametrize("format_, module, word", [
+    (formats.BIGVISION, tiny(layer_scale=True), "layer_scale=True"),
+    (formats.BIGVISION, tiny(final_norm=False), "final_norm=False"),
+    (formats.BIGVISION, tiny_swin(), "window=4"),
+    (formats.TIMM, tiny_swin(), "Swin"),
+    (formats.SWIN_HF, tiny(), "ViT"),
+])
+def test_what_a_format_cannot_hold_is_an_error(format_, module, word):
+  with pytest.raises(UserError, match=word):
+    weights_lib.to_tensors(random_params(module), format_, module)
+
+
+# --- Into PyTorch's own models ------------------------------------------------
+
+def torch_features(model, size):
+  import torch
+  with torch.no_grad():
+    return model(torch.from_numpy(
+        images(size).transpose(0, 3, 1, 2).copy())).numpy()
+
+
+def load_state(model, tensors):
+  """All of them, and nothing else, strictly."""
+  import torch
+  model.load_state_dict({n: torch.from_numpy(v) for n, v in tensors.items()})
+  return model.eval()
+
+
+def timm_vit(module, **more):
+  timm = import_timm()
+  return timm.models.vision_transformer.VisionTransformer(**{
+      "img_size": module.image_size, "patch_size": module.patch,
+      "embed_dim": module.width, "depth": module.depth,
+      "num_heads": module.heads, "mlp_ratio": module.hidden / module.width,
+      "num_classes": 0, "init_values": 1e-5 if module.layer_scale else None,
+      **more})
+
+
+TIMM = [
+    (tiny(), {}),
+    (tiny(layer_scale=True), {}),
+    (tiny(pool="gap"), {"global_pool": "avg", "class_token": False,
+                        "fc_norm": False}),
+]
+
+
+@pytest.mark.parametrize("module, options", TIMM)
+def test_ours_in_timm_s_model(module, options):
+  params = random_params(module)
+  model = load_state(timm_vit(module, **options), weights_lib.to_tensors(
+      params, formats.TIMM, module))
+  assert np.abs(torch_features(model, module.image_size)
+                - features(module, params)).max() < 1e-5
+
+
+def load(read, size, **fields):
+  """The module that a file is of, whatever its size, and its parameters."""
+  width, patch, depth, _, hidden = weights_lib._variant(
+      lambda n: weights_lib._shape(read, n), weights_lib._depth(read.tensors))
+  module = vit.ViT(width, depth, 4, hidden, patch, size,
+                   **weights_lib.settled(read, fields))
+  return module, weights_lib.fit(read, backbones.shapes(module), "tiny")
+
+
+def check_features(path, expected, size, format_, **fields):
+  """The file gives the features, and its parameters go out and in again."""
+  read = weights_lib.read(path)
+  assert read.format is format_
+  module, params = load(read, size, **fields)
+  difference = np.abs(features(module, params) - expected).max()
+  print(f"{format_.name} {module.fields}: {difference:.1e}")
+  assert difference < 1e-4
+  assert np.abs(expected).max() > 0.1
+  return module, params
+
+
+def shake(model):
+  """No parameter at a special value."""
+  import torch
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      spread = 0.1 if p.ndim < 2 else max(1, p.numel() / len(p)) ** -0.5
+      norm = p.ndim == 1 and name.endswith("weight")
+      p.copy_(float(norm) + spread * torch.randn(p.shape, generator=generator))
+  return model.eval()
+
+
+# --- timm's models ------------------------------------------------------------
+
+TIMM_MODELS = {
+    "plain": {},
+    "dinov2 reg4": dict(reg_tokens=4, no_embed_class=True, init_values=1.0),
+    "registers with positions": dict(reg_tokens=2),
+    "siglip": dict(class_token=False, global_pool="map",
+                   act_layer="gelu_tanh"),
+    "clip": dict(pre_norm=True, act_layer="quick_gelu", norm_layer="clip"),
+    "fc_norm": dict(class_token=False, global_pool="avg", fc_norm=True),
+    "fc_norm and a token": dict(global_pool="avg"),
+    "no norm": dict(final_norm=False),
+}
+GELU_OF = {"gelu_tanh": "tanh", "quick_gelu": "quick"}
+
+
+@pytest.mark.parametrize("case", TIMM_MODELS)
+def test_timm_s_vit(case, tmp_path):
+  timm = import_timm()
+  import torch
+  from functools import partial
+  options = dict(TIMM_MODELS[case])
+  if options.get("norm_layer"):
+    options["norm_layer"] = partial(torch.nn.LayerNorm, eps=1e-5)
+  torch.manual_seed(0)
+  model = shake(timm.models.vision_transformer.VisionTransformer(
+      img_size=SIZE, patch_size=PATCH, embed_dim=32, depth=2, num_heads=4,
+      mlp_ratio=4, num_classes=0, **options))
+  path = save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()})
+  gelu = GELU_OF.get(options.get("act_layer"))
+  if gelu:
+    with pytest.raises(UserError, match="does not say the field 'gelu'"):
+      load(weights_lib.read(path), SIZE)
+  module, params = check_features(
+      path, torch_features(model, SIZE), SIZE, formats.TIMM,
+      **({"gelu": gelu} if gelu else {}))
+  ours = weights_lib.to_tensors(params, formats.TIMM, module)
+  check_same_bits(load(weights_lib.read(save(
+      tmp_path / "ours.safetensors", ours)), SIZE, gelu="exact")[1], params)
+
+
+def test_timm_s_distilled_deit(tmp_path):
+  timm = import_timm()
+  model = shake(timm.models.deit.VisionTransformerDistilled(
+      img_size=SIZE, patch_size=PATCH, embed_dim=32, depth=2, num_heads=4,
+      num_classes=3))
+  path = save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()})
+  import torch
+  with torch.no_grad():
+    expected = model.forward_features(torch.from_numpy(
+        images(SIZE).transpose(0, 3, 1, 2).copy()))[:, 0].numpy()
+  check_features(path, expected, SIZE, formats.TIMM)
+
+
+# --- Hugging Face's models ----------------------------------------------------
+
+def hugging_face(kind, **options):
+  transformers = import_transformers()
+  config = getattr(transformers, f"{kind}Config")(**{
+      "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+      "image_size": SIZE, "patch_size": PATCH, **options})
+  return shake(getattr(transformers, f"{kind}Model")(config))
+
+
+HIDDEN = dict(intermediate_size=64)
+HF_MODELS = [
+    ("ViT", {**HIDDEN, "layer_norm_eps": 1e-3}, formats.HF_VIT),
+    ("ViT", {**HIDDEN, "hidden_act": "gelu_new"}, formats.HF_VIT),
+    ("DeiT", HIDDEN, formats.HF_VIT),
+    ("Dinov2", {"mlp_ratio": 2}, formats.HF_DINOV2),
+    ("Dinov2WithRegisters", {"mlp_ratio": 2}, formats.HF_DINOV2),
+    ("CLIPVision", HIDDEN, formats.HF_CLIP),
+    ("CLIPVision", {**HIDDEN, "hidden_act": "gelu"}, formats.HF_CLIP),
+    ("SiglipVision", HIDDEN, formats.HF_SIGLIP),
+]
+
+
+@pytest.mark.parametrize("kind, options, format_", HF_MODELS)
+def test_hugging_face_s_vits(kind, options, format_, tmp_path):
+  model = hugging_face(kind, **options)
+  model.save_pretrained(tmp_path)
+
+  def features_of(model):
+    import torch
+    with torch.no_grad():
+      out = model(torch.from_numpy(images(SIZE).transpose(0, 3, 1, 2).copy()))
+    return (out.pooler_output if kind in ("CLIPVision", "SiglipVision")
+            else out.last_hidden_state[:, 0]).numpy()
+  module, params = check_features(
+      str(tmp_path / "model.safetensors"), features_of(model), SIZE, format_)
+  if kind == "DeiT":  # HF_VIT has registers, but no class of theirs
+    return
+  ours = weights_lib.to_tensors(params, format_, module)
+  save(tmp_path / "model.safetensors", ours)
+  again, loading = type(model).from_pretrained(
+      tmp_path, output_loading_info=True)
+  assert not loading["unexpected_keys"]
+  assert not [n for n in loading["missing_keys"]
+              if "pooler" not in n and "mask_token" not in n]
+  assert np.abs(features_of(again.eval()) - features(module, params)).max() < (
+      1e-5)
+
+
+def test_a_clip_without_its_config_is_in_doubt(tmp_path):
+  hugging_face("CLIPVision", **HIDDEN).save_pretrained(tmp_path)
+  (tmp_path / "config.json").unlink()
+  read = weights_lib.read(str(tmp_path / "model.safetensors"))
+  with pytest.raises(UserError, match="put the model's config.json beside it"):
+    load(read, SIZE)
+  assert load(read, SIZE, gelu="quick")[0].gelu == "quick"

@@ -1,0 +1,172 @@
+"""Files of tensors: their names, shapes and types; each is read when asked.
+
+  .npz                    numpy
+  .safetensors            one, or several with an index beside them
+  .pth, .pt, .bin         PyTorch's (the extra `torch`)
+
+Nothing is unpickled but by PyTorch's own reader of tensors alone.
+"""
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import functools
+import json
+import math
+import os
+import pickle
+from typing import Any, NamedTuple
+import zipfile
+import zlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from ttc_jax.backbones import sources
+from ttc_jax.errors import UserError
+
+# As the containers spell them; "|V2" is how numpy stores bfloat16.
+FLOATS = ("F16", "BF16", "F32", "F64", "<f2", "<f4", "<f8", "|V2",
+          "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
+
+
+class Tensor(NamedTuple):
+  """A tensor that is still in its file.
+
+  Attributes:
+    whole: the tensor that this one is a part of, if it is.
+  """
+  shape: tuple[int, ...]
+  dtype: str
+  read: Callable[[], np.ndarray]
+  whole: "Tensor | None" = None
+
+  def unstacked(self) -> list["Tensor"]:
+    """Those along the first axis; the file is read once for all."""
+    read = functools.cache(self.read)
+    return [Tensor(self.shape[1:], self.dtype, lambda i=i: read()[i], self)
+            for i in range(self.shape[0])]
+
+
+Opened = tuple[dict[str, Tensor], Mapping[str, str]]
+
+
+def open_file(path: str) -> Opened:
+  """-> (tensors by name, metadata) of a file of any kind, told by its content.
+
+  Raises:
+    UserError: missing, damaged, or of no known kind.
+  """
+  with readable(path):
+    if path.endswith(sources.INDEX):
+      return _open_shards(path)
+    with open(path, "rb") as f:
+      is_zip = f.read(2) == b"PK"
+    if not is_zip:
+      return _open_safetensors(path)
+    with zipfile.ZipFile(path) as archive:
+      pickled = any(os.path.basename(n) == "data.pkl"
+                    for n in archive.namelist())
+    return (_open_torch if pickled else _open_npz)(path)
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+  """Makes a sentence of what a damaged file raises."""
+  try:
+    yield
+  except FileNotFoundError as e:
+    raise UserError(f"weights file '{path}' does not exist") from e
+  except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
+          pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+          safetensors.SafetensorError) as e:
+    reason = " ".join(str(e).split())[:200]  # Some quote the whole header.
+    raise UserError(
+        f"weights file '{path}' cannot be read ({reason}): is it truncated, "
+        "or no .npz, .safetensors or .pth file? fetch it again") from e
+
+
+def _open_safetensors(path):
+  def reader(name):
+    def read_tensor():
+      with safetensors.safe_open(path, framework="numpy") as file:
+        return file.get_tensor(name)
+    return read_tensor
+
+  with safetensors.safe_open(path, framework="numpy") as file:
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    return {name: Tensor(tuple(s.get_shape()), s.get_dtype(), reader(name))
+            for name, s in slices.items()}, file.metadata() or {}
+
+
+def _open_npz(path):
+  def reader(member):
+    def read_tensor():
+      with zipfile.ZipFile(path) as archive, archive.open(member) as f:
+        array = np.lib.format.read_array(f, allow_pickle=False)
+      return array.view(ml_dtypes.bfloat16) if array.dtype == "V2" else array
+    return read_tensor
+
+  tensors = {}
+  with zipfile.ZipFile(path) as archive:
+    for member in archive.infolist():
+      if not member.filename.endswith(".npy"):
+        continue
+      with archive.open(member) as f:
+        shape, dtype = _npy_header(f)
+        declared = f.tell() + math.prod(shape) * dtype.itemsize
+      if not dtype.hasobject and declared != member.file_size:
+        raise ValueError(f"{member.filename} has {member.file_size} bytes, "
+                         f"its header declares {declared}")
+      name = member.filename.removesuffix(".npy")
+      tensors[name] = Tensor(shape, dtype.str, reader(member.filename))
+  return tensors, {}
+
+
+def _npy_header(f):
+  version = np.lib.format.read_magic(f)
+  if version == (1, 0):
+    shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+  else:
+    shape, _, dtype = np.lib.format.read_array_header_2_0(f)
+  return shape, dtype
+
+
+def _open_shards(path):
+  """Every tensor from the shard that the index says it is in."""
+  tensors, opened = {}, {}
+  for name, shard in sources.shards(path).items():
+    if shard not in opened:
+      opened[shard] = open_file(os.path.join(os.path.dirname(path), shard))[0]
+    if name not in opened[shard]:
+      raise UserError(f"weights file '{path}' places the tensor {name!r} in "
+                      f"'{shard}', which does not have it")
+    tensors[name] = opened[shard][name]
+  return tensors, {}
+
+
+_STATES = ("model", "state_dict", "teacher")  # where it stands beside others
+
+
+def _open_torch(path):
+  try:
+    import torch
+  except ImportError as error:
+    raise UserError(f"weights file '{path}' is PyTorch's, which is not "
+                    "installed: pip install -e '.[torch]'") from error
+  try:
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+  except pickle.UnpicklingError as error:
+    raise UserError(
+        f"weights file '{path}' holds more than tensors, so it is not read: "
+        "save the model's state_dict() alone") from error
+  while isinstance(state, dict) and (
+      inner := next((k for k in _STATES if isinstance(state.get(k), dict)), "")):
+    state = state[inner]
+  if not isinstance(state, dict):
+    raise UserError(f"weights file '{path}' holds a {type(state).__name__}; "
+                    "expected a state_dict")
+
+  def reader(tensor):
+    return lambda: tensor.detach().to(torch.float32).numpy()
+  return {str(n): Tensor(tuple(t.shape), str(t.dtype), reader(t))
+          for n, t in state.items() if isinstance(t, torch.Tensor)}, {}

@@ -1,0 +1,162 @@
+"""Hugging Face's ViT (and DeiT), DINOv2, and vision towers of CLIP and SigLIP.
+
+As `save_pretrained` writes them: safetensors with a config.json beside, which
+has the epsilon and the GELU.
+"""
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ttc_jax.backbones import vit
+from ttc_jax.backbones.formats import base
+from ttc_jax.errors import UserError
+
+_POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
+_OLDER = {  # of ViT and DINOv2
+    "cls": "embeddings.cls_token",
+    "registers": "embeddings.register_tokens",
+    "pos_embedding": "embeddings.position_embeddings",
+    "embedding": "embeddings.patch_embeddings.projection",
+    f"{vit.ATTENTION}/query": "encoder.layer.{}.attention.attention.query",
+    f"{vit.ATTENTION}/key": "encoder.layer.{}.attention.attention.key",
+    f"{vit.ATTENTION}/value": "encoder.layer.{}.attention.attention.value",
+    f"{vit.ATTENTION}/out": "encoder.layer.{}.attention.output.dense",
+    "Transformer/encoder_norm": "layernorm",
+}
+_NEWER = {  # of CLIP and SigLIP
+    "pos_embedding": "embeddings.position_embedding.weight",
+    "embedding": "embeddings.patch_embedding",
+    f"{vit.BLOCK}/LayerNorm_0": "encoder.layers.{}.layer_norm1",
+    f"{vit.ATTENTION}/query": "encoder.layers.{}.self_attn.q_proj",
+    f"{vit.ATTENTION}/key": "encoder.layers.{}.self_attn.k_proj",
+    f"{vit.ATTENTION}/value": "encoder.layers.{}.self_attn.v_proj",
+    f"{vit.ATTENTION}/out": "encoder.layers.{}.self_attn.out_proj",
+    f"{vit.BLOCK}/LayerNorm_1": "encoder.layers.{}.layer_norm2",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_0": "encoder.layers.{}.mlp.fc1",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_1": "encoder.layers.{}.mlp.fc2",
+    "Transformer/encoder_norm": "post_layernorm",
+}
+_VIT = _OLDER | {
+    f"{vit.BLOCK}/LayerNorm_0": "encoder.layer.{}.layernorm_before",
+    f"{vit.BLOCK}/LayerNorm_1": "encoder.layer.{}.layernorm_after",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_0": "encoder.layer.{}.intermediate.dense",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_1": "encoder.layer.{}.output.dense",
+}
+_DINOV2 = _OLDER | {
+    f"{vit.BLOCK}/LayerNorm_0": "encoder.layer.{}.norm1",
+    f"{vit.BLOCK}/layer_scale_0": "encoder.layer.{}.layer_scale1.lambda1",
+    f"{vit.BLOCK}/LayerNorm_1": "encoder.layer.{}.norm2",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_0": "encoder.layer.{}.mlp.fc1",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_1": "encoder.layer.{}.mlp.fc2",
+    f"{vit.BLOCK}/layer_scale_1": "encoder.layer.{}.layer_scale2.lambda1",
+}
+_CLIP = _NEWER | {
+    "cls": "embeddings.class_embedding",
+    "pre_norm": "pre_layrnorm",  # sic
+}
+_SIGLIP = _NEWER | {
+    "MAPHead_0/probe": "head.probe",
+    **{f"{_POOL}/{x}/{ours}": f"head.attention.in_proj_{theirs}"
+       for x in ("query", "key", "value")
+       for ours, theirs in (("kernel", "weight"), ("bias", "bias"))},
+    f"{_POOL}/out": "head.attention.out_proj",
+    "MAPHead_0/LayerNorm_0": "head.layernorm",
+    "MAPHead_0/MlpBlock_0/Dense_0": "head.mlp.fc1",
+    "MAPHead_0/MlpBlock_0/Dense_1": "head.mlp.fc2",
+}
+_OLDER_MORE = dict(
+    torch=True, positions=lambda cls, registers: int(cls),
+    tokens=("embeddings.cls_token", "embeddings.distillation_token",
+            "embeddings.register_tokens"),
+    ignored=r"pooler\..*|embeddings\.mask_token")
+_SQUEEZED = {"embeddings.position_embedding.weight": 1}
+
+HF_VIT = base.Format("hf_vit", names=base.by_table(_VIT), **_OLDER_MORE)
+HF_DINOV2 = base.Format(
+    "hf_dinov2", names=base.by_table(_DINOV2), **_OLDER_MORE,
+    refused={r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": "a gated MLP"})
+HF_CLIP = base.Format(
+    "hf_clip", names=base.by_table(_CLIP), torch=True,
+    tokens=("embeddings.class_embedding",),
+    positions=lambda cls, registers: int(cls),
+    squeezed=_SQUEEZED | {"embeddings.class_embedding": 2},
+    zero=("embedding/bias",), ignored=r"embeddings\.position_ids")
+HF_SIGLIP = base.Format(
+    "hf_siglip", names=base.by_table(_SIGLIP), torch=True, tokens=(),
+    squeezed=_SQUEEZED, ignored=r"embeddings\.position_ids")
+HF_DINOV3 = base.Format(
+    "hf_dinov3", names=lambda name: (),
+    refused={r"embeddings\..*": "rotary position embeddings"})
+
+
+class _Kind(NamedTuple):
+  """One of the formats, the models that have it, and their defaults.
+
+  Attributes:
+    format: see above.
+    marks: tensors that tell it from the others.
+    models: `model_type` of config.json.
+    act, epsilon: where config.json does not say.
+    act_alone: where there is no config.json.
+  """
+  format: base.Format
+  marks: tuple[str, str]
+  models: tuple[str, ...]
+  act: str
+  epsilon: float
+  act_alone: str | None
+
+
+_KINDS = (
+    _Kind(HF_VIT, ("embeddings.patch_embeddings.projection.weight",
+                   "encoder.layer.0.layernorm_before.weight"),
+          ("vit", "deit"), "gelu", 1e-12, "gelu"),
+    _Kind(HF_DINOV2, ("embeddings.patch_embeddings.projection.weight",
+                      "encoder.layer.0.norm1.weight"),
+          ("dinov2", "dinov2_with_registers"), "gelu", 1e-6, "gelu"),
+    # OpenAI's were trained with quick_gelu, those of others with gelu.
+    _Kind(HF_CLIP, ("embeddings.patch_embedding.weight",
+                    "pre_layrnorm.weight"),
+          ("clip", "clip_vision_model"), "quick_gelu", 1e-5, None),
+    _Kind(HF_SIGLIP, ("embeddings.patch_embedding.weight",
+                      "embeddings.patch_embedding.bias"),
+          ("siglip", "siglip_vision_model"), "gelu_pytorch_tanh", 1e-6,
+          "gelu_pytorch_tanh"),
+    _Kind(HF_DINOV3, ("embeddings.patch_embeddings.weight",
+                      "layer.0.norm1.weight"), ("dinov3_vit",), "gelu", 1e-5,
+          "gelu"),
+)
+_GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
+         "quick_gelu": "quick"}
+
+
+def settings(config: Mapping, models: tuple[str, ...], act: str,
+             epsilon: float, act_alone: str | None) -> base.Fields:
+  """GELU (None: in doubt) and epsilon, of a config.json if it is of a model."""
+  if config.get("model_type") not in models:  # it is another file's
+    return {"gelu": _GELU.get(act_alone), "epsilon": epsilon}
+  if isinstance(config.get("vision_config"), dict):  # of two towers
+    config = config["vision_config"]
+  act = config.get("hidden_act", act)
+  epsilon = config.get("layer_norm_eps", epsilon)
+  if not isinstance(act, str) or act not in _GELU:
+    raise UserError(f"config.json has the hidden_act {act!r}; known: "
+                    f"{', '.join(_GELU)}")
+  if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+    raise UserError(f"config.json has the layer_norm_eps {epsilon!r}; expected "
+                    "a number between 0 and 1")
+  return {"gelu": _GELU[act], "epsilon": epsilon}
+
+
+def recognise(tensors, config):
+  for kind in _KINDS:
+    found = base.below(tensors, kind.marks[0])
+    if found and kind.marks[1] in found:
+      pool = ("map" if "head.probe" in found else
+              "gap" if kind.format is HF_SIGLIP else "cls")
+      fields = base.vit_fields(
+          pool, base.count_tokens(found, kind.format.tokens),
+          pre_norm="pre_layrnorm.weight" in found,
+          layer_scale=any(".layer_scale1." in n for n in found),
+          **settings(config, *kind[2:]))
+      return kind.format, fields, found
+  return None
