@@ -241,7 +241,7 @@ class ViT(nn.Module):
     """
     D, F, L = self.width, self.hidden, self.depth
     P = (self.image_size // self.patch) ** 2
-    N = P + (self.pool == "cls") + self.registers
+    N = P + self.prefix
     outputs = (N,) * (L - 1) + (self.tokens_read or N,)
     T = sum(outputs)
     return Work(P * 3 * self.patch ** 2 * D,
