@@ -9,6 +9,6 @@ import importlib
 
 def __getattr__(name):
   """Imports a part when it is first named, so that importing us is quick."""
-  if name in ("backbones", "predict", "tasks"):
+  if name in ("backbones", "bundles", "predict", "serve", "tasks"):
     return importlib.import_module(f"{__name__}.{name}")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
