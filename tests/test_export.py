@@ -1,0 +1,205 @@
+"""What leaves: other libraries' own models give our logits.
+
+Tiny backbones under the real names; every leaf that a method tunes is random.
+"""
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests import made_bundles
+from tests.torch_models import import_timm
+from ttc_jax import bundles, export, parallel, predict
+from ttc_jax.backbones import swin, vit
+from ttc_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+SIZE = made_bundles.SIZE
+TARGETS = export.targets()
+EXACT = {"gelu": "exact"}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+  monkeypatch.setitem(vit.SIZES, "ti", (32, 2, 2, 64))
+  monkeypatch.setitem(swin.SIZES, "ti", (16, (2, 2), 2))
+
+
+def save(folder, method="ttc", backbone="vit_ti8", fields=EXACT, **more):
+  """A bundle's path, and beside it its base weights."""
+  weights = made_bundles.save_base(
+      str(folder / "base.safetensors"), backbone, **fields)
+  path = str(folder / "bundle")
+  bundles.save(path, made_bundles.make(weights, method, backbone, **more))
+  return path
+
+
+def pictures(count=5):
+  rng = np.random.default_rng(5)
+  return rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def our_logits(bundle, images):
+  """Of the model as it was tuned: nothing merged, nothing exported."""
+  tuned = predict.load(bundle, merge=False)
+  params, selection = map(
+      parallel.unreplicate, (tuned.params, tuned.selection))
+  return np.asarray(tuned.model.logits(params, images, selection))
+
+
+def exported(bundle, target, out):
+  return pathlib.Path(export.write(
+      export.load(bundle), TARGETS[target], str(out)))
+
+
+def code_of(folder):
+  return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(),
+                   re.DOTALL)[1]
+
+
+def card_logits(folder, monkeypatch, image):
+  """What the lines of the card give."""
+  monkeypatch.chdir(folder.parent)
+  space = {"image": Image.fromarray(image)}
+  exec(compile(code_of(folder), "README.md", "exec"), space)
+  logits = space["logits"]
+  return np.asarray(logits.detach() if hasattr(logits, "detach") else logits)
+
+
+def check_close(found, expected, what):
+  difference = np.abs(found - expected).max()
+  print(f"{what}: largest difference {difference:.1e} of "
+        f"{np.abs(expected).max():.1f}")
+  assert found.shape == expected.shape and difference < 1e-4, what
+
+
+# --- Programs -----------------------------------------------------------------
+
+def run_stablehlo(folder, images):
+  program = jax.export.deserialize(
+      (folder / "model.jax_export").read_bytes())
+  return np.asarray(program.call(images))
+
+
+def run_onnx(folder, images):
+  runtime = pytest.importorskip("onnxruntime")
+  session = runtime.InferenceSession(str(folder / "model.onnx"))
+  return session.run(["logits"], {"images": images})[0]
+
+
+def run_tf(folder, images):
+  tf = pytest.importorskip("tensorflow")
+  served = tf.saved_model.load(str(folder)).signatures["serving_default"]
+  return served(images=tf.constant(images))["logits"].numpy()
+
+
+PROGRAMS = {"stablehlo": run_stablehlo, "onnx": run_onnx,
+            "tf-saved-model": run_tf}
+
+
+def need(target):
+  for library in TARGETS[target].EXTRA[1]:
+    pytest.importorskip(library)
+
+
+@pytest.mark.parametrize("backbone, method", [
+    ("vit_ti8", "ttc"), ("vit_ti8", "vpt_deep"), ("swin_ti", "adapter")])
+@pytest.mark.parametrize("target", PROGRAMS)
+def test_programs(tmp_path, monkeypatch, target, backbone, method):
+  need(target)
+  bundle = save(tmp_path, method, backbone, normalisation="imagenet")
+  folder = exported(bundle, target, tmp_path / "out")
+  images = pictures()
+  expected = our_logits(bundle, images)
+  check_close(PROGRAMS[target](folder, images), expected,
+              f"{target} {backbone} {method}")
+  # The card's lines, and another number of images.
+  check_close(card_logits(folder, monkeypatch, images[0]), expected[:1],
+              f"{target}'s card")
+
+
+def test_a_program_needs_jax_alone(tmp_path):
+  bundle = save(tmp_path)
+  folder = exported(bundle, "stablehlo", tmp_path / "out")
+  np.save(tmp_path / "images.npy", pictures())
+  code = """
+import sys
+import jax.export, numpy as np, pathlib
+program = jax.export.deserialize(
+    pathlib.Path("out/model.jax_export").read_bytes())
+np.save("logits.npy", program.call(np.load("images.npy")))
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"flax", "ttc_jax", "optax"}, loaded
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                        capture_output=True, timeout=120,
+                        env={**os.environ, "PYTHONPATH": ""})
+  assert done.returncode == 0, done.stderr
+  check_close(np.load(tmp_path / "logits.npy"),
+              our_logits(bundle, pictures()), "another process")
+  program = jax.export.deserialize(
+      (folder / "model.jax_export").read_bytes())
+  assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+
+
+# --- Other libraries' models --------------------------------------------------
+
+VIT_S = [("vit_ti8", {"gelu": "exact", "epsilon": 1e-6}, m)
+         for m in ("ttc", "ssf", "lora", "layernorm", "full")]
+SCALED = ("vit_ti8", {"gelu": "tanh", "epsilon": 1e-6, "layer_scale": True},
+          "ttc")
+SWIN = ("swin_ti", {"window": 4}, "ttc")
+
+
+@pytest.mark.parametrize("backbone, fields, method", [
+    *VIT_S, SCALED, SWIN,
+    ("vit_ti8", {"gelu": "exact", "pool": "gap"}, "layernorm")])
+def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
+  import_timm()
+  bundle = save(tmp_path, method, backbone, fields)
+  exported(bundle, "timm", tmp_path / "out")
+  image = pictures()[0]
+  check_close(card_logits(tmp_path / "out", monkeypatch, image),
+              our_logits(bundle, image[None]), f"timm {backbone} {method}")
+
+
+@pytest.mark.parametrize("backbone, fields, method", [*VIT_S, SCALED, SWIN])
+def test_hugging_face_s_own_model(tmp_path, monkeypatch, backbone, fields,
+                                  method):
+  pytest.importorskip("transformers")
+  bundle = save(tmp_path, method, backbone, fields, normalisation="imagenet")
+  exported(bundle, "hf", tmp_path / "out")
+  image = pictures()[0]
+  check_close(card_logits(tmp_path / "out", monkeypatch, image),
+              our_logits(bundle, image[None]), f"hf {backbone} {method}")
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_big_vision_s_file(tmp_path, monkeypatch, pool):
+  bundle = save(tmp_path, "ssf", fields={"gelu": "tanh", "pool": pool})
+  exported(bundle, "bigvision", tmp_path / "out")
+  image = pictures()[0]
+  check_close(card_logits(tmp_path / "out", monkeypatch, image),
+              our_logits(bundle, image[None]), f"bigvision {pool}")
+
+
+@pytest.mark.parametrize("target, more, words", [
+    ("timm", {"method": "adapter"}, "its activation"),
+    ("hf", {"method": "vpt_deep"}, "prompts are tokens"),
+    ("hf", {"fields": {"gelu": "exact", "pool": "gap"}}, "pool='gap'"),
+    ("bigvision", {"fields": EXACT}, "gelu='exact'"),
+    ("bigvision", {"backbone": "swin_ti"}, "no Swin"),
+    ("timm", {"backbone": "swin_ti"}, "windows 7")])
+def test_what_a_target_cannot_hold_is_one_sentence(tmp_path, target, more,
+                                                   words):
+  bundle = save(tmp_path, **more)
+  with pytest.raises(UserError, match=words):
+    exported(bundle, target, tmp_path / "out")
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,193 @@
+"""Weights out: a tuned model as others load it, with its model card.
+
+The folder is the registry: a module with `write(model, folder)` is a target.
+It also has
+
+  NAME      on the command line
+  LOAD      code that loads it: the lines of its card, with {folder} and {size}
+            and {resample}; from a PIL `image` to `logits`
+  MERGED    whether it has a place for weights alone, none for an adapter
+  EXTRA     the pip extra that it needs, and the modules that come with it
+"""
+from collections.abc import Callable
+import importlib
+import importlib.util
+import json
+import os
+import pkgutil
+import shutil
+import types
+from typing import Any, NamedTuple
+import uuid
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ttc_jax import files, methods, parallel, predict, trees
+from ttc_jax.backbones.vit import ViT
+from ttc_jax.errors import UserError
+from ttc_jax.export import card
+from ttc_jax.model import Model, Params
+from ttc_jax.tasks import images
+
+NOTE = "ttc_jax.json"  # in every export: for machines, and to know our own
+
+
+class Export(NamedTuple):
+  """A tuned model on its way out, computed in float32.
+
+  Attributes:
+    params, selection: numpy, of one device.
+    meta: the bundle's.
+    unmerged: why the method's adapter could not be folded into the weights;
+      empty where the weights alone are the model.
+  """
+  model: Model
+  params: trees.Tree
+  selection: trees.Tree
+  meta: dict[str, Any]
+  unmerged: str = ""
+
+  @property
+  def head(self) -> Params:
+    """{"kernel": (D, C), "bias": (C,)}."""
+    return self.params["head"]
+
+
+def targets() -> dict[str, types.ModuleType]:
+  """{name: module} of every target there is."""
+  modules = (importlib.import_module(f"{__name__}.{m.name}")
+             for m in pkgutil.iter_modules(__path__)
+             if not m.name.startswith("_"))
+  return {m.NAME: m for m in modules if hasattr(m, "write")}
+
+
+def load(bundle: str, weights: str | None = None) -> Export:
+  """A bundle on its base weights, merged where that is exact.
+
+  Raises:
+    UserError: as `predict.load`.
+  """
+  tuned = predict.load(bundle, weights)
+  meta = tuned.meta
+  module = tuned.model.backbone.clone(dtype=jnp.float32)
+  unmerged = tuned.model.handlers and methods.load(
+      meta["method"], ml_collections.ConfigDict(meta["options"]),
+      module).cannot_merge
+  return Export(tuned.model._replace(backbone=module),
+                parallel.unreplicate(tuned.params),
+                parallel.unreplicate(tuned.selection), meta, unmerged or "")
+
+
+def check(model: Export, target: types.ModuleType) -> None:
+  """Raises UserError if the target cannot hold the model, or lacks a library.
+  """
+  if model.unmerged and target.MERGED:
+    whole = sorted(name for name, t in targets().items() if not t.MERGED)
+    raise UserError(
+        f"--to={target.NAME} has no place for the adapter of method "
+        f"'{model.meta['method']}', and it cannot be merged, because "
+        f"{model.unmerged}; --to={' or '.join(whole)} holds the whole "
+        "computation")
+  extra, libraries = target.EXTRA
+  lacking = [m for m in libraries if importlib.util.find_spec(m) is None]
+  if lacking:
+    raise UserError(f"--to={target.NAME} needs {' and '.join(lacking)}: pip "
+                    f"install -e '.[{extra}]'")
+
+
+def write(model: Export, target: types.ModuleType, out: str) -> str:
+  """Writes the folder `out`, whole or not at all, and returns its path.
+
+  An earlier export there is replaced, anything else is not.
+
+  Raises:
+    UserError: see `check`, and of the target: what it cannot hold exactly.
+  """
+  out = os.path.abspath(os.path.expanduser(out))
+  if os.path.lexists(out) and not os.path.isfile(os.path.join(out, NOTE)):
+    raise UserError(f"'{out}' exists and is no export of ours, so it is not "
+                    "overwritten: delete it, or give another --out")
+  check(model, target)
+  scratch = f"{out}.{uuid.uuid4().hex}.tmp"
+  os.makedirs(scratch)
+  try:
+    target.write(model, scratch)
+    code = target.LOAD.format(folder=os.path.basename(out),
+                              **loading(model.meta))
+    files.write_text(os.path.join(scratch, NOTE),
+                     json.dumps(note(model, target), indent=2) + "\n")
+    files.write_text(os.path.join(scratch, "README.md"),
+                     card.text(model, target.NAME, code))
+    if os.path.exists(out):
+      shutil.rmtree(out)
+    os.rename(scratch, out)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return out
+
+
+def note(model: Export, target: types.ModuleType) -> dict[str, Any]:
+  """JSON of what one needs beside the file: classes and preprocessing."""
+  return {"target": target.NAME, "merged": not model.unmerged,
+          "classes": model.meta["classes"],
+          "preprocessing": preprocessing(model.meta), "bundle": model.meta}
+
+
+def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
+  """From an RGB image to what the backbone reads.
+
+  The image is resized to `size` x `size`, its aspect ratio not kept, divided
+  by 255, and (x - mean) / std, each channel.
+  """
+  black, white = (images.normalise(np.full(3, x, np.uint8),
+                                   meta["normalisation"]) for x in (0, 255))
+  std = 1 / (np.float64(white) - black)
+  return {"size": meta["image_size"], "resample": meta["resample"],
+          "mean": [round(x, 6) for x in (-black * std).tolist()],
+          "std": [round(x, 6) for x in std.tolist()]}
+
+
+def loading(meta: dict[str, Any]) -> dict[str, Any]:
+  """What the code of a card is filled with."""
+  how = preprocessing(meta)
+  return {"size": meta["image_size"], "resample": meta["resample"].upper(),
+          "backbone": meta["backbone"], "mean": how["mean"], "std": how["std"]}
+
+
+def check_fields(model: Export, target: str, expected: dict[str, Any]) -> None:
+  """Raises UserError if the backbone is not what a target computes.
+
+  Args:
+    expected: {field: value, or the values} of `module.fields`; a field that
+      is not there is not held.
+  """
+  for field, value in model.model.backbone.fields.items():
+    allowed = expected.get(field, ())
+    if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
+      raise UserError(
+          f"--to={target} cannot hold {field}={value!r}, which this backbone "
+          "has: what it computes would be another function; "
+          "--to=stablehlo holds every backbone")
+
+
+def computation(model: Export) -> Callable[[trees.Tree, jax.Array], jax.Array]:
+  """`(params, images) -> logits` for uint8 images (B, S, S, 3), B symbolic."""
+  selection = model.selection
+
+  def logits(params, images):
+    return model.model.logits(params, images, selection)
+
+  def one_by_one(params, images):
+    return jax.vmap(lambda image: logits(params, image[None])[0])(images)
+  # ViT asks for `len(images)`, which has to be a number.
+  return (one_by_one if isinstance(model.model.backbone, ViT) else logits)
+
+
+def symbolic_images(model: Export) -> jax.ShapeDtypeStruct:
+  """The shape of any number of images."""
+  batch, = jax.export.symbolic_shape("batch")
+  size = model.model.backbone.image_size
+  return jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)

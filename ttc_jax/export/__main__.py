@@ -1,0 +1,36 @@
+"""Writes a tuned model as others load it, with a model card.
+
+  python -m ttc_jax.export --bundle=WORKDIR/runs/RUN/bundle --to=timm
+"""
+import os
+
+from absl import flags
+
+from ttc_jax import cli, export
+from ttc_jax.errors import UserError, check_known
+
+
+def main(argv: list[str]) -> None:
+  targets = export.targets()
+  if len(argv) > 1 or not _BUNDLE.value or not _TO.value:
+    raise UserError("give --bundle=DIR, the folder 'bundle' of a finished run, "
+                    f"and --to={'|'.join(targets)}")
+  target = targets[check_known("target", _TO.value, targets)]
+  bundle = os.path.abspath(_BUNDLE.value)
+  model = export.load(bundle, _WEIGHTS.value)
+  out = export.write(model, target, _OUT.value or os.path.join(
+      os.path.dirname(bundle), f"export-{target.NAME}"))
+  if model.unmerged:
+    print(f"exported unmerged, because {model.unmerged}")
+  print(out)
+
+
+if __name__ == "__main__":
+  _BUNDLE = flags.DEFINE_string("bundle", None, "folder of a finished run")
+  _TO = flags.DEFINE_string("to", None, "format: " + ", ".join(
+      export.targets()))
+  _OUT = flags.DEFINE_string(
+      "out", None, "new folder; by default export-FORMAT beside the bundle")
+  _WEIGHTS = flags.DEFINE_string(
+      "weights", None, "the base weights, if they moved since")
+  cli.run(main)

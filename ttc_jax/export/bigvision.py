@@ -1,0 +1,37 @@
+"""An .npz as Big Vision keeps a ViT, with its head."""
+import os
+
+import numpy as np
+
+from ttc_jax import export, files
+from ttc_jax.backbones import formats, weights
+from ttc_jax.backbones.vit import ViT
+from ttc_jax.errors import UserError
+
+NAME, MERGED, EXTRA = "bigvision", True, ("", ())
+LOAD = """
+import numpy as np, ttc_jax
+file, size = "{folder}/model.npz", {size}
+module, params = ttc_jax.backbones.load("{backbone}", file, size)
+pixels = np.asarray(image.resize((size, size), Image.Resampling.{resample}))
+x = ((pixels / 255 - {mean}) / {std}).astype(np.float32)
+head = np.load(file)
+logits = (module.apply({{"params": params}}, x[None])
+          @ head["head/kernel"] + head["head/bias"])
+"""
+
+
+def write(model: export.Export, folder: str) -> None:
+  """model.npz: the backbone by Big Vision's names, head/kernel, head/bias."""
+  backbone = model.model.backbone
+  if not isinstance(backbone, ViT):
+    raise UserError("--to=bigvision: Big Vision has no Swin; --to=timm has")
+  export.check_fields(model, NAME, {
+      "pool": ("cls", "gap", "map"), "gelu": "tanh", "epsilon": 1e-6,
+      "final_norm": True, "layer_scale": False, "registers": 0,
+      "pre_norm": False, "pool_norm": False})
+  tensors = weights.to_tensors(
+      model.params["backbone"], formats.BIGVISION, backbone)
+  with files.replacing(os.path.join(folder, "model.npz")) as file:
+    np.savez(file, **tensors, **{f"head/{n}": np.asarray(x)
+                                 for n, x in model.head.items()})

@@ -1,0 +1,153 @@
+"""The model card of an export: README.md as the Hugging Face Hub has it."""
+import json
+import re
+from typing import Any
+
+from ttc_jax import trees
+from ttc_jax.methods.__main__ import described
+
+
+def text(model: Any, target: str, code: str) -> str:
+  """The card.
+
+  Args:
+    model: an `export.Export`.
+    code: the lines that load it, from a PIL `image` to `logits`.
+  """
+  meta = model.meta
+  sections = [
+      _front_matter(meta, target), f"# {_name(meta)}", _summary(model, target),
+      "## Use", f"In the folder that holds this one:\n\n{_block(code)}",
+      "## Results", _table(_results(meta)),
+      "## Training", _table(_training(meta)),
+      "## Tuned parameters", _table(_parameters(model)),
+      "## Preprocessing", _preprocessing(meta),
+      "## Limits", _limits(model)]
+  return "\n\n".join(sections) + "\n"
+
+
+def _name(meta):
+  return f"{meta['backbone']}, {meta['method']} on {meta['task']}"
+
+
+def _accuracy(meta):
+  """(percent, what of), None if the run measured neither."""
+  for key, split in (("test_top1", "test"), ("val_top1", "val200")):
+    if meta.get(key) is not None:
+      return meta[key], split
+  return None
+
+
+def _front_matter(meta, target):
+  """YAML, written as JSON values, which YAML contains."""
+  dataset = {"name": meta["task"], "type": meta["task"]}
+  results = [{"task": {"type": "image-classification"}, "dataset": dataset,
+              "metrics": [{"type": "accuracy", "value": round(a / 100, 4),
+                           "name": f"top-1, {split}"}]}
+             for a, split in filter(None, [_accuracy(meta)])]
+  library = {"timm": "timm", "hf": "transformers", "tf-saved-model": "tf-keras"}
+  fields = {
+      "library_name": library.get(target, "ttc_jax"),
+      "pipeline_tag": "image-classification",
+      "tags": ["image-classification", "parameter-efficient-fine-tuning",
+               meta["method"], meta["backbone"], target],
+      "metrics": ["accuracy"],
+      "model-index": [{"name": _name(meta), "results": results}]}
+  if hub := re.match(r"hf://([^/]+/[^/#]+)", meta.get("weights_source", "")):
+    fields["base_model"] = hub[1]
+  lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
+  return "\n".join(["---", *lines, "---"])
+
+
+def _summary(model, target):
+  meta = model.meta
+  source, what = described(meta["method"])
+  merged = (f"The method's adapter is part of the exported computation, since "
+            f"it cannot be merged: {model.unmerged}." if model.unmerged else
+            "All that was tuned is folded into the weights: the model has the "
+            "shape and the cost of its backbone.")
+  return (f"An image classifier of {len(meta['classes'])} classes, tuned by "
+          f"`ttc_jax` with the method `{meta['method']}` ({source}: "
+          f"{what.rstrip('.')}), and exported for `{target}`. {merged}")
+
+
+def _block(code):
+  return f"```python\nfrom PIL import Image\n{code.strip()}\n```"
+
+
+def _results(meta):
+  accuracy = _accuracy(meta)
+  rows = {"task": f"{meta['task']} ({meta['group']})"
+          if meta.get("group") else meta["task"]}
+  if accuracy:
+    rows["top-1 accuracy"] = f"{accuracy[0]:.2f} % of {accuracy[1]}"
+  return rows | _some(meta, test_count="test images", seed="seed") | {
+      "classes": ", ".join(meta["classes"])}
+
+
+def _training(meta):
+  protocols = {
+      "final": "final: trained on train800val200, the test set used once",
+      "val": "val: trained on train800, val200 reported"}
+  protocol = meta.get("protocol")
+  rows = {"protocol": protocols.get(protocol, protocol)} if protocol else {}
+  rows |= _some(
+      meta, train_count="training images", data_digest="digest of the data",
+      optimiser="optimiser", lr="learning rate", weight_decay="weight decay",
+      batch_size="batch size", epochs="epochs a stage",
+      warmup_epochs="warm-up epochs", drop_path="drop path",
+      label_smoothing="label smoothing", dtype="computed in",
+      matmul_precision="matrix products", device="device",
+      weights="base weights", weights_sha256="sha256 of the base weights")
+  rows["stages"] = ", ".join(meta.get("stages", ())) or "one"
+  rows["options of the method"] = _code(meta["options"])
+  rows["versions"] = ", ".join(
+      f"{name} {version}" for name, version in meta.get("versions", {}).items())
+  return rows
+
+
+def _some(meta, **titles):
+  """{title: value} of the keys that the bundle has."""
+  return {title: meta[key] for key, title in titles.items()
+          if meta.get(key) is not None}
+
+
+def _code(value):
+  return f"`{json.dumps(value)}`" if value else "none"
+
+
+def _parameters(model):
+  rows = {part: f"{model.meta[f'{part}_params']:,}"
+          for part in ("module", "norm", "head")
+          if f"{part}_params" in model.meta}
+  return rows | {"of the exported model": f"{trees.count(model.params):,}"}
+
+
+def _table(rows):
+  def cell(value):
+    return str(value).replace("|", "\\|").replace("\n", " ")
+  return "\n".join(["| | |", "|---|---|", *(
+      f"| {title} | {cell(value)} |" for title, value in rows.items())])
+
+
+def _preprocessing(meta):
+  size = meta["image_size"]
+  how = {"half": "(x / 255 - 0.5) / 0.5", "none": "x / 255",
+         "imagenet": "(x / 255 - mean) / std of ImageNet"}
+  return (f"RGB, resized to {size} x {size} pixels ({meta['resample']}, "
+          "antialiased, the aspect ratio not kept), then "
+          f"{how[meta['normalisation']]}; transparency over white.")
+
+
+def _limits(model):
+  meta = model.meta
+  lines = [
+      "One run with one seed: its accuracy is no mean.",
+      "Measured on the test images named above alone; other images, another "
+      "resampling or size may give another accuracy.",
+      "The licences of the base weights and of the data apply."]
+  if meta.get("dtype", "float32") != "float32":
+    lines.append(f"Trained and tested in {meta['dtype']}, exported in float32.")
+  if meta.get("protocol") == "val":
+    lines.append("The test set was not used: the accuracy is of val200.")
+  return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,76 @@
+"""A folder that `timm.create_model("local-dir:...")` loads."""
+import json
+import os
+
+import numpy as np
+import safetensors.numpy
+
+from ttc_jax import export, files
+from ttc_jax.backbones import formats, weights
+from ttc_jax.backbones.vit import ViT
+from ttc_jax.errors import UserError
+
+NAME, MERGED, EXTRA = "timm", True, ("", ())
+LOAD = """
+import timm, torch
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+logits = model(timm.data.create_transform(**config)(image)[None])
+"""
+_GELU = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
+
+
+def write(model: export.Export, folder: str) -> None:
+  """model.safetensors by timm's names, and config.json as on the Hub."""
+  backbone = model.model.backbone
+  make = _vit if isinstance(backbone, ViT) else _swin
+  format_, head, architecture, args = make(model, backbone)
+  tensors = weights.to_tensors(model.params["backbone"], format_, backbone)
+  tensors |= {f"{head}.weight": np.ascontiguousarray(model.head["kernel"].T),
+              f"{head}.bias": np.asarray(model.head["bias"])}
+  how, size = export.preprocessing(model.meta), backbone.image_size
+  config = {
+      "architecture": architecture, "num_classes": len(model.meta["classes"]),
+      "num_features": backbone.width, "model_args": args,
+      "label_names": model.meta["classes"],
+      "pretrained_cfg": {
+          "num_classes": len(model.meta["classes"]), "classifier": head,
+          "input_size": [3, size, size], "fixed_input_size": True,
+          "interpolation": how["resample"], "crop_pct": 1.0,
+          "crop_mode": "squash", "mean": how["mean"], "std": how["std"]}}
+  safetensors.numpy.save_file(
+      tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+  files.write_text(os.path.join(folder, "config.json"),
+                   json.dumps(config, indent=2) + "\n")
+
+
+def _vit(model, vit):
+  export.check_fields(model, NAME, {
+      "pool": ("cls", "gap"), "gelu": tuple(_GELU), "epsilon": 1e-6,
+      "final_norm": True, "layer_scale": (False, True),
+      "registers": tuple(range(65)), "pre_norm": False, "pool_norm": False})
+  args = {
+      "img_size": vit.image_size, "patch_size": vit.patch,
+      "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
+      "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
+      "global_pool": "token" if vit.pool == "cls" else "avg",
+      "fc_norm": False, "reg_tokens": vit.registers,
+      "no_embed_class": vit.registers > 0, "act_layer": _GELU[vit.gelu],
+      "init_values": 1e-5 if vit.layer_scale else None}
+  return formats.TIMM, "head", "vit_base_patch16_224", args
+
+
+def _swin(model, swin):
+  export.check_fields(model, NAME, {
+      "gelu": "exact", "epsilon": 1e-5, "window": tuple(range(65))})
+  if min(swin.sides) < swin.window:
+    raise UserError(
+        f"--to={NAME}: at {swin.image_size} px a stage has {min(swin.sides)} "
+        f"tokens a side and windows {swin.window}, which timm shrinks with "
+        "their tables; --to=stablehlo holds them")
+  args = {
+      "img_size": swin.image_size, "patch_size": swin.patch,
+      "embed_dim": swin.embed, "depths": list(swin.depths),
+      "num_heads": [swin.heads * 2 ** s for s in range(len(swin.depths))],
+      "window_size": swin.window}
+  return formats.SWIN_TIMM, "head.fc", "swin_base_patch4_window7_224", args
