@@ -94,14 +94,7 @@ def run_onnx(folder, images):
   return session.run(["logits"], {"images": images})[0]
 
 
-def run_tf(folder, images):
-  tf = pytest.importorskip("tensorflow")
-  served = tf.saved_model.load(str(folder)).signatures["serving_default"]
-  return served(images=tf.constant(images))["logits"].numpy()
-
-
-PROGRAMS = {"stablehlo": run_stablehlo, "onnx": run_onnx,
-            "tf-saved-model": run_tf}
+PROGRAMS = {"stablehlo": run_stablehlo, "onnx": run_onnx}
 
 
 def need(target):

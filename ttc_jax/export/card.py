@@ -45,7 +45,7 @@ def _front_matter(meta, target):
               "metrics": [{"type": "accuracy", "value": round(a / 100, 4),
                            "name": f"top-1, {split}"}]}
              for a, split in filter(None, [_accuracy(meta)])]
-  library = {"timm": "timm", "hf": "transformers", "tf-saved-model": "tf-keras"}
+  library = {"timm": "timm", "hf": "transformers"}
   fields = {
       "library_name": library.get(target, "ttc_jax"),
       "pipeline_tag": "image-classification",

@@ -27,7 +27,7 @@ def write(model: export.Export, folder: str) -> None:
   if 4 * trees.count(model.params) > _LARGEST:
     raise UserError("--to=stablehlo holds weights up to 2 GiB, these have "
                     f"{4 * trees.count(model.params) / 2 ** 30:.1f}; "
-                    "--to=tf-saved-model holds more")
+                    "--to=onnx holds more")
   logits = export.computation(model)
   program = jax.export.export(
       jax.jit(lambda images: logits(model.params, images)),
