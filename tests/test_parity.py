@@ -286,3 +286,28 @@ def test_a_clip_without_its_config_is_in_doubt(tmp_path):
   with pytest.raises(UserError, match="put the model's config.json beside it"):
     load(read, SIZE)
   assert load(read, SIZE, gelu="quick")[0].gelu == "quick"
+
+
+# Grids that windows divide: where they do not, timm shifts before it pads, the
+# authors, Hugging Face and we pad first.
+@pytest.mark.parametrize("depths, window, size", [
+    ((2, 2), 4, 32), ((2, 2), 4, 64), ((1, 2, 1), 3, 48), ((1, 2, 1), 3, 96)])
+def test_timm_s_swin(depths, window, size, tmp_path):
+  timm = import_timm()
+  model = shake(timm.models.swin_transformer.SwinTransformer(
+      img_size=size, patch_size=4, embed_dim=16, depths=depths,
+      num_heads=[2 * 2 ** i for i in range(len(depths))], num_classes=0,
+      window_size=window))
+  read = weights_lib.read(save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()}))
+  assert read.format is formats.SWIN_TIMM
+  module = swin.Swin(16, depths, 2, size, **read.fields)
+  params = weights_lib.fit(read, backbones.shapes(module), "tiny")
+  expected = torch_features(model, size)
+  difference = np.abs(features(module, params) - expected).max()
+  print(f"swin_timm {depths} at {size}: {difference:.1e}")
+  assert difference < 1e-4
+  # timm keeps indices and masks out of what it loads.
+  load_state(model, weights_lib.to_tensors(params, formats.SWIN_TIMM, module))
+  assert np.abs(torch_features(model, size)
+                - features(module, params)).max() < 1e-4

@@ -158,7 +158,9 @@ def _inspect(sources):
       if isinstance(value, list):
         value = ", ".join(value[:6]) + (
             f", ... ({len(value)})" if len(value) > 6 else "")
-      print(f"  {key:<12}{'in doubt' if value is None and key in fields else value}")
+      if value is None:
+        value = "in doubt" if key in fields else "none here"
+      print(f"  {key:<12}{value}")
 
 
 def _diff(one, two):

@@ -61,7 +61,8 @@ def _images(module):
 
 
 def load(name: str, weights: str, image_size: int,
-         resample_patch: bool = False, **fields: Any) -> tuple[nn.Module, trees.Tree]:
+         resample_patch: bool = False,
+         **fields: Any) -> tuple[nn.Module, trees.Tree]:
   """Returns a backbone and its pretrained parameters.
 
   Args:
@@ -87,7 +88,8 @@ def load(name: str, weights: str, image_size: int,
 
 
 def fit(read: weights_lib.Weights, name: str, image_size: int,
-        resample_patch: bool = False, **fields: Any) -> tuple[nn.Module, trees.Tree]:
+        resample_patch: bool = False,
+        **fields: Any) -> tuple[nn.Module, trees.Tree]:
   """`load` of a file that is open already."""
   module = make(name, image_size, **fields)
   weights_lib.check_fields(read, module, name)

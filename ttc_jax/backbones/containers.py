@@ -9,11 +9,10 @@ Nothing is unpickled but by PyTorch's own reader of tensors alone.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
-import json
 import math
 import os
 import pickle
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import zipfile
 import zlib
 
@@ -159,9 +158,9 @@ def _open_torch(path):
     raise UserError(
         f"weights file '{path}' holds more than tensors, so it is not read: "
         "save the model's state_dict() alone") from error
-  while isinstance(state, dict) and (
-      inner := next((k for k in _STATES if isinstance(state.get(k), dict)), "")):
-    state = state[inner]
+  while isinstance(state, dict) and (inner := [
+      state[k] for k in _STATES if isinstance(state.get(k), dict)]):
+    state = inner[0]
   if not isinstance(state, dict):
     raise UserError(f"weights file '{path}' holds a {type(state).__name__}; "
                     "expected a state_dict")

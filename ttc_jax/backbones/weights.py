@@ -420,8 +420,8 @@ def identify(weights: Weights) -> str:
     UserError: no backbone here has its size.
   """
   def refuse(what, cause=None):
-    raise UserError(f"weights file '{weights.path}' is {what}: no backbone here "
-                    "has that size") from cause
+    raise UserError(f"weights file '{weights.path}' is {what}: no backbone "
+                    "here has that size") from cause
   if "window" in weights.fields:
     embed = _shape(weights, "embedding/kernel")[-1]
     heads = _shape(weights, f"{_SWIN_BLOCK.format(0, 0)}/attention/"
@@ -474,7 +474,8 @@ def to_tensors(params: trees.Tree, format_: Format,
   Raises:
     UserError: the format cannot hold this variant of the module.
   """
-  flat = {n: np.asarray(x, np.float32) for n, x in trees.flatten(params).items()}
+  flat = {n: np.asarray(x, np.float32)
+          for n, x in trees.flatten(params).items()}
   if "pos_embedding" in flat:  # that of a token is in the token already
     before = format_.positions("cls" in flat, getattr(module, "registers", 0))
     flat["pos_embedding"] = np.pad(
