@@ -289,11 +289,11 @@ def test_a_damaged_state_runs_its_stage_again_to_the_same_bits(
   assert hit and done.returncode == 0, done.stderr
   assert "damaged" in done.stderr
   one, two = rows(workdir)[0], rows(tmp_path / "work")[0]
-  bundles = [bundles.load(str(w / "runs" / one["run"] / "bundle"))
-             for w in (workdir, tmp_path / "work")]
+  both = [bundles.load(str(w / "runs" / one["run"] / "bundle"))
+          for w in (workdir, tmp_path / "work")]
   assert one["test_top1"] == two["test_top1"]
-  assert all((bundles[0].tuned[k] == bundles[1].tuned[k]).all()
-             for k in bundles[0].tuned)
+  assert all((both[0].tuned[k] == both[1].tuned[k]).all()
+             for k in both[0].tuned)
 
 
 def test_the_data_folder_is_only_read(finished, data):
