@@ -11,7 +11,7 @@ def text(model: Any, target: str, code: str) -> str:
   """The card.
 
   Args:
-    model: an `export.Export`.
+    model: an `predict.Attached`.
     code: the lines that load it, from a PIL `image` to `logits`.
   """
   meta = model.meta
@@ -45,7 +45,7 @@ def _front_matter(meta, target):
               "metrics": [{"type": "accuracy", "value": round(a / 100, 4),
                            "name": f"top-1, {split}"}]}
              for a, split in filter(None, [_accuracy(meta)])]
-  library = {"timm": "timm", "hf": "transformers"}
+  library = {"timm": "timm", "hf": "transformers", "tf-saved-model": "tf-keras"}
   fields = {
       "library_name": library.get(target, "ttc_jax"),
       "pipeline_tag": "image-classification",
@@ -63,7 +63,7 @@ def _summary(model, target):
   meta = model.meta
   source, what = described(meta["method"])
   merged = (f"The method's adapter is part of the exported computation, since "
-            f"it cannot be merged: {model.unmerged}." if model.unmerged else
+            f"it cannot be merged: {model.cannot_merge}." if model.cannot_merge else
             "All that was tuned is folded into the weights: the model has the "
             "shape and the cost of its backbone.")
   return (f"An image classifier of {len(meta['classes'])} classes, tuned by "

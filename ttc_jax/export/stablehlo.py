@@ -6,6 +6,7 @@ import jax.export
 
 from ttc_jax import export, files, trees
 from ttc_jax.errors import UserError
+from ttc_jax.predict import Attached
 
 NAME, MERGED, EXTRA = "stablehlo", False, ("", ())
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -19,7 +20,7 @@ logits = program.call(pixels[None])
 _LARGEST = 2 ** 31 - 1  # bytes of a flatbuffer
 
 
-def write(model: export.Export, folder: str) -> None:
+def write(model: Attached, folder: str) -> None:
   """model.jax_export: uint8 images (B, S, S, 3), of any B, -> logits (B, C).
 
   Weights and normalisation are within.
@@ -27,7 +28,7 @@ def write(model: export.Export, folder: str) -> None:
   if 4 * trees.count(model.params) > _LARGEST:
     raise UserError("--to=stablehlo holds weights up to 2 GiB, these have "
                     f"{4 * trees.count(model.params) / 2 ** 30:.1f}; "
-                    "--to=onnx holds more")
+                    "--to=tf-saved-model holds more")
   logits = export.computation(model)
   program = jax.export.export(
       jax.jit(lambda images: logits(model.params, images)),
