@@ -22,7 +22,7 @@ import pytest
 import safetensors.numpy
 
 from ttc_jax import backbones, trees
-from ttc_jax.backbones import formats, sources, vit, weights
+from ttc_jax.backbones import formats, resampling, sources, vit, weights
 from ttc_jax.errors import UserError
 
 D, L, H, F, P, S = 8, 2, 2, 16, 4, 16
@@ -255,10 +255,10 @@ def test_sha256(tmp_path):
 
 def test_positions_stay_on_their_grid_and_keep_constants():
   position = np.random.default_rng(0).normal(size=(1, 16, 3)).astype("f4")
-  assert weights.resize_positions(position, 16) is position
+  assert resampling.resize_positions(position, 16) is position
   constant = np.full((1, 16, 3), 2.5, np.float32)
   for tokens in (1, 4, 25, 81):
-    resized = weights.resize_positions(constant, tokens)
+    resized = resampling.resize_positions(constant, tokens)
     assert resized.shape == (1, tokens, 3)
     np.testing.assert_allclose(resized, 2.5, rtol=1e-6)
 
@@ -266,7 +266,7 @@ def test_positions_stay_on_their_grid_and_keep_constants():
 def test_positions_keep_their_axes():
   rows, columns = np.mgrid[:4, :4]
   position = np.stack([rows, columns], -1).reshape(1, 16, 2).astype("f4")
-  resized = weights.resize_positions(position, 64).reshape(8, 8, 2)
+  resized = resampling.resize_positions(position, 64).reshape(8, 8, 2)
   assert (np.diff(resized[..., 0], axis=0)[1:-1] > 0.2).all()
   np.testing.assert_allclose(np.diff(resized[..., 0], axis=1), 0, atol=1e-5)
   np.testing.assert_allclose(resized[..., 1], resized[..., 0].T, atol=1e-5)
@@ -305,7 +305,8 @@ def test_a_missing_big_vision_tensor_is_named(tmp_path, missing):
 
 
 @pytest.mark.parametrize("name, what", [
-    ("blocks.0.gamma_1", "EVA"), ("blocks.0.attn.q_norm.weight", "norms of queries"),
+    ("blocks.0.gamma_1", "EVA"),
+    ("blocks.0.attn.q_norm.weight", "norms of queries"),
     ("blocks.1.mlp.w12.weight", "gated"),
     ("blocks.0.something.weight", "no place")])
 def test_other_timm_architectures_are_refused(tmp_path, name, what):

@@ -12,7 +12,8 @@ import safetensors.numpy
 from tests.test_parity import random_params
 from tests.test_weights import as_timm, check_equal, fit, flat_params, save
 from ttc_jax import backbones, trees, weights as cli
-from ttc_jax.backbones import formats, sources, swin, vit, weights
+from ttc_jax.backbones import formats, resampling, sources, swin, vit
+from ttc_jax.backbones import weights
 from ttc_jax.errors import UserError
 
 D, L, H, F = 8, 2, 2, 16  # of `flat_params`, patch 4 and 16 px
@@ -308,7 +309,7 @@ def test_pi_resize_is_flexivit_s_formula(old, new):
   one = bilinear(old, new)
   inverse = np.linalg.pinv(np.kron(one, one).T)
   expected = np.einsum("ij,jcd->icd", inverse, kernel.reshape(-1, 3, 5))
-  got = weights.resize_patch(kernel, new)
+  got = resampling.resize_patch(kernel, new)
   np.testing.assert_allclose(got, expected.reshape(new, new, 3, 5), atol=1e-5)
   if new > old:  # a patch made larger looks the same: the purpose of it all
     patch = np.random.default_rng(1).normal(size=(old, old, 3))

@@ -99,11 +99,7 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
     weights_lib.write(out, params, module.fields, dtype)
     return to, {}
   format_, tensors = _first_that_holds(TARGETS[to], module, params)
-  for name, array in tensors.items():
-    with np.errstate(over="ignore"):
-      tensors[name] = array.astype(dtype)
-    if not np.isfinite(tensors[name]).all():
-      raise UserError(f"{name!r} is not finite as {dtype}")
+  tensors = weights_lib.cast(tensors, dtype, f"weights file '{out}'")
   with files.replacing(out) as file:
     if format_.torch:
       safetensors.numpy.save_file(tensors, file.name,

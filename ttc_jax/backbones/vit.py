@@ -232,8 +232,9 @@ class ViT(nn.Module):
 
   @property
   def work(self) -> Work:
-    """Multiply-adds of an image. With P patches of M = 3 p^2 numbers, N tokens,
-    R of them read after the last of L blocks, T = (L - 1) N + R:
+    """Multiply-adds of an image, without those of a pooling by attention. With
+    P patches of M = 3 p^2 numbers, N tokens, R of them read after the last of L
+    blocks, T = (L - 1) N + R:
 
       patches    P M D
       linear     L N 2 D^2 + T (2 D^2 + 2 D F)    k, v; q, proj and the MLP

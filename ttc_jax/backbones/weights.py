@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 import safetensors.numpy
 
 from ttc_jax import files, trees
-from ttc_jax.backbones import containers, formats, layers, swin, vit
+from ttc_jax.backbones import containers, formats, layers, resampling, swin
+from ttc_jax.backbones import vit
 from ttc_jax.backbones.containers import Tensor
-from ttc_jax.backbones.formats import Format
+from ttc_jax.backbones.formats import Format, layout
 from ttc_jax.backbones.sources import locate, sha256  # for our callers
 from ttc_jax.errors import UserError
 
@@ -117,7 +117,7 @@ def fit(weights: Weights, expected: trees.Tree, name: str,
          _tensor(weights, n, shape)
          for n, shape in want.items() if n not in (*_TOKENS, _KERNEL)}
   patch = (_shape(weights, _KERNEL) if resample_patch else want[_KERNEL])[0]
-  out[_KERNEL] = resize_patch(
+  out[_KERNEL] = resampling.resize_patch(
       _tensor(weights, _KERNEL, (patch, patch, *want[_KERNEL][2:])),
       want[_KERNEL][0])
   if "pos_embedding" in want:
@@ -174,69 +174,21 @@ def _shape(weights, name):
   theirs = _find(weights, name)
   shape = weights.tensors[theirs].shape
   with containers.readable(weights.path):  # numpy refuses to imagine some
-    return _view(weights.format, name, theirs, np.broadcast_to(0, shape)).shape
+    return layout.view(weights.format, name, theirs, np.broadcast_to(0, shape)).shape
 
 
 def _tensor(weights, name, shape):
   """Our parameter, float32, of exactly that shape."""
   theirs = _find(weights, name)
-  in_file = _merge_heads(name, shape) if weights.format.torch else shape
+  in_file = layout.merge_heads(name, shape) if weights.format.torch else shape
   found = _shape(weights, name)
   if found != in_file:
     raise UserError(
         f"weights file '{weights.path}': {theirs!r} has the shape "
         f"{weights.tensors[theirs].shape}, so {name!r} would have {found} "
         f"instead of {in_file}")
-  array = _view(weights.format, name, theirs, _values(weights, theirs))
+  array = layout.view(weights.format, name, theirs, _values(weights, theirs))
   return array.reshape(shape)
-
-
-# --- Layouts ------------------------------------------------------------------
-
-_FUSED = ("/query/", "/key/", "/value/")  # in this order, where in one tensor
-
-
-def _view(format_, name, theirs, array):
-  """Their array, or our part of it, in our layout."""
-  array = array.reshape((1,) * format_.squeezed.get(theirs, 0) + array.shape)
-  if not format_.torch:
-    return array
-  mates = _mates(format_, name)
-  if array.ndim and array.shape[0] % len(mates) == 0:
-    rows, i = array.shape[0] // len(mates), mates.index(name)
-    array = array[i * rows:(i + 1) * rows]
-  if not name.endswith("/kernel"):
-    return array
-  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def _store(format_, name, theirs, array):
-  """The inverse of `_view`, of a part."""
-  array = array.reshape(array.shape[format_.squeezed.get(theirs, 0):])
-  if not format_.torch:
-    return array
-  array = array.reshape(_merge_heads(name, array.shape))
-  if not name.endswith("/kernel"):
-    return array
-  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def _mates(format_, name):
-  """The parameters that share one tensor there, in its order."""
-  part = next((part for part in _FUSED if part in name), None)
-  if part is None:
-    return [name]
-  return [mate for other in _FUSED if format_.names(
-      mate := name.replace(part, other)) == format_.names(name)]
-
-
-def _merge_heads(name, shape):
-  """(D, H, D/H) -> (D, D) and the like, of an attention's parameter."""
-  if re.search("/(query|key|value)/", name):
-    return shape[:-2] + (shape[-2] * shape[-1],)
-  if name.endswith("/out/kernel"):
-    return (shape[0] * shape[1], shape[2])
-  return shape
 
 
 def _values(weights, theirs):
@@ -274,7 +226,7 @@ def _tokens(weights, want, name):
       for n in there)], axis=1)
   prefix[:, :of_prefix.shape[1]] += of_prefix
   return {"cls": prefix[:, :cls], "registers": prefix[:, cls:],
-          "pos_embedding": resize_positions(grid, patches)}
+          "pos_embedding": resampling.resize_positions(grid, patches)}
 
 
 def _token_shape(weights, theirs, width):
@@ -319,39 +271,6 @@ def native_size(weights: Weights) -> int | None:
   patch, *_, width = _shape(weights, "embedding/kernel")
   found = formats.count_tokens(weights.tensors, weights.format.tokens)
   return patch * _grid(weights, width, found)[1]
-
-
-def resize_positions(position: np.ndarray, tokens: int) -> np.ndarray:
-  """(1, N, D) -> (1, tokens, D) by antialiased bicubic resampling, as timm.
-
-  N and `tokens` are squares. vision_transformer interpolates linearly; this
-  is closer to what the embedding was trained as.
-  """
-  if position.shape[1] == tokens:
-    return position
-  old, new = math.isqrt(position.shape[1]), math.isqrt(tokens)
-  grid = np.asarray(position, np.float32).reshape(1, old, old, -1)
-  shape = (1, new, new, grid.shape[-1])
-  grid = jax.image.resize(grid, shape, "cubic", antialias=True)
-  return np.asarray(grid).reshape(1, tokens, -1)
-
-
-def resize_patch(kernel: np.ndarray, patch: int) -> np.ndarray:
-  """(p, p, C, D) -> (patch, patch, C, D): the kernel that sees in a patch, when
-  it is resized, what the old one saw.
-
-  FlexiViT's PI-resize (Beyer et al., 2023, Eq. 3): with B the linear map that
-  resizes a patch bilinearly, the pseudo-inverse of B^T times the kernel.
-  """
-  old = len(kernel)
-  if old == patch:
-    return kernel
-  basis = np.eye(old ** 2, dtype=np.float32).reshape(old ** 2, old, old)
-  resized = jax.image.resize(
-      basis, (old ** 2, patch, patch), "bilinear", antialias=False)
-  B = np.asarray(resized, np.float64).reshape(old ** 2, patch ** 2).T
-  new = np.linalg.pinv(B.T) @ kernel.reshape(old ** 2, -1)
-  return new.reshape(patch, patch, *kernel.shape[2:]).astype(np.float32)
 
 
 # --- Which variant ------------------------------------------------------------
@@ -491,10 +410,10 @@ def to_tensors(params: trees.Tree, format_: Format,
     if not names:
       raise UserError(f"the format '{format_.name}' has no place for the "
                       f"parameter {name!r} of a {type(module).__name__}")
-    parts.setdefault(names[0], {})[name] = _store(
+    parts.setdefault(names[0], {})[name] = layout.store(
         format_, name, names[0], array)
   tensors = {theirs: np.ascontiguousarray(np.concatenate(
-      [arrays[n] for n in _mates(format_, next(iter(arrays)))]))
+      [arrays[n] for n in layout.sharing(format_, next(iter(arrays)))]))
              for theirs, arrays in parts.items()}
   _check_held(tensors, format_, module)
   return tensors
@@ -512,6 +431,18 @@ def _check_held(tensors, format_, module):
           "choose another, ttc_jax holds everything")
 
 
+def cast(tensors: Mapping[str, Any], dtype: str,
+         where: str) -> dict[str, np.ndarray]:
+  """Tensors of another type; UserError where one does not fit it."""
+  out = {}
+  for name, value in tensors.items():
+    with np.errstate(over="ignore"):
+      out[name] = np.asarray(value).astype(dtype, order="C")
+    if not np.isfinite(out[name]).all():
+      raise UserError(f"{where}: {name!r} is not finite as {dtype}")
+  return out
+
+
 def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
           dtype: str = "float32") -> None:
   """Writes a backbone's parameters in our own format, all or nothing.
@@ -524,14 +455,9 @@ def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
   Raises:
     UserError: an unknown field, or a parameter that does not fit the dtype.
   """
-  fields = formats.check_fields(fields, f"weights file '{path}'")
-  flat = {}
-  for name, value in trees.flatten(params).items():
-    with np.errstate(over="ignore"):
-      flat[name] = np.asarray(value).astype(dtype, order="C")
-    if not np.isfinite(flat[name]).all():
-      raise UserError(f"weights file '{path}': {name!r} is not finite as "
-                      f"{dtype}")
+  where = f"weights file '{path}'"
+  fields = formats.check_fields(fields, where)
+  flat = cast(trees.flatten(params), dtype, where)
   with files.replacing(path) as file:
     safetensors.numpy.save_file(
         flat, file.name, metadata={"ttc_jax": json.dumps(fields)})
