@@ -181,7 +181,8 @@ def make_backbone(config: Any) -> nn.Module:
   return backbone
 
 
-def backbone_programs(backbone: nn.Module, config: Any, steps: int) -> dict[str, Program]:
+def backbone_programs(backbone: nn.Module, config: Any,
+                      steps: int) -> dict[str, Program]:
   """{"forward", "stage 1", "stage 2"}, compiled."""
   method = methods.load("ttc", config, backbone)
   align, adapt = method.stages

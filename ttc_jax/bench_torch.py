@@ -1,8 +1,9 @@
 """What `bench --against=torch` times: eager PyTorch doing the stage-2 step.
 
 A plain ViT as timm writes it: fused q, k, v, scaled_dot_product_attention,
-nn.GELU, nn.LayerNorm; of Swin, timm's own. Trained are, as by TTC, the norms, a
-K x K map on selected channels after the MLP of the adapted blocks, and the head.
+nn.GELU, nn.LayerNorm; of Swin, timm's own. Trained are, as by TTC, the norms,
+a K x K map on selected channels after the MLP of the adapted blocks, and the
+head.
 """
 from collections.abc import Callable
 import os

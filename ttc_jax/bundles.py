@@ -143,7 +143,7 @@ def _check(path, bundle):
           f"bundle '{path}': its metadata has no good {key!r} "
           f"({str(value)[:40]!r})")
   for name, x in (bundle.tuned | bundle.selection).items():
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiuV":
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
       raise UserError(f"bundle '{path}': {name!r} is no array of numbers")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
       raise UserError(f"bundle '{path}': {name!r} is not finite")

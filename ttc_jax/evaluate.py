@@ -1,5 +1,7 @@
 """Logits, features and top-1 over a whole data set, under pmap."""
+from collections.abc import Callable
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -14,17 +16,30 @@ def _pmapped(model: Model, output: str, *args):
   return parallel.pmap(fn)
 
 
-def _over(output, model, params, selection, images, batch_size, *args):
-  batch_size = parallel.round_up(min(batch_size, len(images)))
-  fn, outputs = _pmapped(model, output, *args), []
-  for start in range(0, len(images), batch_size):
+def over(fn: Callable[..., Any], arrays: tuple[np.ndarray, ...],
+         batch_size: int) -> np.ndarray:
+  """What `fn` gives for batches of the arrays, one after another: (N, ...).
+
+  Args:
+    fn: pmapped; takes a batch of each array, on the devices.
+    arrays: with the same first axis N. Every batch is padded to `batch_size`,
+      rounded up for the devices.
+  """
+  count, outputs = len(arrays[0]), []
+  batch_size = parallel.round_up(batch_size)
+  for start in range(0, count, batch_size):
     interrupt.check()
-    batch = images[start:start + batch_size]
-    padded = parallel.shard(parallel.pad_to(batch, batch_size))
-    outputs.append((fn(params, selection, padded), len(batch)))
+    batch = [x[start:start + batch_size] for x in arrays]
+    padded = (parallel.shard(parallel.pad_to(x, batch_size)) for x in batch)
+    outputs.append((fn(*padded), len(batch[0])))
   # Only now wait for the device: the host has been a batch ahead of it.
   return np.concatenate([
       np.asarray(y).reshape(batch_size, *y.shape[2:])[:n] for y, n in outputs])
+
+
+def _over(output, model, params, selection, images, batch_size, *args):
+  fn = functools.partial(_pmapped(model, output, *args), params, selection)
+  return over(fn, (images,), min(batch_size, len(images)))
 
 
 def logits(model: Model, params: trees.Tree, selection: trees.Tree,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import scipy.special
 
 from ttc_jax import backbones, bundles, checkpoint, cli, evaluate, methods
-from ttc_jax import parallel, trees
+from ttc_jax import parallel, taps, trees
 from ttc_jax.backbones import sources
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -34,7 +35,21 @@ class Tuned(NamedTuple):
   def predict(self, images: np.ndarray) -> np.ndarray:
     """uint8 images (N, S, S, 3) -> probabilities (N, C)."""
     logits = evaluate.logits(self.model, self.params, self.selection, images)
-    return np.asarray(jax.nn.softmax(logits))
+    return scipy.special.softmax(logits, axis=-1)
+
+
+class Attached(NamedTuple):
+  """A bundle on its base weights, on the host.
+
+  Attributes:
+    meta: the bundle's.
+    cannot_merge: why the adapter is none to fold into the weights, if so.
+  """
+  model: Model
+  params: trees.Tree
+  selection: trees.Tree
+  meta: dict[str, Any]
+  cannot_merge: str
 
 
 def load(bundle: str, weights: str | None = None,
@@ -50,13 +65,19 @@ def load(bundle: str, weights: str | None = None,
   Raises:
     UserError: no such bundle, or other base weights than the run's.
   """
+  attached = on_base(bundle, weights, merge)
+  return Tuned(attached.model, parallel.replicate(attached.params),
+               parallel.replicate(attached.selection), attached.meta)
+
+
+def on_base(bundle: str, weights: str | None = None,
+            merge: bool = True) -> Attached:
+  """As `load`, without a device."""
   saved = bundles.load(bundle)
   source = weights or saved.meta["weights_source"]
   check_base(bundle, saved.meta, source, hash_of(source))
   module, params = base(saved.meta, source)
-  model, params, selection = attach(bundle, saved, module, params, merge)
-  return Tuned(model, parallel.replicate(params),
-               parallel.replicate(selection), saved.meta)
+  return attach(bundle, saved, module, params, merge)
 
 
 def hash_of(source: str) -> str:
@@ -90,9 +111,8 @@ def base(meta: dict[str, Any], source: str) -> tuple[nn.Module, trees.Tree]:
 
 
 def attach(bundle: str, saved: bundles.Bundle, module: nn.Module,
-           params: trees.Tree,
-           merge: bool) -> tuple[Model, trees.Tree, trees.Tree]:
-  """-> (model, params, selection) of a bundle on its base's parameters.
+           params: trees.Tree, merge: bool) -> Attached:
+  """Puts a bundle on its base's parameters.
 
   Raises:
     UserError: the bundle's arrays are not those of its method there.
@@ -117,7 +137,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: nn.Module,
     backbone = method.merge(params, selection, module)
     params = params | {"backbone": backbone, "adapter": {}}
     model, selection = model._replace(handlers=()), {}
-  return model, params, selection
+  return Attached(model, params, selection, meta, method.cannot_merge)
 
 
 def _method(bundle, meta, module):
@@ -132,15 +152,12 @@ def _method(bundle, meta, module):
 
 def _check_fit(bundle, saved, model, params, selection):
   """Raises UserError unless every array has a place, and the shape for it."""
-  meta, size, widths = saved.meta, model.backbone.image_size, {}
-
-  def look(site, block, y, x):
-    del x
-    widths[site, str(block)] = y.shape[-1]
-    return y
+  meta, size, seen = saved.meta, model.backbone.image_size, {}
+  sites = tuple(site for site, _ in model.handlers)
   try:
     found = jax.eval_shape(
-        lambda *args: model.logits(*args, extra_tap=look), params,
+        lambda *args: model.logits(
+            *args, extra_tap=taps.record(sites, into=seen)), params,
         jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8), selection).shape
   except Exception as e:  # whatever a wrong shape or a lacking leaf makes
     raise UserError(
@@ -151,10 +168,10 @@ def _check_fit(bundle, saved, model, params, selection):
                     f"an image and {len(meta['classes'])} classes")
   adapted = {name.removeprefix("adapter/"): x for name, x in saved.tuned.items()
              if name.startswith("adapter/")}
+  widths = {f"{site}/{block}": y.shape[-1] for (site, block), y in seen.items()}
   for name, x in [*adapted.items(), *saved.selection.items()]:
-    site, _, rest = name.partition("/")
-    width = widths.get((site, rest.split("/")[0]))
-    if width is None or site not in dict(model.handlers):
+    width = widths.get("/".join(name.split("/")[:2]))
+    if width is None:
       raise UserError(f"bundle '{bundle}': {meta['method']} on "
                       f"{meta['backbone']} has no place for {name!r}")
     if name.endswith("/channels") and not ((0 <= x) & (x < width)).all():
@@ -168,9 +185,8 @@ def main(argv) -> None:
     raise UserError("give --bundle=DIR and at least one image")
   tuned = load(_BUNDLE.value, _WEIGHTS.value)
   meta = tuned.meta
-  images = np.stack([
-      images_lib.resize(images_lib.read(path), meta["image_size"],
-                        meta["resample"]) for path in paths])
+  images = np.stack([images_lib.prepare(
+      path, meta["image_size"], meta["resample"]) for path in paths])
   for path, probabilities in zip(paths, tuned.predict(images)):
     for i in np.argsort(-probabilities, kind="stable")[:_TOP.value]:
       print(f"{path}\t{meta['classes'][i]}\t{probabilities[i]:.4f}")

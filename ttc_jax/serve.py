@@ -19,14 +19,15 @@ nothing until it passes the next.
 from collections.abc import Sequence
 import functools
 import json
+import re
 import threading
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
+import scipy.special
 
-from ttc_jax import bundles, checkpoint, parallel, predict, trees
+from ttc_jax import bundles, checkpoint, evaluate, parallel, predict, trees
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, pad_head
 from ttc_jax.tasks import images as images_lib
@@ -104,18 +105,19 @@ class Served:
                         "or replace=True")
       base = self._base(meta)
       module, host, _ = self._bases[base]
-      model, params, selection = predict.attach(
+      model, params, selection, *_ = predict.attach(
           bundle, saved, module, trees.unflatten(host), merge)
-      before = {f"backbone/{n}": x for n, x in host.items()}
       params |= {"head": jax.tree.map(
           np.asarray, pad_head(params["head"], _CLASSES))}
+      before = {f"backbone/{n}": x for n, x in host.items()}
       tuned = {n: x for n, x in trees.flatten(params).items()
                if x is not before.get(n)}
-      task = Task(model, base, (), tuned, trees.flatten(selection), meta)
-      alone = not model.handlers and merge or any(
-          n.startswith("backbone/") and n.endswith("/kernel") for n in tuned)
-      task = task._replace(group=("alone", name) if alone else _likeness(task))
-      self._tasks = self._tasks | {name: task}
+      selection = trees.flatten(selection)
+      kernels = any(re.fullmatch("backbone/.*/kernel", n) for n in tuned)
+      group = ("alone", name) if kernels else (
+          "like", _likeness(base, meta, tuned, selection))
+      self._tasks = self._tasks | {
+          name: Task(model, base, group, tuned, selection, meta)}
       self._groups = None
 
   def remove(self, name: str) -> None:
@@ -148,11 +150,13 @@ class Served:
     for key, group in groups.items():
       at = [i for i, name in enumerate(names) if tasks[name].group == key]
       if at:
-        pixels = np.stack([_pixels(images[i], tasks[names[i]].meta)
-                           for i in at])
+        pixels = np.stack([images_lib.prepare(
+            images[i], meta["image_size"], meta["resample"])
+                           for i in at for meta in (tasks[names[i]].meta,)])
         rows = np.asarray([group.rows[names[i]] for i in at], np.int32)
         for i, logits in zip(at, self._logits(group, rows, pixels)):
-          out[i] = _softmax(logits[:len(tasks[names[i]].meta["classes"])])
+          out[i] = scipy.special.softmax(
+              logits[:len(tasks[names[i]].meta["classes"])])
     if isinstance(task, str):
       classes = len(tasks[task].meta["classes"])
       return np.asarray(out, np.float32).reshape(-1, classes)
@@ -194,20 +198,11 @@ class Served:
 
   def _logits(self, group, rows, images):
     """Of one group: (N,), (N, S, S, 3) -> (N, C padded)."""
-    base = self._bases[group.base][2]
     one = len(set(rows.tolist())) == 1
-    program = _program(group.model, one)
-    outputs = []
-    for start in range(0, len(rows), self.batch_size):
-      part = slice(start, start + self.batch_size)
-      count = len(rows[part])
-      size = parallel.round_up(1 << (count - 1).bit_length())
-      row, pixels = (parallel.shard(parallel.pad_to(x[part], size))
-                     for x in (rows, images))
-      y = program(base, group.stacked, row, pixels)
-      outputs.append((y, size, count))
-    return np.concatenate([np.asarray(y).reshape(size, -1)[:count]
-                           for y, size, count in outputs])
+    program = functools.partial(
+        _program(group.model, one), self._bases[group.base][2], group.stacked)
+    batch_size = min(self.batch_size, 1 << (len(rows) - 1).bit_length())
+    return evaluate.over(program, (rows, images), batch_size)
 
 
 def load(base: str, batch_size: int = 64) -> Served:
@@ -225,15 +220,12 @@ def load(base: str, batch_size: int = 64) -> Served:
   return Served(base, batch_size)
 
 
-def _likeness(task):
+def _likeness(base, meta, tuned, selection):
   """What tasks have in common that can share a program."""
-  meta = task.meta
-  shapes = {f"{part}/{n}": np.shape(x) for part, flat in (
-      ("tuned", task.tuned), ("selection", task.selection))
-            for n, x in flat.items() if not n.startswith("head/")}
-  text = [task.base, meta["method"], meta["options"], meta["normalisation"],
-          shapes]
-  return ("like", json.dumps(text, sort_keys=True))
+  shapes = [{n: np.shape(x) for n, x in flat.items()
+             if not n.startswith("head/")} for flat in (tuned, selection)]
+  return json.dumps([base, meta["method"], meta["options"],
+                     meta["normalisation"], *shapes], sort_keys=True)
 
 
 def _group(tasks):
@@ -286,25 +278,3 @@ def _program(model, one):
     return jax.vmap(lambda row, image: logits(
         base, stacked, row, image[None])[0])(rows, images)
   return parallel.pmap(of_one if one else of_each)
-
-
-def _pixels(image, meta):
-  """uint8 (S, S, 3), resized as the task says."""
-  size = meta["image_size"]
-  if isinstance(image, np.ndarray):
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-      raise UserError(f"an image is {image.dtype} of shape {image.shape}; "
-                      "expected uint8 (H, W, 3)")
-    if image.shape[:2] == (size, size):
-      return image
-    image = Image.fromarray(image)
-  elif isinstance(image, Image.Image):
-    image = images_lib.to_rgb(image)
-  else:
-    image = images_lib.read(image)
-  return images_lib.resize(image, size, meta["resample"])
-
-
-def _softmax(logits):
-  weights = np.exp(logits - logits.max())
-  return weights / weights.sum()

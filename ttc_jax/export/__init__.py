@@ -17,43 +17,21 @@ import os
 import pkgutil
 import shutil
 import types
-from typing import Any, NamedTuple
+from typing import Any
 import uuid
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from ttc_jax import files, methods, parallel, predict, trees
+from ttc_jax import files, predict, trees
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
-from ttc_jax.model import Model, Params
+from ttc_jax.predict import Attached
 from ttc_jax.tasks import images
 
 NOTE = "ttc_jax.json"  # in every export: for machines, and to know our own
-
-
-class Export(NamedTuple):
-  """A tuned model on its way out, computed in float32.
-
-  Attributes:
-    params, selection: numpy, of one device.
-    meta: the bundle's.
-    unmerged: why the method's adapter could not be folded into the weights;
-      empty where the weights alone are the model.
-  """
-  model: Model
-  params: trees.Tree
-  selection: trees.Tree
-  meta: dict[str, Any]
-  unmerged: str = ""
-
-  @property
-  def head(self) -> Params:
-    """{"kernel": (D, C), "bias": (C,)}."""
-    return self.params["head"]
 
 
 def targets() -> dict[str, types.ModuleType]:
@@ -64,32 +42,26 @@ def targets() -> dict[str, types.ModuleType]:
   return {m.NAME: m for m in modules if hasattr(m, "write")}
 
 
-def load(bundle: str, weights: str | None = None) -> Export:
-  """A bundle on its base weights, merged where that is exact.
+def load(bundle: str, weights: str | None = None) -> Attached:
+  """A bundle on its base weights, merged where that is exact, in float32.
 
   Raises:
     UserError: as `predict.load`.
   """
-  tuned = predict.load(bundle, weights)
-  meta = tuned.meta
-  module = tuned.model.backbone.clone(dtype=jnp.float32)
-  unmerged = tuned.model.handlers and methods.load(
-      meta["method"], ml_collections.ConfigDict(meta["options"]),
-      module).cannot_merge
-  return Export(tuned.model._replace(backbone=module),
-                parallel.unreplicate(tuned.params),
-                parallel.unreplicate(tuned.selection), meta, unmerged or "")
+  model = predict.on_base(bundle, weights)
+  backbone = model.model.backbone.clone(dtype=jnp.float32)
+  return model._replace(model=model.model._replace(backbone=backbone))
 
 
-def check(model: Export, target: types.ModuleType) -> None:
+def check(model: Attached, target: types.ModuleType) -> None:
   """Raises UserError if the target cannot hold the model, or lacks a library.
   """
-  if model.unmerged and target.MERGED:
+  if model.cannot_merge and target.MERGED:
     whole = sorted(name for name, t in targets().items() if not t.MERGED)
     raise UserError(
         f"--to={target.NAME} has no place for the adapter of method "
         f"'{model.meta['method']}', and it cannot be merged, because "
-        f"{model.unmerged}; --to={' or '.join(whole)} holds the whole "
+        f"{model.cannot_merge}; --to={' or '.join(whole)} holds the whole "
         "computation")
   extra, libraries = target.EXTRA
   lacking = [m for m in libraries if importlib.util.find_spec(m) is None]
@@ -98,7 +70,7 @@ def check(model: Export, target: types.ModuleType) -> None:
                     f"install -e '.[{extra}]'")
 
 
-def write(model: Export, target: types.ModuleType, out: str) -> str:
+def write(model: Attached, target: types.ModuleType, out: str) -> str:
   """Writes the folder `out`, whole or not at all, and returns its path.
 
   An earlier export there is replaced, anything else is not.
@@ -129,9 +101,9 @@ def write(model: Export, target: types.ModuleType, out: str) -> str:
   return out
 
 
-def note(model: Export, target: types.ModuleType) -> dict[str, Any]:
+def note(model: Attached, target: types.ModuleType) -> dict[str, Any]:
   """JSON of what one needs beside the file: classes and preprocessing."""
-  return {"target": target.NAME, "merged": not model.unmerged,
+  return {"target": target.NAME, "merged": not model.cannot_merge,
           "classes": model.meta["classes"],
           "preprocessing": preprocessing(model.meta), "bundle": model.meta}
 
@@ -157,7 +129,7 @@ def loading(meta: dict[str, Any]) -> dict[str, Any]:
           "backbone": meta["backbone"], "mean": how["mean"], "std": how["std"]}
 
 
-def check_fields(model: Export, target: str, expected: dict[str, Any]) -> None:
+def check_fields(model: Attached, target: str, expected: dict[str, Any]) -> None:
   """Raises UserError if the backbone is not what a target computes.
 
   Args:
@@ -173,7 +145,7 @@ def check_fields(model: Export, target: str, expected: dict[str, Any]) -> None:
           "--to=stablehlo holds every backbone")
 
 
-def computation(model: Export) -> Callable[[trees.Tree, jax.Array], jax.Array]:
+def computation(model: Attached) -> Callable[[trees.Tree, jax.Array], jax.Array]:
   """`(params, images) -> logits` for uint8 images (B, S, S, 3), B symbolic."""
   selection = model.selection
 
@@ -186,7 +158,7 @@ def computation(model: Export) -> Callable[[trees.Tree, jax.Array], jax.Array]:
   return (one_by_one if isinstance(model.model.backbone, ViT) else logits)
 
 
-def symbolic_images(model: Export) -> jax.ShapeDtypeStruct:
+def symbolic_images(model: Attached) -> jax.ShapeDtypeStruct:
   """The shape of any number of images."""
   batch, = jax.export.symbolic_shape("batch")
   size = model.model.backbone.image_size

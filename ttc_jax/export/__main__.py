@@ -20,8 +20,8 @@ def main(argv: list[str]) -> None:
   model = export.load(bundle, _WEIGHTS.value)
   out = export.write(model, target, _OUT.value or os.path.join(
       os.path.dirname(bundle), f"export-{target.NAME}"))
-  if model.unmerged:
-    print(f"exported unmerged, because {model.unmerged}")
+  if model.cannot_merge:
+    print(f"exported unmerged, because {model.cannot_merge}")
   print(out)
 
 

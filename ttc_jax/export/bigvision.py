@@ -7,6 +7,7 @@ from ttc_jax import export, files
 from ttc_jax.backbones import formats, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
+from ttc_jax.predict import Attached
 
 NAME, MERGED, EXTRA = "bigvision", True, ("", ())
 LOAD = """
@@ -21,7 +22,7 @@ logits = (module.apply({{"params": params}}, x[None])
 """
 
 
-def write(model: export.Export, folder: str) -> None:
+def write(model: Attached, folder: str) -> None:
   """model.npz: the backbone by Big Vision's names, head/kernel, head/bias."""
   backbone = model.model.backbone
   if not isinstance(backbone, ViT):
@@ -34,4 +35,4 @@ def write(model: export.Export, folder: str) -> None:
       model.params["backbone"], formats.BIGVISION, backbone)
   with files.replacing(os.path.join(folder, "model.npz")) as file:
     np.savez(file, **tensors, **{f"head/{n}": np.asarray(x)
-                                 for n, x in model.head.items()})
+                                 for n, x in model.params["head"].items()})

@@ -10,6 +10,7 @@ from ttc_jax import export, files
 from ttc_jax.backbones import formats, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
+from ttc_jax.predict import Attached
 
 NAME, MERGED, EXTRA = "hf", True, ("", ())
 LOAD = """
@@ -21,18 +22,18 @@ logits = model(**processor(image, return_tensors="pt")).logits
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 
-def write(model: export.Export, folder: str) -> None:
+def write(model: Attached, folder: str) -> None:
   """model.safetensors, config.json and preprocessor_config.json."""
   backbone, classes = model.model.backbone, model.meta["classes"]
   make = _vit if isinstance(backbone, ViT) else _swin
   format_, kind, name, config = make(model, backbone)
   tensors = weights.to_tensors(model.params["backbone"], format_, backbone)
-  kernel = np.asarray(model.head["kernel"])
+  kernel = np.asarray(model.params["head"]["kernel"])
   if kind == "dinov2":  # it reads [CLS] beside the patches' mean
     kernel = np.concatenate([kernel, np.zeros_like(kernel)])
   tensors = {f"{kind}.{n}": x for n, x in tensors.items()} | {
       "classifier.weight": np.ascontiguousarray(kernel.T),
-      "classifier.bias": np.asarray(model.head["bias"])}
+      "classifier.bias": np.asarray(model.params["head"]["bias"])}
   config |= {
       "model_type": kind, "architectures": [f"{name}ForImageClassification"],
       "image_size": backbone.image_size, "patch_size": backbone.patch,

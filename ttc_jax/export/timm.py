@@ -9,6 +9,7 @@ from ttc_jax import export, files
 from ttc_jax.backbones import formats, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
+from ttc_jax.predict import Attached
 
 NAME, MERGED, EXTRA = "timm", True, ("", ())
 LOAD = """
@@ -20,14 +21,16 @@ logits = model(timm.data.create_transform(**config)(image)[None])
 _GELU = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
-def write(model: export.Export, folder: str) -> None:
+def write(model: Attached, folder: str) -> None:
   """model.safetensors by timm's names, and config.json as on the Hub."""
   backbone = model.model.backbone
   make = _vit if isinstance(backbone, ViT) else _swin
   format_, head, architecture, args = make(model, backbone)
   tensors = weights.to_tensors(model.params["backbone"], format_, backbone)
-  tensors |= {f"{head}.weight": np.ascontiguousarray(model.head["kernel"].T),
-              f"{head}.bias": np.asarray(model.head["bias"])}
+  kernel, bias = (np.asarray(model.params["head"][n])
+                  for n in ("kernel", "bias"))
+  tensors |= {f"{head}.weight": np.ascontiguousarray(kernel.T),
+              f"{head}.bias": bias}
   how, size = export.preprocessing(model.meta), backbone.image_size
   config = {
       "architecture": architecture, "num_classes": len(model.meta["classes"]),
@@ -63,6 +66,10 @@ def _vit(model, vit):
 def _swin(model, swin):
   export.check_fields(model, NAME, {
       "gelu": "exact", "epsilon": 1e-5, "window": tuple(range(65))})
+  if swin.pads:  # timm shifts, then pads; we, as the authors, the other way
+    raise UserError(
+        f"--to={NAME}: at {swin.image_size} px windows of {swin.window} are "
+        "padded, which timm does another way; --to=hf does as the authors")
   if min(swin.sides) < swin.window:
     raise UserError(
         f"--to={NAME}: at {swin.image_size} px a stage has {min(swin.sides)} "

@@ -95,6 +95,28 @@ def resize(image: Image.Image, size: int, resample: str) -> np.ndarray:
   return np.asarray(image.resize((size, size), RESAMPLES[resample]))
 
 
+def prepare(image: Any, size: int, resample: str) -> np.ndarray:
+  """Anything that shows an image -> uint8 (size, size, 3), as `resize` does it.
+
+  Args:
+    image: a path, a PIL image, or a uint8 array (H, W, 3), which is handed on
+      where it has the size already.
+  """
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+      raise errors.UserError(
+          f"an image is {image.dtype} of shape {image.shape}; expected uint8 "
+          "(H, W, 3)")
+    if image.shape[:2] == (size, size):
+      return image
+    image = Image.fromarray(image)
+  elif isinstance(image, Image.Image):
+    image = to_rgb(image)
+  else:
+    image = read(image)
+  return resize(image, size, resample)
+
+
 def file_key(path: str) -> str:
   """A line that changes when the file does: path, bytes, time of change."""
   try:
