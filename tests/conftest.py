@@ -14,8 +14,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Several fake devices on few cores: programs in flight at once can wait for
 # each other's collectives for ever.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
+# Programs run but once or twice, so that LLVM's time for them is not worth it.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
-                           " --xla_force_host_platform_device_count=2")
+                           " --xla_force_host_platform_device_count=2"
+                           " --xla_backend_optimization_level=0")
 
 import jax
 import numpy as np
@@ -42,14 +44,7 @@ def params(vit):
   """Random parameters, norms and biases included, none at a special value."""
   tree = {"backbone": backbones.shapes(vit), "adapter": {},
           "head": jax.eval_shape(lambda: init_head(WIDTH, CLASSES, 0))}
-  rng = np.random.default_rng(1)
-
-  def draw(name, leaf):
-    fan_in = max(1, leaf.size // leaf.shape[-1])
-    spread = 0.1 if len(leaf.shape) == 1 else fan_in ** -0.5
-    mean = 1.0 if name.endswith("scale") else 0.0
-    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
-  return trees.map_with_names(draw, tree)
+  return random_tree(tree, np.random.default_rng(1))
 
 
 @pytest.fixture
@@ -70,6 +65,19 @@ def config():
   c = default()
   c.k = 4
   return c
+
+
+def random_tree(shapes, rng):
+  """Arrays of those shapes, near what training gives and none at a special
+  value."""
+  def draw(name, leaf):
+    fan_in = max(1, leaf.size // leaf.shape[-1])
+    spread = (0.1 if len(leaf.shape) == 1 else
+              0.5 if name.endswith("relative_position_bias") else
+              fan_in ** -0.5)
+    mean = 1.0 if name.endswith("scale") else 0.0
+    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
+  return trees.map_with_names(draw, shapes)
 
 
 def numpy_tree(tree):

@@ -2,6 +2,7 @@
 import jax
 import numpy as np
 
+from tests.conftest import random_tree
 from ttc_jax import backbones, bundles, methods, trees
 from ttc_jax.backbones import weights as weights_lib
 from ttc_jax.config import default
@@ -10,20 +11,11 @@ from ttc_jax.model import Model, init_head
 SIZE = 32
 
 
-def random(rng, shapes):
-  """Random parameters near what an initialised network has."""
-  def draw(name, leaf):
-    spread = 0.1 if len(leaf.shape) == 1 else 1 / np.sqrt(
-        leaf.size / leaf.shape[-1])
-    return rng.normal(name.endswith("scale"), spread, leaf.shape).astype("f4")
-  return trees.map_with_names(draw, shapes)
-
-
 def save_base(path, backbone, **fields):
   """Random base weights, at SIZE."""
   module = backbones.make(backbone, SIZE, **fields)
-  weights_lib.write(path, random(np.random.default_rng(0),
-                                 backbones.shapes(module)), module.fields)
+  weights_lib.write(path, random_tree(
+      backbones.shapes(module), np.random.default_rng(0)), module.fields)
   return path
 
 
@@ -39,8 +31,8 @@ def make(weights, method="ttc", backbone="vit_ti8", size=SIZE, seed=0,
   settings.update(config)
   made = methods.load(method, settings, module)
   params = {"backbone": base, "adapter": {},
-            "head": random(rng, jax.eval_shape(
-                lambda: init_head(module.width, len(classes), 0)))}
+            "head": random_tree(jax.eval_shape(
+                lambda: init_head(module.width, len(classes), 0)), rng)}
   selection = {}
   # NOAH's second stage comes after a search; the supernet serves as well.
   for stage in made.stages[:1 if method == "noah" else None]:

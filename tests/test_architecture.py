@@ -13,7 +13,8 @@ LEVELS = {
     "backbones": 2, "optim": 2, "presets": 2, "progress": 2, "report": 3,
     "taps": 3, "plots": 4, "model": 4, "cost": 5, "evaluate": 5,
     "importance": 5, "checkpoint": 5, "bundles": 6, "methods": 6, "train": 7,
-    "jobs": 8, "predict": 9, "weights": 9, "serve": 10, "export": 10, "main": 11,
+    "jobs": 8, "predict": 9, "weights": 9, "serve": 10, "export": 10,
+    "main": 11,
     "bench_torch": 3, "bench": 9,
 }
 

@@ -27,7 +27,7 @@ def step_flops(model, stage, base):
     ViT(128, 2, 2, 512, patch=8, image_size=32, pool="cls"),
     ViT(128, 2, 2, 512, patch=8, image_size=32, pool="gap"),
     # Grids of 10 and 5 tokens a side, padded to 12 and 8.
-    Swin(64, (2, 1), 2, image_size=40, window=4)])
+    Swin(64, (1, 1), 2, image_size=40, window=4)])
 def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(backbone):
   config = default()
   config.k, config.score = 16, "random"
@@ -139,7 +139,8 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
 def test_torch_tunes_what_stage_2_tunes(tiny):
   pytest.importorskip("torch")
   from ttc_jax import bench_torch
-  model = bench_torch.make_model(bench.make_backbone(tiny), tiny.k, bench.CLASSES)
+  model = bench_torch.make_model(
+      bench.make_backbone(tiny), tiny.k, bench.CLASSES)
   tuned = {n: p.numel() for n, p in model.named_parameters()
            if p.requires_grad}
   assert all("norm" in n or "adapter" in n or "head" in n for n in tuned)

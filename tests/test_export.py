@@ -2,7 +2,6 @@
 
 Tiny backbones under the real names; every leaf that a method tunes is random.
 """
-import json
 import os
 import pathlib
 import re
@@ -94,7 +93,14 @@ def run_onnx(folder, images):
   return session.run(["logits"], {"images": images})[0]
 
 
-PROGRAMS = {"stablehlo": run_stablehlo, "onnx": run_onnx}
+def run_tf(folder, images):
+  tf = pytest.importorskip("tensorflow")
+  served = tf.saved_model.load(str(folder)).signatures["serving_default"]
+  return served(images=tf.constant(images))["logits"].numpy()
+
+
+PROGRAMS = {"stablehlo": run_stablehlo, "onnx": run_onnx,
+            "tf-saved-model": run_tf}
 
 
 def need(target):
@@ -189,7 +195,9 @@ def test_big_vision_s_file(tmp_path, monkeypatch, pool):
     ("hf", {"fields": {"gelu": "exact", "pool": "gap"}}, "pool='gap'"),
     ("bigvision", {"fields": EXACT}, "gelu='exact'"),
     ("bigvision", {"backbone": "swin_ti"}, "no Swin"),
-    ("timm", {"backbone": "swin_ti"}, "windows 7")])
+    ("timm", {"backbone": "swin_ti"}, "windows of 7 are padded"),
+    ("timm", {"backbone": "swin_ti", "fields": {"window": 8}}, "windows 8"),
+    ("hf", {"backbone": "swin_ti"}, "windows 7")])
 def test_what_a_target_cannot_hold_is_one_sentence(tmp_path, target, more,
                                                    words):
   bundle = save(tmp_path, **more)

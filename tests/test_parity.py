@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import import_transformers
+from tests.conftest import import_transformers, random_tree
 from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax.backbones import formats, swin, vit, weights as weights_lib
@@ -23,15 +23,7 @@ def tiny_swin(**fields):
 
 
 def random_params(module, seed=1):
-  """No parameter at a special value."""
-  rng = np.random.default_rng(seed)
-
-  def draw(name, leaf):
-    spread = 0.1 if len(leaf.shape) == 1 else (
-        max(1, leaf.size // leaf.shape[-1]) ** -0.5)
-    mean = 1.0 if name.endswith("scale") else 0.0
-    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
-  return trees.map_with_names(draw, backbones.shapes(module))
+  return random_tree(backbones.shapes(module), np.random.default_rng(seed))
 
 
 def images(size, count=2):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import import_transformers, random_adapter
+from tests.conftest import import_transformers, random_tree, random_adapter
 from ttc_jax import backbones, importance, methods, model as model_lib
 from ttc_jax import parallel, train, trees
 from ttc_jax.backbones import swin, weights as weights_lib
@@ -29,16 +29,7 @@ def images(size, count=2, seed=0):
 
 
 def random_params(module, seed=1):
-  """No parameter at a special value."""
-  rng = np.random.default_rng(seed)
-
-  def draw(name, leaf):
-    spread = 0.1 if len(leaf.shape) == 1 else (
-        0.5 if "relative" in name else
-        max(1, leaf.size // leaf.shape[-1]) ** -0.5)
-    mean = 1.0 if name.endswith("scale") else 0.0
-    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
-  return trees.map_with_names(draw, backbones.shapes(module))
+  return random_tree(backbones.shapes(module), np.random.default_rng(seed))
 
 
 # --- Against Hugging Face's ---------------------------------------------------
