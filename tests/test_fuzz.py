@@ -27,7 +27,7 @@ from ttc_jax import backbones, bundles, predict, trees
 from ttc_jax.backbones import formats, swin, vit, weights
 from ttc_jax.errors import UserError
 
-CASES = int(os.environ.get("FUZZ_CASES", "40"))
+CASES = int(os.environ.get("FUZZ_CASES", "20"))
 MEMORY = 2 ** 25  # bytes that a file of a few KiB may cost
 SPRUNG = "sprung"  # what an executed file leaves behind
 

@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import pickle
+import tokenize
 from typing import NamedTuple
 import zipfile
 import zlib
@@ -76,8 +77,8 @@ def readable(path: str) -> Iterator[None]:
   except FileNotFoundError as e:
     raise UserError(f"weights file '{path}' does not exist") from e
   except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
-          pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
-          safetensors.SafetensorError) as e:
+          SyntaxError, tokenize.TokenError, pickle.UnpicklingError,
+          zipfile.BadZipFile, zlib.error, safetensors.SafetensorError) as e:
     reason = " ".join(str(e).split())[:200]  # Some quote the whole header.
     raise UserError(
         f"weights file '{path}' cannot be read ({reason}): is it truncated, "
