@@ -80,6 +80,16 @@ def random_tree(shapes, rng):
   return trees.map_with_names(draw, shapes)
 
 
+def random_params(module, seed=1):
+  """Of a backbone."""
+  params = random_tree(backbones.shapes(module), np.random.default_rng(seed))
+  if not getattr(module, "rope", 0):
+    return params
+  # DINOv3's keys have no bias.
+  return trees.map_with_names(
+      lambda n, x: np.zeros_like(x) if n.endswith("/key/bias") else x, params)
+
+
 def numpy_tree(tree):
   return jax.tree.map(np.asarray, tree)
 

@@ -2,7 +2,7 @@
 import jax
 import numpy as np
 
-from tests.conftest import random_tree
+from tests.conftest import random_params, random_tree
 from ttc_jax import backbones, bundles, methods, trees
 from ttc_jax.backbones import weights as weights_lib
 from ttc_jax.config import default
@@ -14,8 +14,7 @@ SIZE = 32
 def save_base(path, backbone, **fields):
   """Random base weights, at SIZE."""
   module = backbones.make(backbone, SIZE, **fields)
-  weights_lib.write(path, random_tree(
-      backbones.shapes(module), np.random.default_rng(0)), module.fields)
+  weights_lib.write(path, random_params(module, 0), module.fields)
   return path
 
 

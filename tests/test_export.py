@@ -154,11 +154,13 @@ VIT_S = [("vit_ti8", {"gelu": "exact", "epsilon": 1e-6}, m)
          for m in ("ttc", "ssf", "lora", "layernorm", "full")]
 SCALED = ("vit_ti8", {"gelu": "tanh", "epsilon": 1e-6, "layer_scale": True},
           "ttc")
+DINOV3 = ("vit_ti8", {"gelu": "exact", "epsilon": 1e-5, "registers": 2,
+                      "rope": 100.0, "layer_scale": True}, "ttc")
 SWIN = ("swin_ti", {"window": 4}, "ttc")
 
 
 @pytest.mark.parametrize("backbone, fields, method", [
-    *VIT_S, SCALED, SWIN,
+    *VIT_S, SCALED, SWIN, DINOV3,
     ("vit_ti8", {"gelu": "exact", "pool": "gap"}, "layernorm")])
 def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
   import_timm()

@@ -4,16 +4,19 @@ Hypothesis damages a small valid file of each format, in its bytes and in what
 its container declares. Nothing may escape but UserError, no memory may be taken
 that the file does not hold, and nothing of it may be executed.
 
-FUZZ_CASES=2000 python -m pytest tests/test_fuzz.py -s   # cases for each format
+FUZZ_CASES=1400 python -m pytest tests/test_fuzz.py -s   # cases for each format
+
+Memory is what the process resides in: tracemalloc would not see native
+libraries, and may crash when it stops beside their threads (CPython gh-128679).
 """
 import functools
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
-import tracemalloc
 import zipfile
 
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
@@ -28,7 +31,7 @@ from ttc_jax.backbones import formats, swin, vit, weights
 from ttc_jax.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "20"))
-MEMORY = 2 ** 25  # bytes that a file of a few KiB may cost
+MEMORY = 2 ** 24  # bytes that a file of a few KiB may cost
 SPRUNG = "sprung"  # what an executed file leaves behind
 
 
@@ -133,15 +136,16 @@ def npy(draw):
   descr = draw(st.sampled_from(
       ["<f4", "<f2", "<f8", ">f4", "|V2", "|O", "<U9999999", "|V99999999",
        "<c16", "<i8", "|b1", "no type"]))
-  end = bytes(2 ** 23) if kind == "bomb" else draw(st.binary(max_size=64))
+  end = bytes(2 * MEMORY) if kind == "bomb" else draw(st.binary(max_size=64))
   return files.npy_header(shape, descr) + end
 
 
 def of_zip(data, draw):
   """A member replaced, added, or renamed."""
   out = io.BytesIO()
+  packed = draw(st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED]))
   with (zipfile.ZipFile(io.BytesIO(data)) as archive,
-        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as broken):
+        zipfile.ZipFile(out, "w", packed) as broken):
     names = archive.namelist()
     victim = draw(st.sampled_from(names))
     kind = draw(st.sampled_from(["replace", "remove", "rename", "damage"]))
@@ -178,6 +182,17 @@ def damage(path, draw):
     data = of_bytes(data, draw)
   with open(path, "wb") as f:
     f.write(data)
+
+
+def resident(field):
+  """Bytes of this process: "VmRSS", or since `forget_peak` "VmHWM"."""
+  with open("/proc/self/status", encoding="utf-8") as f:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", f.read())[1])
+
+
+def forget_peak():
+  with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
+    f.write("5")
 
 
 # --- The loaders --------------------------------------------------------------
@@ -311,23 +326,19 @@ def test_damaged_files(loader, tmp_path, monkeypatch):
     names = sorted(os.path.join(place, name)
                    for place, _, names in os.walk(broken) for name in names)
     damage(data.draw(st.sampled_from(names)), data.draw)
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
+    forget_peak()
+    before = resident("VmRSS")
     try:
       load(path.replace(whole, broken, 1))
       outcomes["loaded"] += 1
     except UserError as error:
       assert 0 < len(str(error)) < 2000 and "\n" not in str(error)
       outcomes["refused"] += 1
-    peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
+    peak = max(peak, resident("VmHWM") - before)
     assert peak < MEMORY
     assert not os.path.exists(SPRUNG)
 
-  tracemalloc.start()
-  try:
-    one()
-  finally:
-    tracemalloc.stop()
+  one()
   assert outcomes["refused"] > CASES // 8
   print(f"\n{os.path.basename(path)}: {outcomes}, at most "
         f"{peak / 2 ** 20:.1f} MiB")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import import_transformers, random_tree
+from tests.conftest import import_transformers, random_params
 from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax.backbones import formats, swin, vit, weights as weights_lib
@@ -18,12 +18,12 @@ def tiny(**fields):
   return vit.ViT(32, 2, 4, 64, PATCH, SIZE, **fields)
 
 
+def tiny_dinov3():
+  return tiny(registers=3, rope=100.0, layer_scale=True, epsilon=1e-5)
+
+
 def tiny_swin(**fields):
   return swin.Swin(16, (2, 2), 2, 32, window=4, **fields)
-
-
-def random_params(module, seed=1):
-  return random_tree(backbones.shapes(module), np.random.default_rng(seed))
 
 
 def images(size, count=2):
@@ -60,6 +60,8 @@ ROUND_TRIPS = [
     ("safetensors", formats.TIMM, tiny()),
     ("safetensors", formats.TIMM, tiny(pool="gap", layer_scale=True)),
     ("safetensors", formats.TIMM, tiny(final_norm=False)),
+    ("safetensors", formats.TIMM_DINOV3, tiny_dinov3()),
+    ("safetensors", formats.HF_DINOV3, tiny_dinov3()),
     ("safetensors", formats.SWIN_TIMM, tiny_swin()),
     ("safetensors", formats.SWIN_MS, tiny_swin()),
     ("safetensors", formats.SWIN_HF, tiny_swin()),
@@ -208,6 +210,42 @@ def test_timm_s_vit(case, tmp_path):
       tmp_path / "ours.safetensors", ours)), SIZE, gelu="exact")[1], params)
 
 
+@pytest.mark.parametrize("options", [
+    dict(qkv_bias=False), dict(qkv_bias=True),
+    dict(qkv_bias=True, class_token=False)], ids=str)
+@pytest.mark.parametrize("size", [SIZE, 40])
+def test_timm_s_dinov3(options, size, tmp_path):
+  timm = import_timm()
+  import torch
+  from functools import partial
+  model = shake(timm.models.eva.Eva(**{
+      "img_size": size, "patch_size": PATCH, "embed_dim": 32, "depth": 2,
+      "num_heads": 4, "num_classes": 0, "init_values": 1e-5,
+      "global_pool": "token" if options.get("class_token", True) else "avg",
+      "use_rot_pos_emb": True, "use_abs_pos_emb": False, "use_fc_norm": False,
+      "rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True,
+      "num_reg_tokens": 3, "norm_layer": partial(torch.nn.LayerNorm, eps=1e-5),
+      **options}))
+  path = save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()})
+  module, params = check_features(
+      path, torch_features(model, size), size, formats.TIMM_DINOV3)
+  assert weights_lib.native_size(weights_lib.read(path)) is None
+  if options["qkv_bias"]:
+    load_state(model, weights_lib.to_tensors(
+        params, formats.TIMM_DINOV3, module))
+    assert np.abs(torch_features(model, size)
+                  - features(module, params)).max() < 1e-5
+
+
+def test_dinov3_by_its_authors_is_refused_by_name(tmp_path):
+  path = save(tmp_path / "model.safetensors", {
+      n: np.zeros((1, 1, 1, 1), np.float32) for n in (
+          "patch_embed.proj.weight", "storage_tokens", "blocks.0.ls1.gamma")})
+  with pytest.raises(UserError, match="timm's and Hugging Face's files"):
+    weights_lib.read(path)
+
+
 def test_timm_s_distilled_deit(tmp_path):
   timm = import_timm()
   model = shake(timm.models.deit.VisionTransformerDistilled(
@@ -239,6 +277,8 @@ HF_MODELS = [
     ("DeiT", HIDDEN, formats.HF_VIT),
     ("Dinov2", {"mlp_ratio": 2}, formats.HF_DINOV2),
     ("Dinov2WithRegisters", {"mlp_ratio": 2}, formats.HF_DINOV2),
+    ("DINOv3ViT", {**HIDDEN, "num_register_tokens": 3}, formats.HF_DINOV3),
+    ("DINOv3ViT", {**HIDDEN, "key_bias": True}, formats.HF_DINOV3),
     ("CLIPVision", HIDDEN, formats.HF_CLIP),
     ("CLIPVision", {**HIDDEN, "hidden_act": "gelu"}, formats.HF_CLIP),
     ("SiglipVision", HIDDEN, formats.HF_SIGLIP),
@@ -258,7 +298,8 @@ def test_hugging_face_s_vits(kind, options, format_, tmp_path):
             else out.last_hidden_state[:, 0]).numpy()
   module, params = check_features(
       str(tmp_path / "model.safetensors"), features_of(model), SIZE, format_)
-  if kind == "DeiT":  # HF_VIT has registers, but no class of theirs
+  # HF_VIT has registers, but no class of theirs.
+  if kind == "DeiT" or options.get("key_bias"):
     return
   ours = weights_lib.to_tensors(params, format_, module)
   save(tmp_path / "model.safetensors", ours)

@@ -3,9 +3,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import CLASSES, SIZE, WIDTH, numpy_tree, random_adapter
+from tests.conftest import (
+    CLASSES, SIZE, WIDTH, numpy_tree, random_adapter, random_params)
 from tests.test_methods import prepared
-from tests.test_parity import random_params
 from ttc_jax import backbones, model as model_lib, optim, train, trees
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.methods import layernorm
@@ -15,6 +15,7 @@ FIELDS = {
     "gap": dict(pool="gap", registers=1, pool_norm=True, final_norm=False),
     "map": dict(pool="map", registers=1),
     "clip": dict(pre_norm=True, gelu="quick"),
+    "dinov3": dict(registers=1, rope=100.0, layer_scale=True),
 }
 
 

@@ -137,7 +137,7 @@ def test_timm(tmp_path, fields):
   assert read.format.name == "timm"
   assert read.fields == {
       "gelu": "exact", "epsilon": 1e-6, "pool": "cls", "final_norm": True,
-      "layer_scale": False, "registers": 0, "pre_norm": False,
+      "layer_scale": False, "registers": 0, "rope": 0.0, "pre_norm": False,
       "pool_norm": False} | fields
   check_equal(fit(path), flat)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.test_parity import random_params
+from tests.conftest import random_params
 from tests.test_weights import as_timm, check_equal, fit, flat_params, save
 from ttc_jax import backbones, trees, weights as cli
 from ttc_jax.backbones import formats, resampling, sources, swin, vit
@@ -91,6 +91,22 @@ def test_a_swin_too(sizes, tmp_path, to, format_):
   assert cli.compare(path, there)[1].keys() == trees.flatten(
       backbones.shapes(module)).keys()
   assert not any(cli.compare(path, there)[1].values())
+
+
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_a_dinov3_too(sizes, tmp_path, to):
+  """Its rotary positions fit any grid: to another patch without a size."""
+  module = backbones.make("vit_ti4", 56, registers=2, rope=100.0,
+                          layer_scale=True, epsilon=1e-5, gelu="exact")
+  path, there = (str(tmp_path / f"{n}.safetensors") for n in ("own", "there"))
+  weights.write(path, random_params(module), module.fields)
+  assert cli.convert(path, there, to) == (f"{to}_dinov3", {})
+  found = cli.describe(there)
+  assert found["backbone"] == "vit_ti4" and found["image_size"] is None
+  assert found["fields"] == module.fields
+  assert not any(cli.compare(path, there)[1].values())
+  cli.convert(there, path, patch=8)
+  assert cli.describe(path)["backbone"] == "vit_ti8"
 
 
 def test_what_no_format_holds_names_each(sizes, tmp_path):

@@ -33,9 +33,9 @@ Loaded = tuple[nn.Module, trees.Tree]
 TARGETS = {
     "ttc_jax": (formats.OURS,),
     "bigvision": (formats.BIGVISION,),
-    "timm": (formats.TIMM, formats.SWIN_TIMM),
-    "hf": (formats.HF_VIT, formats.HF_DINOV2, formats.HF_CLIP,
-           formats.HF_SIGLIP, formats.SWIN_HF),
+    "timm": (formats.TIMM, formats.TIMM_DINOV3, formats.SWIN_TIMM),
+    "hf": (formats.HF_VIT, formats.HF_DINOV2, formats.HF_DINOV3,
+           formats.HF_CLIP, formats.HF_SIGLIP, formats.SWIN_HF),
 }
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -76,7 +76,8 @@ def load(read: weights_lib.Weights, gelu: str = "", patch: int = 0) -> Loaded:
     if not own or patch < 1:
       raise UserError(f"--patch={patch} is nothing for {name}: give the pixels "
                       "of a ViT's patch")
-    name, size = f"{size_name}{patch}", size // int(own) * patch
+    side = size // int(own) if size else 14  # rotary positions fit any
+    name, size = f"{size_name}{patch}", side * patch
   return backbones.fit(read, name, size or 224, resample_patch=bool(patch),
                        **({"gelu": gelu} if gelu else {}))
 

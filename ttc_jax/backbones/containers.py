@@ -64,9 +64,12 @@ def open_file(path: str) -> Opened:
     if not is_zip:
       return _open_safetensors(path)
     with zipfile.ZipFile(path) as archive:
-      pickled = any(os.path.basename(n) == "data.pkl"
-                    for n in archive.namelist())
-    return (_open_torch if pickled else _open_npz)(path)
+      members = archive.infolist()
+    if all(os.path.basename(m.filename) != "data.pkl" for m in members):
+      return _open_npz(path)
+    if any(m.compress_type for m in members):
+      raise ValueError("PyTorch never compresses")  # but bombs are
+    return _open_torch(path)
 
 
 @contextlib.contextmanager

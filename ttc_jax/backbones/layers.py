@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
 
@@ -126,11 +127,13 @@ class LayerNorm(nn.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
-              tap: Callable[..., jax.Array] | None = None) -> jax.Array:
+              tap: Callable[..., jax.Array] | None = None,
+              angles: jax.Array | None = None) -> jax.Array:
   """softmax(q k^T / sqrt(D/H)) v per head, with softmax in float32.
 
   q (B, M, D), k and v (B, N, D) -> (B, M, D). The tap "scores" sees what goes
-  into the softmax, (B, H, M, N).
+  into the softmax, (B, H, M, N). Queries and keys are rotated by `angles`
+  (N, D/H/2) if there are any, see `rotate`.
 
   The heads are moved before the tokens first: left to XLA, the products on
   CPU transpose every head's keys and values, element by element.
@@ -139,12 +142,47 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
   q = q / math.sqrt(D // heads)
   q, k, v = (x.reshape(B, -1, heads, D // heads).swapaxes(1, 2)
              for x in (q, k, v))
+  if angles is not None:
+    q, k = rotate(q, angles), rotate(k, angles)
   scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
   if tap is not None:
     scores = tap("scores", scores, q)
   weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
   y = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
   return y.swapaxes(1, 2).reshape(B, M, D)
+
+
+def grid_angles(side: int, width: int, base: float) -> np.ndarray:
+  """DINOv3's angles of rotary position embeddings (Simeoni et al., 2025).
+
+  The centre of a patch is at y and x in (-1, 1), and the periods are
+  base^(4 i / width) for i < width / 4.
+
+  Args:
+    side: patches a side.
+    width: of a head, a multiple of 4.
+
+  Returns:
+    (side^2, width / 2) in radians, those of y before those of x.
+  """
+  at = (2 * np.arange(side) + 1) / side - 1
+  yx = np.stack(np.meshgrid(at, at, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+  periods = base ** (np.arange(width // 4) * 4 / width)
+  return (2 * np.pi * yx / periods).reshape(side ** 2, -1).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotates the pairs (x_i, x_{i + d/2}) of tokens, in float32.
+
+  Args:
+    x: (B, H, M, d), the first M of N tokens.
+    angles: (N, d / 2), in radians.
+  """
+  angles = angles[:x.shape[-2]]
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin,
+                          second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def drop_path(module: nn.Module, branch: jax.Array, rate: float,

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from ttc_jax.backbones import layers
 from ttc_jax.backbones.layers import Dense, Site, Work
@@ -36,9 +37,15 @@ _MLP = f"{BLOCK}/MlpBlock_0"
 
 
 class Attention(nn.Module):
-  """Multi-head attention of `queries` (B, M, D) to x (B, N, D)."""
+  """Multi-head attention of `queries` (B, M, D) to x (B, N, D).
+
+  Attributes:
+    angles: (P, D/H/2), by which the last P of the N tokens, the patches, are
+      rotated, and so the queries, being the first of them; None for none.
+  """
   heads: int
   dtype: Any
+  angles: Any = None
 
   @nn.compact
   def __call__(self, queries, x, mask, tap):
@@ -52,7 +59,10 @@ class Attention(nn.Module):
     q = project("q", "query", queries)
     k = project("k", "key", x)
     v = project("v", "value", x)
-    y = layers.attention(q, k, v, H, tap)
+    angles = self.angles
+    if angles is not None:  # [CLS], registers and prompts have no place
+      angles = np.pad(angles, ((x.shape[1] - len(angles), 0), (0, 0)))
+    y = layers.attention(q, k, v, H, tap, angles)
     out = Dense((H, D // H, D), contract=2, dtype=self.dtype, name="out")
     return tap("proj", out(y, mask.get("proj")), y)
 
@@ -82,8 +92,9 @@ class Block(nn.Module):
     x = tap("input", x, x)
     z = tap("norm1", norm(name="LayerNorm_0")(x), x)
     x = x[:, :self.queries]
-    y = Attention(vit.heads, dtype, name="MultiHeadDotProductAttention_0")(
-        z[:, :self.queries], z, mask, tap)
+    y = Attention(vit.heads, dtype, vit.angles,
+                  name="MultiHeadDotProductAttention_0")(
+                      z[:, :self.queries], z, mask, tap)
     x = tap("attention", add(x, y, "layer_scale_0"), x)
     z = tap("norm2", norm(name="LayerNorm_1")(x), x)
     y = layers.Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(
@@ -142,6 +153,8 @@ class ViT(nn.Module):
     pool: "cls" (a learnt token), "gap" (the mean of the patch tokens) or "map"
       (attention to them: SigLIP).
     registers: learnt tokens before the patches that no pooling reads.
+    rope: base of the periods of rotary position embeddings (DINOv3: 100); 0
+      for learnt position embeddings.
     pre_norm: a LayerNorm before the blocks (CLIP).
     final_norm: one of all tokens, after the blocks.
     pool_norm: one of what was pooled (timm's fc_norm).
@@ -161,6 +174,7 @@ class ViT(nn.Module):
   image_size: int
   pool: str = "cls"
   registers: int = 0
+  rope: float = 0.0
   pre_norm: bool = False
   layer_scale: bool = False
   final_norm: bool = True
@@ -209,8 +223,16 @@ class ViT(nn.Module):
   def fields(self) -> dict[str, Any]:
     """What belongs to the weights: files and bundles repeat it."""
     return {name: getattr(self, name) for name in (
-        "pool", "registers", "pre_norm", "layer_scale", "final_norm",
+        "pool", "registers", "rope", "pre_norm", "layer_scale", "final_norm",
         "pool_norm", "gelu", "epsilon")}
+
+  @property
+  def angles(self) -> np.ndarray | None:
+    """Of the patches' queries and keys; None for learnt positions."""
+    if not self.rope:
+      return None
+    return layers.grid_angles(
+        self.image_size // self.patch, self.width // self.heads, self.rope)
 
   @property
   def sites(self) -> dict[str, tuple[Site, ...]]:
@@ -309,9 +331,10 @@ class ViT(nn.Module):
     embed = Dense((p, p, 3, self.width), contract=3, dtype=self.dtype,
                   name="embedding")
     x = tap("embedding", embed(x, mask.get("embedding", (None,))[0]), x)
-    position = self.param("pos_embedding", nn.initializers.normal(0.02),
-                          (1, (S // p) ** 2, self.width))
-    x = x + position.astype(self.dtype)
+    if not self.rope:
+      position = self.param("pos_embedding", nn.initializers.normal(0.02),
+                            (1, (S // p) ** 2, self.width))
+      x = x + position.astype(self.dtype)
     for name, count in (("registers", self.registers),
                         ("cls", self.pool == "cls")):
       if count:

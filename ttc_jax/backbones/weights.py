@@ -120,7 +120,7 @@ def fit(weights: Weights, expected: trees.Tree, name: str,
   out[_KERNEL] = resampling.resize_patch(
       _tensor(weights, _KERNEL, (patch, patch, *want[_KERNEL][2:])),
       want[_KERNEL][0])
-  if "pos_embedding" in want:
+  if want.keys() & set(_TOKENS):
     out |= _tokens(weights, want, name)
   return trees.unflatten({n: out[n] for n in want})
 
@@ -128,8 +128,9 @@ def fit(weights: Weights, expected: trees.Tree, name: str,
 def _is_zero(weights, name):
   """Whether the file lacks a parameter because it is 0."""
   format_ = weights.format
-  return (name in format_.zero and weights.fields.get("pre_norm")
-          and not weights.tensors.keys() & set(format_.names(name)))
+  lacking = not weights.tensors.keys() & set(format_.names(name))
+  return lacking and (bool(re.fullmatch(format_.optional, name))
+                      or formats.is_zero(format_, name, weights.fields))
 
 
 def check_fields(weights: Weights, module: nn.Module, name: str) -> None:
@@ -211,12 +212,11 @@ def _values(weights, theirs):
 
 def _tokens(weights, want, name):
   """[CLS], registers and the positions of patches, as far as wanted."""
-  _, patches, width = want["pos_embedding"]
+  width = want[_KERNEL][-1]
   there = [n for n in weights.format.tokens if n in weights.tensors]
   found = sum(_token_shape(weights, n, width)[1] for n in there)
   cls = int("cls" in want)
   wanted = cls + want.get("registers", (1, 0, width))[1]
-  of_prefix, grid = _positions(weights, width, found)
   if found != wanted:
     raise UserError(
         f"weights file '{weights.path}' has {found} tokens before the patches, "
@@ -224,9 +224,13 @@ def _tokens(weights, want, name):
   prefix = np.concatenate([np.zeros((1, 0, width), np.float32), *(
       _values(weights, n).reshape(_token_shape(weights, n, width))
       for n in there)], axis=1)
-  prefix[:, :of_prefix.shape[1]] += of_prefix
-  return {"cls": prefix[:, :cls], "registers": prefix[:, cls:],
-          "pos_embedding": resampling.resize_positions(grid, patches)}
+  positions = {}
+  if "pos_embedding" in want:
+    of_prefix, grid = _positions(weights, width, found)
+    prefix[:, :of_prefix.shape[1]] += of_prefix
+    positions = {"pos_embedding": resampling.resize_positions(
+        grid, want["pos_embedding"][1])}
+  return {"cls": prefix[:, :cls], "registers": prefix[:, cls:], **positions}
 
 
 def _token_shape(weights, theirs, width):
@@ -266,7 +270,7 @@ def _grid(weights, width, prefix):
 def native_size(weights: Weights) -> int | None:
   """Pixels a side that the position embedding of a file is made for; None if
   it has none."""
-  if not weights.format.names("pos_embedding") or "window" in weights.fields:
+  if "window" in weights.fields or weights.fields.get("rope"):
     return None
   patch, *_, width = _shape(weights, "embedding/kernel")
   found = formats.count_tokens(weights.tensors, weights.format.tokens)
@@ -298,8 +302,8 @@ def _variant(shape: Callable[[str], tuple[int, ...]], depth: int):
 
 def _depth(names):
   """How many blocks tensors of a ViT have names of, in any format."""
-  found = (re.match(r"(?:Transformer/encoderblock_|blocks\.|encoder\.layers?\.)"
-                    r"(\d+)\D", n) for n in names)
+  found = (re.match(r"(?:Transformer/encoderblock_|blocks\.|(?:encoder\.)?"
+                    r"layers?\.)(\d+)\D", n) for n in names)
   return max((int(m[1]) + 1 for m in found if m), default=0)
 
 
@@ -401,10 +405,10 @@ def to_tensors(params: trees.Tree, format_: Format,
         flat["pos_embedding"], ((0, 0), (before, 0), (0, 0)))
   parts = {}
   for name, array in flat.items():
-    if name in format_.zero and getattr(module, "pre_norm", False):
+    if formats.is_zero(format_, name, module.fields):
       if array.any():
-        raise UserError(f"the format '{format_.name}' cannot hold {name!r} "
-                        "beside a norm before the blocks, unless it is 0")
+        raise UserError(f"the format '{format_.name}' has no place for {name!r} "
+                        "of such a backbone, unless it is 0")
       continue
     names = format_.names(name)
     if not names:

@@ -30,7 +30,7 @@ def write(model: Attached, folder: str) -> None:
   export.check_fields(model, NAME, {
       "pool": ("cls", "gap", "map"), "gelu": "tanh", "epsilon": 1e-6,
       "final_norm": True, "layer_scale": False, "registers": 0,
-      "pre_norm": False, "pool_norm": False})
+      "rope": 0.0, "pre_norm": False, "pool_norm": False})
   tensors = weights.to_tensors(
       model.params["backbone"], formats.BIGVISION, backbone)
   with files.replacing(os.path.join(folder, "model.npz")) as file:

@@ -62,6 +62,7 @@ def _vit(model, vit):
   export.check_fields(model, NAME, {
       "pool": "cls", "gelu": tuple(_GELU), "epsilon": (vit.epsilon,),
       "final_norm": True, "layer_scale": (False, True), "registers": 0,
+      "rope": 0.0,
       "pre_norm": False, "pool_norm": False})
   config = {"hidden_size": vit.width, "num_hidden_layers": vit.depth,
             "num_attention_heads": vit.heads}

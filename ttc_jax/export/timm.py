@@ -48,9 +48,11 @@ def write(model: Attached, folder: str) -> None:
 
 
 def _vit(model, vit):
+  if vit.rope:
+    return _dinov3(model, vit)
   export.check_fields(model, NAME, {
       "pool": ("cls", "gap"), "gelu": tuple(_GELU), "epsilon": 1e-6,
-      "final_norm": True, "layer_scale": (False, True),
+      "final_norm": True, "layer_scale": (False, True), "rope": 0.0,
       "registers": tuple(range(65)), "pre_norm": False, "pool_norm": False})
   args = {
       "img_size": vit.image_size, "patch_size": vit.patch,
@@ -61,6 +63,20 @@ def _vit(model, vit):
       "no_embed_class": vit.registers > 0, "act_layer": _GELU[vit.gelu],
       "init_values": 1e-5 if vit.layer_scale else None}
   return formats.TIMM, "head", "vit_base_patch16_224", args
+
+
+def _dinov3(model, vit):
+  export.check_fields(model, NAME, {
+      "pool": ("cls", "gap"), "gelu": "exact", "epsilon": 1e-5, "rope": 100.0,
+      "final_norm": True, "layer_scale": True, "registers": tuple(range(1, 65)),
+      "pre_norm": False, "pool_norm": False})
+  args = {
+      "img_size": vit.image_size, "patch_size": vit.patch,
+      "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
+      "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
+      "global_pool": "token" if vit.pool == "cls" else "avg",
+      "num_reg_tokens": vit.registers}
+  return formats.TIMM_DINOV3, "head", "vit_base_patch16_dinov3_qkvb", args
 
 
 def _swin(model, swin):

@@ -23,7 +23,9 @@ class Format(NamedTuple):
     positions: (whether there is a [CLS], registers) -> how many of those
       tokens have a position of their own when we write a file.
     squeezed: {their name: how many leading axes of 1 it lacks}.
-    zero: our names of what the files with a `pre_norm` lack, being 0.
+    zero: {pattern of our names: the field}: what has no place in files of the
+      variants that have that field, being 0 there.
+    optional: pattern of our names: what a file may lack, being 0.
     ignored: pattern of tensors without a part in the features.
     refused: {pattern: what of the architecture we lack}.
   """
@@ -33,9 +35,16 @@ class Format(NamedTuple):
   tokens: tuple[str, ...] = ("cls", "registers")
   positions: Callable[[bool, int], int] = lambda cls, registers: 0
   squeezed: Mapping[str, int] = {}
-  zero: tuple[str, ...] = ()
+  zero: Mapping[str, str] = {}
+  optional: str = r"(?!)"
   ignored: str = r"(?!)"
   refused: Mapping[str, str] = {}
+
+
+def is_zero(format_: Format, name: str, fields: Mapping[str, Any]) -> bool:
+  """Whether our parameter is 0 in files of a variant, and not in them."""
+  return any(re.fullmatch(pattern, name) and fields.get(field)
+             for pattern, field in format_.zero.items())
 
 
 _NUMBER = re.compile(r"(?<=block_)\d+|(?<=stage_)\d+|(?<=merge_)\d+")
@@ -87,5 +96,5 @@ def vit_fields(pool: str, tokens: int, **fields: Any) -> Fields:
     tokens: before the patches; those that are no [CLS] are registers.
   """
   return {"pool": pool, "registers": tokens - (pool == "cls"),
-          "pre_norm": False, "layer_scale": False, "final_norm": True,
+          "rope": 0.0, "pre_norm": False, "layer_scale": False, "final_norm": True,
           "pool_norm": False, **fields}

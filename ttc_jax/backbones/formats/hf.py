@@ -63,6 +63,22 @@ _SIGLIP = _NEWER | {
     "MAPHead_0/MlpBlock_0/Dense_0": "head.mlp.fc1",
     "MAPHead_0/MlpBlock_0/Dense_1": "head.mlp.fc2",
 }
+_DINOV3 = {
+    "cls": "embeddings.cls_token",
+    "registers": "embeddings.register_tokens",
+    "embedding": "embeddings.patch_embeddings",
+    f"{vit.BLOCK}/LayerNorm_0": "layer.{}.norm1",
+    f"{vit.ATTENTION}/query": "layer.{}.attention.q_proj",
+    f"{vit.ATTENTION}/key": "layer.{}.attention.k_proj",
+    f"{vit.ATTENTION}/value": "layer.{}.attention.v_proj",
+    f"{vit.ATTENTION}/out": "layer.{}.attention.o_proj",
+    f"{vit.BLOCK}/layer_scale_0": "layer.{}.layer_scale1.lambda1",
+    f"{vit.BLOCK}/LayerNorm_1": "layer.{}.norm2",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_0": "layer.{}.mlp.up_proj",
+    f"{vit.BLOCK}/MlpBlock_0/Dense_1": "layer.{}.mlp.down_proj",
+    f"{vit.BLOCK}/layer_scale_1": "layer.{}.layer_scale2.lambda1",
+    "Transformer/encoder_norm": "norm",
+}
 _OLDER_MORE = dict(
     torch=True, positions=lambda cls, registers: int(cls),
     tokens=("embeddings.cls_token", "embeddings.distillation_token",
@@ -79,13 +95,16 @@ HF_CLIP = base.Format(
     tokens=("embeddings.class_embedding",),
     positions=lambda cls, registers: int(cls),
     squeezed=_SQUEEZED | {"embeddings.class_embedding": 2},
-    zero=("embedding/bias",), ignored=r"embeddings\.position_ids")
+    zero={"embedding/bias": "pre_norm"}, ignored=r"embeddings\.position_ids")
 HF_SIGLIP = base.Format(
     "hf_siglip", names=base.by_table(_SIGLIP), torch=True, tokens=(),
     squeezed=_SQUEEZED, ignored=r"embeddings\.position_ids")
 HF_DINOV3 = base.Format(
-    "hf_dinov3", names=lambda name: (),
-    refused={r"embeddings\..*": "rotary position embeddings"})
+    "hf_dinov3", names=base.by_table(_DINOV3), torch=True,
+    tokens=("embeddings.cls_token", "embeddings.register_tokens"),
+    zero={r".*/key/bias": "rope"}, optional=r".*/(query|value)/bias",
+    ignored=r"embeddings\.mask_token",
+    refused={r"layer\.\d+\.mlp\.gate_proj\..*": "a gated MLP"})
 
 
 class _Kind(NamedTuple):
@@ -147,6 +166,15 @@ def settings(config: Mapping, models: tuple[str, ...], act: str,
   return {"gelu": _GELU[act], "epsilon": epsilon}
 
 
+def _rope(kind, config):
+  if kind.format is not HF_DINOV3:
+    return 0.0
+  rope = config.get("rope_theta", 100.0)
+  if rope != 100:
+    raise UserError(f"config.json has the rope_theta {rope!r}; expected 100.0")
+  return 100.0
+
+
 def recognise(tensors, config):
   for kind in _KINDS:
     found = base.below(tensors, kind.marks[0])
@@ -157,6 +185,7 @@ def recognise(tensors, config):
           pool, base.count_tokens(found, kind.format.tokens),
           pre_norm="pre_layrnorm.weight" in found,
           layer_scale=any(".layer_scale1." in n for n in found),
+          rope=_rope(kind, config),
           **settings(config, *kind[2:]))
       return kind.format, fields, found
   return None

@@ -43,15 +43,28 @@ TIMM = base.Format(
     tokens=("cls_token", "reg_token", "register_tokens", "dist_token"),
     # Its models with registers (DINOv2) keep positions of patches alone.
     positions=lambda cls, registers: int(cls and not registers),
-    zero=("embedding/bias",),
+    zero={"embedding/bias": "pre_norm"},
     # The mask token stands for hidden patches; only pretraining hides any.
     ignored=r"(head|head_dist)\..*|mask_token",
     refused={
         r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
         r"blocks\.\d+\.mlp\.w\d+\..*": "a gated MLP",
-        r"blocks\.\d+\.gamma_\d": "blocks of BEiT, EVA or DINOv3",
+        r"blocks\.\d+\.gamma_\d": "blocks of BEiT or EVA",
         r"patch_embed\.backbone\..*": "a ResNet below the Transformer",
+        "storage_tokens": "the layout of DINOv3's authors; timm's and Hugging "
+                          "Face's files of it are read",
     })
+TIMM_DINOV3 = base.Format(
+    "timm_dinov3", torch=True, names=base.by_table(NAMES | {
+        f"{vit.ATTENTION}/query/bias": "blocks.{}.attn.q_bias",
+        f"{vit.ATTENTION}/key/bias": "blocks.{}.attn.k_bias",
+        f"{vit.ATTENTION}/value/bias": "blocks.{}.attn.v_bias",
+        f"{vit.BLOCK}/layer_scale_0": "blocks.{}.gamma_1",
+        f"{vit.BLOCK}/layer_scale_1": "blocks.{}.gamma_2",
+    }), tokens=("cls_token", "reg_token"),
+    zero={r".*/key/bias": "rope"}, optional=r".*/(query|value)/bias",
+    ignored=r"head\..*", refused={
+        r"blocks\.\d+\.mlp\.(w\d+|fc1_[gx])\..*": "a gated MLP"})
 
 _GELU = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
@@ -85,10 +98,15 @@ def recognise(tensors, config):
   pool = ("map" if has("attn_pool.") else
           "cls" if has("cls_token") and not has("fc_norm.")
           and config.get("global_pool") != "avg" else "gap")
+  # EVA's and BEiT's have positions, be it of a token alone.
+  rope = not {"blocks.0.gamma_1", "reg_token"} - found.keys() and not any(
+      re.search("pos_embed|rel_pos|attn.rope", n) for n in found)
   fields = base.vit_fields(
       pool, base.count_tokens(found, TIMM.tokens),
       pre_norm=has("norm_pre."), final_norm=has("norm."),
       pool_norm=has("fc_norm."), layer_scale=any(".ls1." in n for n in found),
       gelu=_gelu(config, has("norm_pre."), pool == "map"),
-      epsilon=1e-5 if has("norm_pre.") else 1e-6)
+      epsilon=1e-5 if has("norm_pre.") or rope else 1e-6)
+  if rope:
+    return TIMM_DINOV3, fields | {"rope": 100.0, "layer_scale": True}, found
   return TIMM, fields, found
