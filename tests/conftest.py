@@ -23,8 +23,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.random_trees import random_tree
 from tests.torch_models import import_timm
-from ttc_jax import backbones, trees
+from ttc_jax import backbones
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
 from ttc_jax.model import Model, init_head
@@ -65,29 +66,6 @@ def config():
   c = default()
   c.k = 4
   return c
-
-
-def random_tree(shapes, rng):
-  """Arrays of those shapes, near what training gives and none at a special
-  value."""
-  def draw(name, leaf):
-    fan_in = max(1, leaf.size // leaf.shape[-1])
-    spread = (0.1 if len(leaf.shape) == 1 else
-              0.5 if name.endswith("relative_position_bias") else
-              fan_in ** -0.5)
-    mean = 1.0 if name.endswith("scale") else 0.0
-    return rng.normal(mean, spread, leaf.shape).astype(np.float32)
-  return trees.map_with_names(draw, shapes)
-
-
-def random_params(module, seed=1):
-  """Of a backbone."""
-  params = random_tree(backbones.shapes(module), np.random.default_rng(seed))
-  if not getattr(module, "rope", 0):
-    return params
-  # DINOv3's keys have no bias.
-  return trees.map_with_names(
-      lambda n, x: np.zeros_like(x) if n.endswith("/key/bias") else x, params)
 
 
 def numpy_tree(tree):

@@ -2,7 +2,7 @@
 import jax
 import numpy as np
 
-from tests.conftest import random_params, random_tree
+from tests.random_trees import random_params, random_tree
 from ttc_jax import backbones, bundles, methods, trees
 from ttc_jax.backbones import weights as weights_lib
 from ttc_jax.config import default

@@ -2,6 +2,7 @@
 
 Tiny backbones under the real names; every leaf that a method tunes is random.
 """
+import json
 import os
 import pathlib
 import re
@@ -66,7 +67,8 @@ def code_of(folder):
 def card_logits(folder, monkeypatch, image):
   """What the lines of the card give."""
   monkeypatch.chdir(folder.parent)
-  space = {"image": Image.fromarray(image)}
+  Image.fromarray(image).convert("RGBA").save("image.png")
+  space = {}
   exec(compile(code_of(folder), "README.md", "exec"), space)
   logits = space["logits"]
   return np.asarray(logits.detach() if hasattr(logits, "detach") else logits)
@@ -156,11 +158,17 @@ SCALED = ("vit_ti8", {"gelu": "tanh", "epsilon": 1e-6, "layer_scale": True},
           "ttc")
 DINOV3 = ("vit_ti8", {"gelu": "exact", "epsilon": 1e-5, "registers": 2,
                       "rope": 100.0, "layer_scale": True}, "ttc")
+REGISTERS = ("vit_ti8", {"gelu": "exact", "registers": 2, "layer_scale": True},
+             "ttc")
+SIGLIP = ("vit_ti8", {"gelu": "tanh", "pool": "map"}, "layernorm")
+CLIP = ("vit_ti8", {"gelu": "quick", "pre_norm": True, "epsilon": 1e-5}, "lora")
+FC_NORM = ("vit_ti8", {"gelu": "exact", "pool": "gap", "pool_norm": True,
+                       "final_norm": False}, "layernorm")
 SWIN = ("swin_ti", {"window": 4}, "ttc")
 
 
 @pytest.mark.parametrize("backbone, fields, method", [
-    *VIT_S, SCALED, SWIN, DINOV3,
+    *VIT_S, SCALED, SWIN, DINOV3, SIGLIP, CLIP, FC_NORM,
     ("vit_ti8", {"gelu": "exact", "pool": "gap"}, "layernorm")])
 def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
   import_timm()
@@ -171,7 +179,8 @@ def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
               our_logits(bundle, image[None]), f"timm {backbone} {method}")
 
 
-@pytest.mark.parametrize("backbone, fields, method", [*VIT_S, SCALED, SWIN])
+@pytest.mark.parametrize("backbone, fields, method", [
+    *VIT_S, SCALED, SWIN, REGISTERS])
 def test_hugging_face_s_own_model(tmp_path, monkeypatch, backbone, fields,
                                   method):
   pytest.importorskip("transformers")
@@ -206,3 +215,36 @@ def test_what_a_target_cannot_hold_is_one_sentence(tmp_path, target, more,
   with pytest.raises(UserError, match=words):
     exported(bundle, target, tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_nor_left_behind(tmp_path, monkeypatch):
+  bundle = save(tmp_path)
+  folder = exported(bundle, "timm", tmp_path / "out")
+  note = json.loads((folder / "ttc_jax.json").read_text())
+  assert note["bundle"]["weights_source"] == "base.safetensors"
+  assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {
+      0o666 & ~current_umask()}
+  (folder / "notes.txt").write_text("precious")
+  for out in (folder, folder / "notes.txt", folder / "notes.txt" / "x"):
+    with pytest.raises(UserError, match="another --out"):
+      exported(bundle, "timm", out)
+  assert (folder / "notes.txt").read_text() == "precious"
+  there = sorted(tmp_path.iterdir())
+  monkeypatch.setattr(TARGETS["timm"], "write", lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    exported(bundle, "timm", tmp_path / "another")
+  assert sorted(tmp_path.iterdir()) == there
+
+
+def current_umask():
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def test_an_odd_name_of_a_folder(tmp_path, monkeypatch):
+  bundle = save(tmp_path)
+  image = pictures()[0]
+  folder = exported(bundle, "stablehlo", tmp_path / 'it"s {here}')
+  check_close(card_logits(folder, monkeypatch, image),
+              our_logits(bundle, image[None]), "an odd name")

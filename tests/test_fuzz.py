@@ -25,7 +25,7 @@ import pytest
 import safetensors.numpy
 
 from tests import made_bundles, test_weights as files
-from tests.conftest import random_tree
+from tests.random_trees import random_tree
 from ttc_jax import backbones, bundles, predict, trees
 from ttc_jax.backbones import formats, swin, vit, weights
 from ttc_jax.errors import UserError

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import import_transformers, random_params
+from tests.conftest import import_transformers
+from tests.random_trees import random_params
 from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax.backbones import formats, swin, vit, weights as weights_lib

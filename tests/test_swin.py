@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import import_transformers, random_tree, random_adapter
+from tests.conftest import import_transformers, random_adapter
+from tests.random_trees import random_tree
 from ttc_jax import backbones, importance, methods, model as model_lib
 from ttc_jax import parallel, train, trees
 from ttc_jax.backbones import swin, weights as weights_lib

@@ -3,8 +3,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import (
-    CLASSES, SIZE, WIDTH, numpy_tree, random_adapter, random_params)
+from tests.conftest import CLASSES, SIZE, WIDTH, numpy_tree, random_adapter
+from tests.random_trees import random_params
 from tests.test_methods import prepared
 from ttc_jax import backbones, model as model_lib, optim, train, trees
 from ttc_jax.backbones import vit as vit_lib

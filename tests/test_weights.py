@@ -211,11 +211,9 @@ def test_write_is_all_or_nothing(tmp_path, monkeypatch):
   weights.write(path, trees.unflatten(flat_params()), fields)
   before = weights.sha256(path)
 
-  def full_disk(flat, part, metadata):
-    with open(part, "wb") as f:
-      f.write(b"half")
+  def full_disk(flat, metadata):
     raise OSError("No space left on device")
-  monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
+  monkeypatch.setattr(safetensors.numpy, "save", full_disk)
   with pytest.raises(OSError, match="space"):
     weights.write(path, trees.unflatten(flat_params()), fields)
   assert weights.sha256(path) == before
@@ -629,7 +627,7 @@ def test_a_local_path_is_returned_as_it_is(tmp_path):
   check_source(f"{path}#sha256={'0' * 64}", tmp_path, DIGEST, "0" * 64)
   check_source(f"{path}#sha256=123", tmp_path, "64")
   check_source(str(tmp_path / "none"), tmp_path, "does not exist")
-  check_source(str(tmp_path), tmp_path, "does not exist")
+  check_source(str(tmp_path), tmp_path, "folder without model.safetensors")
 
 
 def test_the_default_cache(monkeypatch):

@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import random_params
+from tests.random_trees import random_params
 from tests.test_weights import as_timm, check_equal, fit, flat_params, save
 from ttc_jax import backbones, trees, weights as cli
 from ttc_jax.backbones import formats, resampling, sources, swin, vit
@@ -234,6 +235,20 @@ def test_a_state_dict_in_other_precisions(tmp_path, dtype, atol):
   check_equal(fit(path), flat, atol)
 
 
+def test_a_compressed_state_dict_may_be_a_bomb(tmp_path):
+  torch = pytest.importorskip("torch")
+  plain, packed = tmp_path / "model.pth", tmp_path / "packed.pth"
+  torch.save({n: torch.from_numpy(v)
+              for n, v in as_timm(flat_params()).items()}, plain)
+  with (zipfile.ZipFile(plain) as archive,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out):
+    for name in archive.namelist():
+      out.writestr(name, archive.read(name))
+  fit(str(plain))
+  with pytest.raises(UserError, match="PyTorch never compresses"):
+    fit(str(packed))
+
+
 def test_microsoft_s_swin(tmp_path):
   torch = pytest.importorskip("torch")
   module = swin.Swin(16, (2, 2), 2, 32, window=4)
@@ -277,7 +292,8 @@ def test_a_pth_without_pytorch(tmp_path, monkeypatch):
     ({"model_type": "vit", "hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"model_type": "vit", "hidden_act": ["gelu"]}, "hidden_act"),
     ({"model_type": "vit", "layer_norm_eps": "small"}, "layer_norm_eps"),
-    ({"model_type": "vit", "layer_norm_eps": 2.0}, "layer_norm_eps")])
+    ({"model_type": "vit", "layer_norm_eps": 2.0}, "layer_norm_eps"),
+    ({"model_type": "dpt"}, "of a 'dpt'.*move it away")])
 def test_a_bad_config(tmp_path, config, words):
   module = vit.ViT(D, L, H, F, 4, 16)
   path = save(tmp_path / "m.safetensors", weights.to_tensors(
@@ -288,8 +304,8 @@ def test_a_bad_config(tmp_path, config, words):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(UserError, match="mend it or move it away"):
     weights.read(path)
-  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-  assert weights.read(path).fields["epsilon"] == 1e-12  # another file's
+  (tmp_path / "config.json").write_text("{}")  # nobody's
+  assert weights.read(path).fields["epsilon"] == 1e-12
 
 
 @pytest.mark.parametrize("config, gelu, pool", [

@@ -20,8 +20,10 @@ import safetensors
 import safetensors.numpy
 
 from ttc_jax import cli, files
+from ttc_jax.backbones import formats
 from ttc_jax.checkpoint import Flat, clear_errors, fill, unfill
 from ttc_jax.errors import UserError
+from ttc_jax.tasks import images
 
 FORMAT = "1"  # of the file
 _KEY = "ttc_jax_bundle"  # of its header
@@ -46,28 +48,41 @@ def _is_sha(value):
 
 # What a bundle cannot be used without: a type, and what else must hold.
 _NEEDED = {
-    "method": (str, bool), "options": (dict, None), "backbone": (str, bool),
-    "fields": (dict, None), "image_size": (int, lambda n: 0 < n < 10_000),
-    "normalisation": (str, bool), "resample": (str, bool),
+    "task": (str, bool), "method": (str, bool), "options": (dict, None),
+    "backbone": (str, bool), "fields": (dict, None),
+    "image_size": (int, lambda n: 0 < n < 10_000),
+    "normalisation": (str, images.NORMALISATIONS.__contains__),
+    "resample": (str, images.RESAMPLES.__contains__),
     "dtype": (str, lambda v: v in ("float32", "bfloat16")),
     "weights_sha256": (str, _is_sha), "weights_source": (str, bool),
     "classes": (list, lambda v: v and all(type(c) is str for c in v)),
 }
+# What it may lack, and the model card shows.
+_OPTIONAL = {
+    "group": str, "protocol": str, "stages": list, "versions": dict,
+    "module_params": int, "norm_params": int, "head_params": int,
+    "test_top1": (int, float), "val_top1": (int, float)}
 
 
 def save(path: str, bundle: Bundle) -> None:
   """Writes a bundle to the folder `path`, replacing one that is there."""
   path = os.path.abspath(path)
-  temporary = path + ".tmp"
+  folder, name = os.path.split(path)
+  # Its name is nobody else's, and the same again: what a killed process left
+  # is written over.
+  temporary = os.path.join(folder, f".{name}.ttc_jax.tmp")
   with clear_errors(path):
     shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-      writer.save(temporary, args=ocp.args.Composite(
-          arrays=ocp.args.StandardSave(fill(
-              {"tuned": bundle.tuned, "selection": bundle.selection})),
-          meta=ocp.args.JsonSave(bundle.meta)))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    try:
+      with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(temporary, args=ocp.args.Composite(
+            arrays=ocp.args.StandardSave(fill(
+                {"tuned": bundle.tuned, "selection": bundle.selection})),
+            meta=ocp.args.JsonSave(bundle.meta)))
+      shutil.rmtree(path, ignore_errors=True)
+      os.replace(temporary, path)
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
 
 
 def pack(path: str, bundle: Bundle) -> None:
@@ -142,6 +157,13 @@ def _check(path, bundle):
       raise UserError(
           f"bundle '{path}': its metadata has no good {key!r} "
           f"({str(value)[:40]!r})")
+  for key, kind in _OPTIONAL.items():
+    value = bundle.meta.get(key)
+    if value is not None and (not isinstance(value, kind)
+                              or isinstance(value, bool)):
+      raise UserError(f"bundle '{path}': its metadata has no good {key!r} "
+                      f"({str(value)[:40]!r})")
+  formats.check_fields(bundle.meta["fields"], f"bundle '{path}'")
   for name, x in (bundle.tuned | bundle.selection).items():
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
       raise UserError(f"bundle '{path}': {name!r} is no array of numbers")
@@ -197,10 +219,7 @@ def _inspect(paths):
 def _convert(paths, write):
   if len(paths) != 1 or not _OUT.value:
     raise UserError("give one bundle and --out=PATH")
-  bundle, out = load(paths[0]), _OUT.value
-  if os.path.exists(out):
-    raise UserError(f"--out={out} exists already; give another")
-  os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+  bundle, out = load(paths[0]), files.new(_OUT.value)
   write(out, bundle)
   written = files.size(out) if os.path.isdir(out) else os.path.getsize(out)
   print(f"{out}: {written:,} bytes, of which the head "

@@ -5,6 +5,7 @@
 from collections.abc import Callable
 import errno
 import os
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -13,7 +14,8 @@ import jax
 from ttc_jax.errors import RunError, UserError
 
 # A disk that is full, over quota, read-only or forbidden is no bug of ours.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+         errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -42,7 +44,12 @@ def _sentence(error):
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-  """`absl.app.run` with errors as above."""
+  """`absl.app.run` with errors as above.
+
+  SIGTERM ends like Ctrl-C, so that nothing half-written stays; `main` of
+  training listens to it itself.
+  """
+  signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
   try:
     app.run(main, flags_parser=_parse)
   except UserError as error:

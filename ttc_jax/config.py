@@ -13,9 +13,9 @@ from ttc_jax.errors import UserError, check_known
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
 # Loaded once for all runs.
-SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "dtype",
-          "matmul_precision", "image_size", "resample", "cache", "cache_gib",
-          "plots", "compilation_cache")
+SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "window",
+          "dtype", "matmul_precision", "image_size", "resample", "cache",
+          "cache_gib", "plots", "compilation_cache")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -43,6 +43,7 @@ def default() -> ml_collections.ConfigDict:
   c.backbone = "vit_b16"
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
   c.gelu = ""                 # exact, tanh, quick; empty: what the weights say
+  c.window = 0                # tokens a side of a Swin's; 0: what the weights say
   c.dtype = "float32"         # or "bfloat16": of the computation
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.
@@ -176,7 +177,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
-              "limit", "cache_gib"):
+              "limit", "window", "cache_gib"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs

@@ -32,6 +32,27 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     raise
 
 
+def new(path: str) -> str:
+  """The absolute path of what is to be written; the folder for it is made.
+
+  Raises:
+    UserError: something is there already, or nothing can be written there.
+  """
+  path = os.path.abspath(os.path.expanduser(path))
+  folder = os.path.dirname(path)
+  if os.path.lexists(path):
+    raise UserError(f"'{path}' exists already and is not overwritten: delete "
+                    "it, or give another --out")
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{path}.{uuid.uuid4().hex}.tmp", "xb") as probe:
+      os.remove(probe.name)
+  except OSError as error:
+    raise UserError(f"'{path}' cannot be written ({error.strerror}): give "
+                    "another --out") from error
+  return path
+
+
 def cache_folder(name: str, chosen: str | None = None) -> str:
   """Where what can be made again is kept: the folder that the user chose, else
   $XDG_CACHE_HOME/ttc_jax/NAME, by default ~/.cache/ttc_jax/NAME."""

@@ -145,8 +145,9 @@ def load_task(config, name: str) -> tasks.Task:
 def load_base(config) -> Base:
   """Reads the weights and puts them on every device."""
   fields = {"dtype": jnp.dtype(config.dtype)}
-  if config.gelu:
-    fields["gelu"] = config.gelu
+  for field in ("gelu", "window"):
+    if config[field]:
+      fields[field] = config[field]
   if config.matmul_precision:
     jax.config.update(
         "jax_default_matmul_precision", config.matmul_precision)

@@ -34,6 +34,9 @@ class Tuned(NamedTuple):
 
   def predict(self, images: np.ndarray) -> np.ndarray:
     """uint8 images (N, S, S, 3) -> probabilities (N, C)."""
+    images = images_lib.check_batch(images, self.meta["image_size"])
+    if not len(images):
+      return np.zeros((0, len(self.meta["classes"])), np.float32)
     logits = evaluate.logits(self.model, self.params, self.selection, images)
     return scipy.special.softmax(logits, axis=-1)
 
@@ -87,7 +90,8 @@ def hash_of(source: str) -> str:
   try:
     return sources.sha256(sources.locate(source))
   except UserError as error:
-    raise UserError(f"{error}; give the base weights with --weights") from error
+    raise UserError(
+        f"{error}; give the base weights (--weights=FILE)") from error
 
 
 def check_base(bundle: str, meta: dict[str, Any], source: str,
@@ -97,7 +101,7 @@ def check_base(bundle: str, meta: dict[str, Any], source: str,
     raise UserError(
         f"bundle '{bundle}' was tuned on weights with sha256 "
         f"{meta['weights_sha256']}, but '{source}' has {sha256}; give the "
-        "right file with --weights")
+        "right file (--weights=FILE)")
 
 
 def base(meta: dict[str, Any], source: str) -> tuple[nn.Module, trees.Tree]:
@@ -120,15 +124,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: nn.Module,
   meta = saved.meta
   method = _method(bundle, meta, module)
   bare = {"backbone": params, "adapter": {}, "head": {}}
-  want = trees.flatten(bare)
-  for name, x in saved.tuned.items():
-    if name.startswith("backbone/") and (
-        name not in want or np.shape(want[name]) != x.shape):
-      there = f"has the shape {np.shape(want[name])}" if name in want else (
-          "is not there")
-      raise UserError(
-          f"bundle '{bundle}': {name!r} has the shape {x.shape}, in "
-          f"{meta['backbone']} at {meta['image_size']} px it {there}")
+  _check_backbone(bundle, saved, method, bare)
   params = checkpoint.overlay(bare, saved.tuned)
   selection = trees.unflatten(saved.selection)
   model = Model(module, meta["normalisation"], method.handlers)
@@ -148,6 +144,24 @@ def _method(bundle, meta, module):
     raise UserError(
         f"bundle '{bundle}': its options are not those of {meta['method']} "
         f"({' '.join(str(e).split())[:200]})") from e
+
+
+def _check_backbone(bundle, saved, method, bare):
+  """Raises UserError unless it has what the method tunes of the backbone, of
+  the shapes that are there, and nothing else."""
+  meta = saved.meta
+  tuned, _ = trees.split(
+      bare, trees.label(bare, methods.tuned_rules(method)), "tune")
+  want = {name: np.shape(x) for name, x in trees.flatten(tuned).items()}
+  have = {name: x.shape for name, x in saved.tuned.items()
+          if not name.startswith(("adapter/", "head/"))}
+  for name in sorted(want.keys() | have.keys()):
+    if have.get(name) != want.get(name):
+      raise UserError(
+          f"bundle '{bundle}': {name!r} has the shape "
+          f"{have.get(name, 'none')}, but {meta['method']} on "
+          f"{meta['backbone']} at {meta['image_size']} px tunes "
+          f"{want.get(name, 'none')}")
 
 
 def _check_fit(bundle, saved, model, params, selection):

@@ -19,6 +19,7 @@ nothing until it passes the next.
 from collections.abc import Sequence
 import functools
 import json
+import os
 import re
 import threading
 from typing import Any, NamedTuple
@@ -71,6 +72,8 @@ class Served:
   """
 
   def __init__(self, source: str, batch_size: int = 64):
+    if batch_size < 1:
+      raise UserError(f"batch_size is {batch_size}; give 1 or more")
     self.source, self.sha256 = source, predict.hash_of(source)
     self.batch_size = batch_size
     self._lock = threading.RLock()
@@ -139,6 +142,8 @@ class Served:
     Returns:
       (N, C), classes as in `tasks`; for many names a list of N arrays (C_i,).
     """
+    if isinstance(images, (str, bytes, os.PathLike)):
+      raise UserError(f"images are {images!r}; expected a sequence of them")
     tasks, groups = self._snapshot()
     names = [task] * len(images) if isinstance(task, str) else list(task)
     if len(names) != len(images):
@@ -165,6 +170,7 @@ class Served:
   def classify(self, images: Sequence[Any], task: str | Sequence[str],
                top: int = 1) -> list[list[tuple[str, float]]]:
     """The likeliest classes of each image: [(class, probability), ...]."""
+    task = task if isinstance(task, str) else list(task)
     names = [task] * len(images) if isinstance(task, str) else task
     classes = self.tasks
     return [[(classes[name][i], float(p[i]))

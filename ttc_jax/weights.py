@@ -21,10 +21,9 @@ from absl import flags
 import flax.linen as nn
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from ttc_jax import backbones, cli, files, trees
-from ttc_jax.backbones import formats, weights as weights_lib
+from ttc_jax.backbones import containers, formats, weights as weights_lib
 from ttc_jax.errors import UserError, check_known
 
 Loaded = tuple[nn.Module, trees.Tree]
@@ -37,6 +36,7 @@ TARGETS = {
     "hf": (formats.HF_VIT, formats.HF_DINOV2, formats.HF_DINOV3,
            formats.HF_CLIP, formats.HF_SIGLIP, formats.SWIN_HF),
 }
+_LARGEST_PATCH = 64
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -73,9 +73,9 @@ def load(read: weights_lib.Weights, gelu: str = "", patch: int = 0) -> Loaded:
   name, size = weights_lib.identify(read), weights_lib.native_size(read)
   if patch:
     size_name, own = re.fullmatch(r"(.*?)(\d*)", name).groups()
-    if not own or patch < 1:
+    if not own or not 1 <= patch <= _LARGEST_PATCH:
       raise UserError(f"--patch={patch} is nothing for {name}: give the pixels "
-                      "of a ViT's patch")
+                      f"of a ViT's patch, up to {_LARGEST_PATCH}")
     side = size // int(own) if size else 14  # rotary positions fit any
     name, size = f"{size_name}{patch}", side * patch
   return backbones.fit(read, name, size or 224, resample_patch=bool(patch),
@@ -101,11 +101,10 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
     return to, {}
   format_, tensors = _first_that_holds(TARGETS[to], module, params)
   tensors = weights_lib.cast(tensors, dtype, f"weights file '{out}'")
-  with files.replacing(out) as file:
-    if format_.torch:
-      safetensors.numpy.save_file(tensors, file.name,
-                                  metadata={"format": "pt"})
-    else:  # numpy has no bfloat16; this is how Big Vision's files keep it
+  if format_.torch:
+    containers.write_safetensors(out, tensors, {"format": "pt"})
+  else:  # numpy has no bfloat16; this is how Big Vision's files keep it
+    with files.replacing(out) as file:
       np.savez(file, **{n: x.view("V2") if x.dtype == ml_dtypes.bfloat16
                         else x for n, x in tensors.items()})
   assumed = formats.recognise(tensors, {}, {}, out)[1]

@@ -32,15 +32,19 @@ def make(name: str, image_size: int, **fields: Any) -> nn.Module:
       image.
   """
   for family in families():
-    module = family.make(name, image_size, **fields)
+    module = family.make(name, image_size)
     if module is not None:
+      for field in fields:
+        if not hasattr(module, field):
+          raise UserError(f"{name} has no field {field!r}")
       if image_size < 1 or image_size % module.patch:
+        below = image_size // module.patch * module.patch
+        near = [size for size in (below, below + module.patch) if size > 0]
         raise UserError(
             f"image_size {image_size} is not divisible by the patch "
-            f"{module.patch} of {name}; the nearest sizes are "
-            f"{image_size // module.patch * module.patch} and "
-            f"{-(-image_size // module.patch) * module.patch}")
-      return module
+            f"{module.patch} of {name}; the nearest is "
+            f"{' or '.join(map(str, near))}")
+      return family.make(name, image_size, **fields)
   check_known("backbone", name, [n for f in families() for n in f.examples()])
 
 

@@ -20,7 +20,9 @@ import zlib
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 
+from ttc_jax import files
 from ttc_jax.backbones import sources
 from ttc_jax.errors import UserError
 
@@ -60,8 +62,10 @@ def open_file(path: str) -> Opened:
     if path.endswith(sources.INDEX):
       return _open_shards(path)
     with open(path, "rb") as f:
-      is_zip = f.read(2) == b"PK"
-    if not is_zip:
+      start = f.read(9)
+    if start.startswith(b"\x80\x02") and start[8:] != b"{":
+      return _open_torch(path, mmap=False)  # before PyTorch wrote zip files
+    if not start.startswith(b"PK"):
       return _open_safetensors(path)
     with zipfile.ZipFile(path) as archive:
       members = archive.infolist()
@@ -86,6 +90,13 @@ def readable(path: str) -> Iterator[None]:
     raise UserError(
         f"weights file '{path}' cannot be read ({reason}): is it truncated, "
         "or no .npz, .safetensors or .pth file? fetch it again") from e
+
+
+def write_safetensors(path: str, tensors: Mapping[str, np.ndarray],
+                      metadata: Mapping[str, str]) -> None:
+  """Whole or not at all; safetensors' own writer makes files for one user."""
+  with files.replacing(path) as file:
+    file.write(safetensors.numpy.save(dict(tensors), dict(metadata)))
 
 
 def _open_safetensors(path):
@@ -147,21 +158,23 @@ def _open_shards(path):
   return tensors, {}
 
 
-_STATES = ("model", "state_dict", "teacher")  # where it stands beside others
+_STATES = ("model", "state_dict", "model_state_dict", "teacher")  # where it stands beside others
 
 
-def _open_torch(path):
+def _open_torch(path, mmap=True):
   try:
     import torch
   except ImportError as error:
     raise UserError(f"weights file '{path}' is PyTorch's, which is not "
                     "installed: pip install -e '.[torch]'") from error
   try:
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
   except pickle.UnpicklingError as error:
     raise UserError(
         f"weights file '{path}' holds more than tensors, so it is not read: "
         "save the model's state_dict() alone") from error
+  except Exception as error:  # of a damaged pickle it raises many kinds
+    raise ValueError(f"{type(error).__name__}: {error}") from error
   while isinstance(state, dict) and (inner := [
       state[k] for k in _STATES if isinstance(state.get(k), dict)]):
     state = inner[0]

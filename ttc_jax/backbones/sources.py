@@ -46,6 +46,9 @@ def locate(source: str, cache: str | None = None) -> str:
   path = _from_hub(address, cache) if "://" in address else address
   path = next((inside for name in _MAIN if os.path.isfile(
       inside := os.path.join(path, name))), path)
+  if os.path.isdir(path):
+    raise UserError(f"'{path}' is a folder without {' or '.join(_MAIN)}: name "
+                    "the file of weights")
   if not os.path.isfile(path):
     raise UserError(f"weights file '{path}' does not exist")
   if wanted:

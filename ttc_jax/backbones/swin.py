@@ -21,7 +21,7 @@ import numpy as np
 
 from ttc_jax.backbones import layers
 from ttc_jax.backbones.layers import Dense, Site, Work
-from ttc_jax.errors import check_known
+from ttc_jax.errors import UserError, check_known
 
 # name: (width of stage 1, depths, heads of stage 1)
 SIZES = {
@@ -354,6 +354,9 @@ def make(name: str, image_size: int, **fields) -> Swin | None:
   if size == name or size not in SIZES:
     return None
   check_known("gelu", fields.get("gelu", "exact"), layers.GELU)
+  window = fields.get("window", 7)
+  if type(window) is not int or window < 1:
+    raise UserError(f"window is {window!r}; expected a number of tokens a side")
   return Swin(*SIZES[size], image_size, **fields)
 
 

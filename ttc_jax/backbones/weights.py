@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
-import safetensors.numpy
 
-from ttc_jax import files, trees
+from ttc_jax import trees
 from ttc_jax.backbones import containers, formats, layers, resampling, swin
 from ttc_jax.backbones import vit
 from ttc_jax.backbones.containers import Tensor
@@ -84,14 +83,16 @@ def _config(path):
 
 _TOKENS = ("cls", "registers", "pos_embedding")
 _KERNEL = "embedding/kernel"
+_BIAS_TABLE = "/relative_position_bias"
 
 
 def fit(weights: Weights, expected: trees.Tree, name: str,
         resample_patch: bool = False) -> trees.Tree:
   """Returns the parameters of a module, numpy float32.
 
-  Position embeddings are resized to the module's grid; the positions of tokens
-  before the patches are added to the tokens.
+  Position embeddings are resized to the module's grid, Swin's tables of biases
+  to its window; the positions of tokens before the patches are added to the
+  tokens.
 
   Args:
     expected: tree of the module's shapes (`jax.eval_shape` of its `init`).
@@ -114,6 +115,7 @@ def fit(weights: Weights, expected: trees.Tree, name: str,
         f"weights file '{weights.path}' has {len(left)} tensors that {name} "
         f"has no place for, first {left[0]!r}")
   out = {n: np.zeros(shape, np.float32) if n not in found else
+         _bias_table(weights, n, shape) if n.endswith(_BIAS_TABLE) else
          _tensor(weights, n, shape)
          for n, shape in want.items() if n not in (*_TOKENS, _KERNEL)}
   patch = (_shape(weights, _KERNEL) if resample_patch else want[_KERNEL])[0]
@@ -175,7 +177,8 @@ def _shape(weights, name):
   theirs = _find(weights, name)
   shape = weights.tensors[theirs].shape
   with containers.readable(weights.path):  # numpy refuses to imagine some
-    return layout.view(weights.format, name, theirs, np.broadcast_to(0, shape)).shape
+    imagined = np.broadcast_to(0, shape)
+    return layout.view(weights.format, name, theirs, imagined).shape
 
 
 def _tensor(weights, name, shape):
@@ -190,6 +193,16 @@ def _tensor(weights, name, shape):
         f"instead of {in_file}")
   array = layout.view(weights.format, name, theirs, _values(weights, theirs))
   return array.reshape(shape)
+
+
+def _bias_table(weights, name, shape):
+  """A Swin's, resized where another window than the file's was given."""
+  found = _shape(weights, name)
+  side = math.isqrt(found[0]) if found else 0
+  if len(found) != 2 or side ** 2 != found[0] or not 0 < side < 2 * _LARGEST_GRID:
+    found = shape  # `_tensor` says what is wrong
+  table = _tensor(weights, name, (found[0], shape[1]))
+  return resampling.resize_positions(table[None], shape[0])[0]
 
 
 def _values(weights, theirs):
@@ -462,6 +475,4 @@ def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
   where = f"weights file '{path}'"
   fields = formats.check_fields(fields, where)
   flat = cast(trees.flatten(params), dtype, where)
-  with files.replacing(path) as file:
-    safetensors.numpy.save_file(
-        flat, file.name, metadata={"ttc_jax": json.dumps(fields)})
+  containers.write_safetensors(path, flat, {"ttc_jax": json.dumps(fields)})

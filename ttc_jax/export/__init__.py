@@ -5,7 +5,7 @@ It also has
 
   NAME      on the command line
   LOAD      code that loads it: the lines of its card, with {folder} and {size}
-            and {resample}; from a PIL `image` to `logits`
+            and {resample}; from a PIL `image`, RGB, to `logits`
   MERGED    whether it has a place for weights alone, none for an adapter
   EXTRA     the pip extra that it needs, and the modules that come with it
 """
@@ -31,7 +31,7 @@ from ttc_jax.export import card
 from ttc_jax.predict import Attached
 from ttc_jax.tasks import images
 
-NOTE = "ttc_jax.json"  # in every export: for machines, and to know our own
+NOTE = "ttc_jax.json"  # in every export, for machines
 
 
 def targets() -> dict[str, types.ModuleType]:
@@ -56,6 +56,7 @@ def load(bundle: str, weights: str | None = None) -> Attached:
 def check(model: Attached, target: types.ModuleType) -> None:
   """Raises UserError if the target cannot hold the model, or lacks a library.
   """
+  check_libraries(target)
   if model.cannot_merge and target.MERGED:
     whole = sorted(name for name, t in targets().items() if not t.MERGED)
     raise UserError(
@@ -63,6 +64,10 @@ def check(model: Attached, target: types.ModuleType) -> None:
         f"'{model.meta['method']}', and it cannot be merged, because "
         f"{model.cannot_merge}; --to={' or '.join(whole)} holds the whole "
         "computation")
+
+
+def check_libraries(target: types.ModuleType) -> None:
+  """Raises UserError if the target lacks one."""
   extra, libraries = target.EXTRA
   lacking = [m for m in libraries if importlib.util.find_spec(m) is None]
   if lacking:
@@ -73,28 +78,23 @@ def check(model: Attached, target: types.ModuleType) -> None:
 def write(model: Attached, target: types.ModuleType, out: str) -> str:
   """Writes the folder `out`, whole or not at all, and returns its path.
 
-  An earlier export there is replaced, anything else is not.
-
   Raises:
-    UserError: see `check`, and of the target: what it cannot hold exactly.
+    UserError: `out` exists, see `files.new` and `check`; of the target: what it
+      cannot hold exactly.
   """
-  out = os.path.abspath(os.path.expanduser(out))
-  if os.path.lexists(out) and not os.path.isfile(os.path.join(out, NOTE)):
-    raise UserError(f"'{out}' exists and is no export of ours, so it is not "
-                    "overwritten: delete it, or give another --out")
+  out = files.new(out)
   check(model, target)
   scratch = f"{out}.{uuid.uuid4().hex}.tmp"
-  os.makedirs(scratch)
+  os.mkdir(scratch)
   try:
     target.write(model, scratch)
-    code = target.LOAD.format(folder=os.path.basename(out),
-                              **loading(model.meta))
+    # Within a string of the card's code.
+    folder = json.dumps(os.path.basename(out), ensure_ascii=False)[1:-1]
+    code = target.LOAD.format(folder=folder, **loading(model.meta))
     files.write_text(os.path.join(scratch, NOTE),
                      json.dumps(note(model, target), indent=2) + "\n")
     files.write_text(os.path.join(scratch, "README.md"),
                      card.text(model, target.NAME, code))
-    if os.path.exists(out):
-      shutil.rmtree(out)
     os.rename(scratch, out)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
@@ -103,9 +103,12 @@ def write(model: Attached, target: types.ModuleType, out: str) -> str:
 
 def note(model: Attached, target: types.ModuleType) -> dict[str, Any]:
   """JSON of what one needs beside the file: classes and preprocessing."""
+  meta = dict(model.meta)
+  if "://" not in meta["weights_source"]:  # no folders of whoever exports
+    meta["weights_source"] = os.path.basename(meta["weights_source"])
   return {"target": target.NAME, "merged": not model.cannot_merge,
-          "classes": model.meta["classes"],
-          "preprocessing": preprocessing(model.meta), "bundle": model.meta}
+          "classes": meta["classes"], "preprocessing": preprocessing(meta),
+          "bundle": meta}
 
 
 def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +132,8 @@ def loading(meta: dict[str, Any]) -> dict[str, Any]:
           "backbone": meta["backbone"], "mean": how["mean"], "std": how["std"]}
 
 
-def check_fields(model: Attached, target: str, expected: dict[str, Any]) -> None:
+def check_fields(model: Attached, target: str,
+                 expected: dict[str, Any]) -> None:
   """Raises UserError if the backbone is not what a target computes.
 
   Args:
@@ -140,12 +144,13 @@ def check_fields(model: Attached, target: str, expected: dict[str, Any]) -> None
     allowed = expected.get(field, ())
     if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
       raise UserError(
-          f"--to={target} cannot hold {field}={value!r}, which this backbone "
-          "has: what it computes would be another function; "
+          f"--to={target} has no place for {field}={value!r}, which this "
+          "backbone has: its model would compute another function; "
           "--to=stablehlo holds every backbone")
 
 
-def computation(model: Attached) -> Callable[[trees.Tree, jax.Array], jax.Array]:
+def computation(
+    model: Attached) -> Callable[[trees.Tree, jax.Array], jax.Array]:
   """`(params, images) -> logits` for uint8 images (B, S, S, 3), B symbolic."""
   selection = model.selection
 

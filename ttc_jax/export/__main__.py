@@ -6,7 +6,7 @@ import os
 
 from absl import flags
 
-from ttc_jax import cli, export
+from ttc_jax import cli, export, files
 from ttc_jax.errors import UserError, check_known
 
 
@@ -17,16 +17,19 @@ def main(argv: list[str]) -> None:
                     f"and --to={'|'.join(targets)}")
   target = targets[check_known("target", _TO.value, targets)]
   bundle = os.path.abspath(_BUNDLE.value)
-  model = export.load(bundle, _WEIGHTS.value)
-  out = export.write(model, target, _OUT.value or os.path.join(
+  out = files.new(_OUT.value or os.path.join(
       os.path.dirname(bundle), f"export-{target.NAME}"))
+  export.check_libraries(target)  # before the weights are read
+  model = export.load(bundle, _WEIGHTS.value)
+  export.write(model, target, out)
   if model.cannot_merge:
     print(f"exported unmerged, because {model.cannot_merge}")
   print(out)
 
 
 if __name__ == "__main__":
-  _BUNDLE = flags.DEFINE_string("bundle", None, "folder of a finished run")
+  _BUNDLE = flags.DEFINE_string(
+      "bundle", None, "folder of a finished run, or a packed bundle")
   _TO = flags.DEFINE_string("to", None, "format: " + ", ".join(
       export.targets()))
   _OUT = flags.DEFINE_string(

@@ -12,12 +12,12 @@ from ttc_jax.predict import Attached
 NAME, MERGED, EXTRA = "bigvision", True, ("", ())
 LOAD = """
 import numpy as np, ttc_jax
-file, size = "{folder}/model.npz", {size}
-module, params = ttc_jax.backbones.load("{backbone}", file, size)
-pixels = np.asarray(image.resize((size, size), Image.Resampling.{resample}))
-x = ((pixels / 255 - {mean}) / {std}).astype(np.float32)
-head = np.load(file)
-logits = (module.apply({{"params": params}}, x[None])
+module, params = ttc_jax.backbones.load(
+    "{backbone}", "{folder}/model.npz", {size})
+pixels = np.asarray(image.resize(({size}, {size}), Image.Resampling.{resample}))
+x = ((pixels[None] / 255 - {mean}) / {std}).astype(np.float32)
+head = np.load("{folder}/model.npz")
+logits = (module.apply({{"params": params}}, x)
           @ head["head/kernel"] + head["head/bias"])
 """
 

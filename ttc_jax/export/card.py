@@ -11,7 +11,7 @@ def text(model: Any, target: str, code: str) -> str:
   """The card.
 
   Args:
-    model: an `predict.Attached`.
+    model: a `predict.Attached`.
     code: the lines that load it, from a PIL `image` to `logits`.
   """
   meta = model.meta
@@ -22,7 +22,7 @@ def text(model: Any, target: str, code: str) -> str:
       "## Training", _table(_training(meta)),
       "## Tuned parameters", _table(_parameters(model)),
       "## Preprocessing", _preprocessing(meta),
-      "## Limits", _limits(model)]
+      "## Limits", _limits(model, target)]
   return "\n\n".join(sections) + "\n"
 
 
@@ -45,7 +45,7 @@ def _front_matter(meta, target):
               "metrics": [{"type": "accuracy", "value": round(a / 100, 4),
                            "name": f"top-1, {split}"}]}
              for a, split in filter(None, [_accuracy(meta)])]
-  library = {"timm": "timm", "hf": "transformers", "tf-saved-model": "tf-keras"}
+  library = {"timm": "timm", "hf": "transformers"}
   fields = {
       "library_name": library.get(target, "ttc_jax"),
       "pipeline_tag": "image-classification",
@@ -53,7 +53,7 @@ def _front_matter(meta, target):
                meta["method"], meta["backbone"], target],
       "metrics": ["accuracy"],
       "model-index": [{"name": _name(meta), "results": results}]}
-  if hub := re.match(r"hf://([^/]+/[^/#]+)", meta.get("weights_source", "")):
+  if hub := re.match(r"hf://([^/]+/[^/#@]+)", meta.get("weights_source", "")):
     fields["base_model"] = hub[1]
   lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
   return "\n".join(["---", *lines, "---"])
@@ -62,17 +62,20 @@ def _front_matter(meta, target):
 def _summary(model, target):
   meta = model.meta
   source, what = described(meta["method"])
-  merged = (f"The method's adapter is part of the exported computation, since "
-            f"it cannot be merged: {model.cannot_merge}." if model.cannot_merge else
-            "All that was tuned is folded into the weights: the model has the "
-            "shape and the cost of its backbone.")
+  merged = (
+      "The method's adapter is part of the exported computation, since it "
+      f"cannot be merged: {model.cannot_merge}." if model.cannot_merge else
+      "All that was tuned is folded into the weights: the model has the shape "
+      "and the cost of its backbone.")
   return (f"An image classifier of {len(meta['classes'])} classes, tuned by "
           f"`ttc_jax` with the method `{meta['method']}` ({source}: "
           f"{what.rstrip('.')}), and exported for `{target}`. {merged}")
 
 
 def _block(code):
-  return f"```python\nfrom PIL import Image\n{code.strip()}\n```"
+  return ('```python\nfrom PIL import Image\n'
+          'image = Image.open("image.png").convert("RGB")\n'
+          f'{code.strip()}\n```')
 
 
 def _results(meta):
@@ -136,10 +139,11 @@ def _preprocessing(meta):
          "imagenet": "(x / 255 - mean) / std of ImageNet"}
   return (f"RGB, resized to {size} x {size} pixels ({meta['resample']}, "
           "antialiased, the aspect ratio not kept), then "
-          f"{how[meta['normalisation']]}; transparency over white.")
+          f"{how[meta['normalisation']]}. `ttc_jax` lays transparency over "
+          "white; the lines above drop it.")
 
 
-def _limits(model):
+def _limits(model, target):
   meta = model.meta
   lines = [
       "One run with one seed: its accuracy is no mean.",
@@ -148,6 +152,9 @@ def _limits(model):
       "The licences of the base weights and of the data apply."]
   if meta.get("dtype", "float32") != "float32":
     lines.append(f"Trained and tested in {meta['dtype']}, exported in float32.")
+  if target == "hf":
+    lines.append("transformers 5 resizes with PyTorch instead of Pillow, which "
+                 "moves the logits a little.")
   if meta.get("protocol") == "val":
     lines.append("The test set was not used: the accuracy is of val200.")
   return "\n".join(f"- {line}" for line in lines)

@@ -4,10 +4,9 @@ import os
 
 import numpy as np
 from PIL import Image
-import safetensors.numpy
 
 from ttc_jax import export, files
-from ttc_jax.backbones import formats, weights
+from ttc_jax.backbones import containers, formats, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
 from ttc_jax.predict import Attached
@@ -29,7 +28,7 @@ def write(model: Attached, folder: str) -> None:
   format_, kind, name, config = make(model, backbone)
   tensors = weights.to_tensors(model.params["backbone"], format_, backbone)
   kernel = np.asarray(model.params["head"]["kernel"])
-  if kind == "dinov2":  # it reads [CLS] beside the patches' mean
+  if format_ is formats.HF_DINOV2:  # it reads [CLS] beside the patches' mean
     kernel = np.concatenate([kernel, np.zeros_like(kernel)])
   tensors = {f"{kind}.{n}": x for n, x in tensors.items()} | {
       "classifier.weight": np.ascontiguousarray(kernel.T),
@@ -41,8 +40,8 @@ def write(model: Attached, folder: str) -> None:
       "hidden_act": _GELU[backbone.gelu], "qkv_bias": True,
       "id2label": {str(i): c for i, c in enumerate(classes)},
       "label2id": {c: i for i, c in enumerate(classes)}}
-  safetensors.numpy.save_file(
-      tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+  containers.write_safetensors(os.path.join(folder, "model.safetensors"),
+                               tensors, {"format": "pt"})
   for file, value in (("config.json", config),
                       ("preprocessor_config.json", _processor(model))):
     files.write_text(os.path.join(folder, file),
@@ -55,14 +54,15 @@ def _processor(model):
           "size": {"height": how["size"], "width": how["size"]},
           "resample": int(Image.Resampling[how["resample"].upper()]),
           "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+          "do_convert_rgb": True,
           "image_mean": how["mean"], "image_std": how["std"]}
 
 
 def _vit(model, vit):
   export.check_fields(model, NAME, {
       "pool": "cls", "gelu": tuple(_GELU), "epsilon": (vit.epsilon,),
-      "final_norm": True, "layer_scale": (False, True), "registers": 0,
-      "rope": 0.0,
+      "final_norm": True, "layer_scale": (False, True), "rope": 0.0,
+      "registers": tuple(range(65)) if vit.layer_scale else 0,
       "pre_norm": False, "pool_norm": False})
   config = {"hidden_size": vit.width, "num_hidden_layers": vit.depth,
             "num_attention_heads": vit.heads}
@@ -72,8 +72,11 @@ def _vit(model, vit):
   if vit.hidden % vit.width:
     raise UserError(f"--to={NAME}: the MLP's width {vit.hidden} is no multiple "
                     f"of {vit.width}, as DINOv2's is")
-  return formats.HF_DINOV2, "dinov2", "Dinov2", config | {
-      "mlp_ratio": vit.hidden // vit.width, "use_swiglu_ffn": False}
+  config |= {"mlp_ratio": vit.hidden // vit.width, "use_swiglu_ffn": False}
+  if not vit.registers:
+    return formats.HF_DINOV2, "dinov2", "Dinov2", config
+  return (formats.HF_DINOV2, "dinov2_with_registers", "Dinov2WithRegisters",
+          config | {"num_register_tokens": vit.registers})
 
 
 def _swin(model, swin):

@@ -3,10 +3,9 @@ import json
 import os
 
 import numpy as np
-import safetensors.numpy
 
 from ttc_jax import export, files
-from ttc_jax.backbones import formats, weights
+from ttc_jax.backbones import containers, formats, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
 from ttc_jax.predict import Attached
@@ -18,6 +17,7 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 logits = model(timm.data.create_transform(**config)(image)[None])
 """
+_POOL = {"cls": "token", "gap": "avg", "map": "map"}
 _GELU = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
@@ -41,8 +41,8 @@ def write(model: Attached, folder: str) -> None:
           "input_size": [3, size, size], "fixed_input_size": True,
           "interpolation": how["resample"], "crop_pct": 1.0,
           "crop_mode": "squash", "mean": how["mean"], "std": how["std"]}}
-  safetensors.numpy.save_file(
-      tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+  containers.write_safetensors(os.path.join(folder, "model.safetensors"),
+                               tensors, {"format": "pt"})
   files.write_text(os.path.join(folder, "config.json"),
                    json.dumps(config, indent=2) + "\n")
 
@@ -51,18 +51,24 @@ def _vit(model, vit):
   if vit.rope:
     return _dinov3(model, vit)
   export.check_fields(model, NAME, {
-      "pool": ("cls", "gap"), "gelu": tuple(_GELU), "epsilon": 1e-6,
-      "final_norm": True, "layer_scale": (False, True), "rope": 0.0,
-      "registers": tuple(range(65)), "pre_norm": False, "pool_norm": False})
+      "pool": ("cls", "gap", "map"), "gelu": tuple(_GELU),
+      "epsilon": 1e-5 if vit.pre_norm else 1e-6,
+      "final_norm": False if vit.pool_norm else (False, True),
+      "layer_scale": (False, True), "rope": 0.0,
+      "registers": tuple(range(65)), "pre_norm": (False, True),
+      "pool_norm": (False, True)})
   args = {
       "img_size": vit.image_size, "patch_size": vit.patch,
       "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
       "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
-      "global_pool": "token" if vit.pool == "cls" else "avg",
-      "fc_norm": False, "reg_tokens": vit.registers,
+      "global_pool": _POOL[vit.pool], "fc_norm": vit.pool_norm,
+      "final_norm": vit.final_norm or vit.pool_norm,
+      "reg_tokens": vit.registers,
       "no_embed_class": vit.registers > 0, "act_layer": _GELU[vit.gelu],
       "init_values": 1e-5 if vit.layer_scale else None}
-  return formats.TIMM, "head", "vit_base_patch16_224", args
+  return formats.TIMM, "head", (
+      "vit_base_patch16_clip_224" if vit.pre_norm else "vit_base_patch16_224"
+  ), args
 
 
 def _dinov3(model, vit):
@@ -74,8 +80,7 @@ def _dinov3(model, vit):
       "img_size": vit.image_size, "patch_size": vit.patch,
       "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
       "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
-      "global_pool": "token" if vit.pool == "cls" else "avg",
-      "num_reg_tokens": vit.registers}
+      "global_pool": _POOL[vit.pool], "num_reg_tokens": vit.registers}
   return formats.TIMM_DINOV3, "head", "vit_base_patch16_dinov3_qkvb", args
 
 

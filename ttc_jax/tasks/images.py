@@ -72,8 +72,8 @@ def read(path: str) -> Image.Image:
       return to_rgb(image)
   except Exception as error:  # Pillow's decoders raise nearly every type
     raise errors.DataError(
-        f"cannot decode image {path} ({error}): replace the file, or take it "
-        "out of the lists") from error
+        f"cannot decode image {path} ({error}): replace the file, or leave it "
+        "out") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -115,6 +115,16 @@ def prepare(image: Any, size: int, resample: str) -> np.ndarray:
   else:
     image = read(image)
   return resize(image, size, resample)
+
+
+def check_batch(images: Any, size: int) -> np.ndarray:
+  """Returns the images if they are uint8 (N, size, size, 3), else UserError."""
+  images = np.asarray(images)
+  if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+    raise errors.UserError(
+        f"the images are {images.dtype} of shape {images.shape}; expected "
+        f"uint8 (N, {size}, {size}, 3)")
+  return images
 
 
 def file_key(path: str) -> str:

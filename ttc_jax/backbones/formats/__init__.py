@@ -51,7 +51,7 @@ def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
       f"weights file '{path}' is of no known format: its first tensors are "
       f"{', '.join(sorted(tensors)[:3]) or 'none'}; expected a ViT as a "
       "vision_transformer or Big Vision .npz, or a ViT or Swin as a timm, "
-      "Hugging Face or ttc_jax .safetensors")
+      "Hugging Face or ttc_jax .safetensors, or as a .pth")
 
 
 # --- The fields of our own format ---------------------------------------------

@@ -128,7 +128,7 @@ class _Kind(NamedTuple):
 _KINDS = (
     _Kind(HF_VIT, ("embeddings.patch_embeddings.projection.weight",
                    "encoder.layer.0.layernorm_before.weight"),
-          ("vit", "deit"), "gelu", 1e-12, "gelu"),
+          ("vit", "deit", "vit_msn", "vit_mae"), "gelu", 1e-12, "gelu"),
     _Kind(HF_DINOV2, ("embeddings.patch_embeddings.projection.weight",
                       "encoder.layer.0.norm1.weight"),
           ("dinov2", "dinov2_with_registers"), "gelu", 1e-6, "gelu"),
@@ -151,8 +151,13 @@ _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
 def settings(config: Mapping, models: tuple[str, ...], act: str,
              epsilon: float, act_alone: str | None) -> base.Fields:
   """GELU (None: in doubt) and epsilon, of a config.json if it is of a model."""
-  if config.get("model_type") not in models:  # it is another file's
+  kind = config.get("model_type")
+  if kind is None:
     return {"gelu": _GELU.get(act_alone), "epsilon": epsilon}
+  if kind not in models:
+    raise UserError(f"config.json beside it is of a {kind!r}, while its tensors "
+                    f"are named as in {' or '.join(models)}: if it belongs to "
+                    "another file, move it away")
   if isinstance(config.get("vision_config"), dict):  # of two towers
     config = config["vision_config"]
   act = config.get("hidden_act", act)
