@@ -236,6 +236,24 @@ def test_nothing_is_overwritten_nor_left_behind(tmp_path, monkeypatch):
   assert sorted(tmp_path.iterdir()) == there
 
 
+def test_sigterm_tidies_up():
+  code = """
+import os, signal, time
+from ttc_jax import cli
+
+def main(argv):
+  try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+  finally:
+    print("tidied")
+cli.run(main)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                        text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (143, "tidied\n"), done.stderr
+
+
 def current_umask():
   mask = os.umask(0)
   os.umask(mask)

@@ -276,6 +276,7 @@ HF_MODELS = [
     ("ViT", {**HIDDEN, "layer_norm_eps": 1e-3}, formats.HF_VIT),
     ("ViT", {**HIDDEN, "hidden_act": "gelu_new"}, formats.HF_VIT),
     ("DeiT", HIDDEN, formats.HF_VIT),
+    ("ViTMSN", {**HIDDEN, "layer_norm_eps": 1e-3}, formats.HF_VIT),
     ("Dinov2", {"mlp_ratio": 2}, formats.HF_DINOV2),
     ("Dinov2WithRegisters", {"mlp_ratio": 2}, formats.HF_DINOV2),
     ("DINOv3ViT", {**HIDDEN, "num_register_tokens": 3}, formats.HF_DINOV3),
@@ -311,6 +312,16 @@ def test_hugging_face_s_vits(kind, options, format_, tmp_path):
               if "pooler" not in n and "mask_token" not in n]
   assert np.abs(features_of(again.eval()) - features(module, params)).max() < (
       1e-5)
+
+
+def test_hugging_face_s_other_models_are_refused(tmp_path):
+  hugging_face("IJepa", **HIDDEN).save_pretrained(tmp_path)
+  path = str(tmp_path / "model.safetensors")
+  with pytest.raises(UserError, match="of a 'ijepa'"):
+    weights_lib.read(path)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(UserError, match="0 tokens before the patches"):
+    load(weights_lib.read(path), SIZE)
 
 
 def test_a_clip_without_its_config_is_in_doubt(tmp_path):

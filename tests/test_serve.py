@@ -1,6 +1,7 @@
 """Bundles as folders and files; many of them on one base."""
 import concurrent.futures
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,12 @@ def put(where, name, value):
   return change
 
 
+def take(name):
+  def change(tensors, meta):
+    del tensors[name]
+  return change
+
+
 @pytest.mark.parametrize("change, words", [
     (put("meta", "format", "2"), "format '2'"),
     (put("meta", "method", 3), "'method'"),
@@ -140,6 +147,17 @@ def put(where, name, value):
     (put("meta", "weights_sha256", "abc"), "'weights_sha256'"),
     (put("meta", "options", {}), "its options are not those of ttc"),
     (put("meta", "image_size", 2 ** 40), "'image_size'"),
+    (put("meta", "resample", "nearest"), "'resample'"),
+    (put("meta", "task", None), "'task'"),
+    (put("meta", "versions", [1]), "'versions'"),
+    (put("meta", "test_top1", "high"), "'test_top1'"),
+    (put("meta", "fields", {"gelu": "exact"}), "'epsilon' is missing"),
+    (put("meta", "fields", {"gelu": "exact", "epsilon": 1e-6, "window": 4}),
+     "no field 'window'|does not have"),
+    (take("tuned/backbone/Transformer/encoder_norm/scale"),
+     "encoder_norm/scale' has the shape none, but ttc"),
+    (put("tensor", "tuned/backbone/cls", np.zeros((1, 1, 32), "f4")),
+     "'backbone/cls'.*tunes none"),
     (put("tensor", "tuned/head/bias", np.full(3, np.nan, "f4")), "not finite"),
     (put("tensor", "tuned/head/kernel", np.zeros((9, 3), "f4")),
      "do not fit ttc on vit_ti8"),
@@ -159,6 +177,35 @@ def test_a_wrong_bundle_is_one_sentence(pets, change, words):
   rewrite(pets, change)
   with pytest.raises(UserError, match=words):
     predict.load(pets)
+
+
+def test_nothing_beside_a_bundle_is_touched(base, tmp_path):
+  bundle = made_bundles.make(base["vit_ti8"])
+  neighbour = tmp_path / "here" / "bundle.tmp"
+  neighbour.mkdir(parents=True)
+  (neighbour / "notes").write_text("precious")
+  for _ in range(2):
+    bundles.save(str(tmp_path / "here" / "bundle"), bundle)
+  assert sorted(os.listdir(neighbour.parent)) == ["bundle", "bundle.tmp"]
+  assert (neighbour / "notes").read_text() == "precious"
+
+
+def test_images_that_are_none(pets, base):
+  tuned, size = predict.load(pets), made_bundles.SIZE
+  assert tuned.predict(np.zeros((0, size, size, 3), np.uint8)).shape == (0, 3)
+  for images in (np.zeros((2, size, size, 3), np.float32),
+                 np.zeros((size, size, 3), np.uint8),
+                 np.zeros((2, size, size + 1, 3), np.uint8)):
+    with pytest.raises(UserError, match=f"expected uint8 .N, {size}, {size}"):
+      tuned.predict(images)
+  with pytest.raises(UserError, match="batch_size is 0"):
+    serve.load(base["vit_ti8"], batch_size=0)
+  model = serve.load(base["vit_ti8"])
+  model.add("pets", pets)
+  with pytest.raises(UserError, match="expected a sequence"):
+    model.predict("image.png", task="pets")
+  found = model.classify(pictures(), task=(n for n in ["pets"] * 5))
+  assert found == model.classify(pictures(), task=["pets"] * 5) and found
 
 
 def test_weights_are_no_bundle(base):

@@ -179,6 +179,31 @@ def test_parameters_are_the_paper_s():
       backbones.shapes(backbones.make("swin_ti", 224))) == 27_519_354
 
 
+def test_another_window_has_the_same_biases_where_they_are_even(tmp_path):
+  """A table of slope: in a window twice as wide half the slope, but at its rim,
+  where a resampling ends."""
+  module, large = tiny(window=4), tiny(window=8)
+  params = random_tree(backbones.shapes(module), np.random.default_rng(0))
+  dy, dx = np.meshgrid(np.arange(-3, 4), np.arange(-3, 4), indexing="ij")
+  def slope(name, x):
+    if not name.endswith("relative_position_bias"):
+      return x
+    return np.repeat((dy + 3 * dx).reshape(-1, 1), x.shape[1], 1).astype("f4")
+  params = trees.map_with_names(slope, params)
+  path = str(tmp_path / "swin.safetensors")
+  weights_lib.write(path, params, module.fields)
+  found = trees.flatten(weights_lib.fit(
+      weights_lib.read(path), backbones.shapes(large), "tiny"))
+  table = found["stage_0_block_0/attention/relative_position_bias"]
+  assert table.shape[0] == 15 ** 2
+  table = table[:, 0].reshape(15, 15)[3:-3, 3:-3]
+  dy, dx = np.meshgrid(np.arange(-4, 5), np.arange(-4, 5), indexing="ij")
+  np.testing.assert_allclose(table, (dy + 3 * dx) * 7 / 15, atol=1e-3)
+  again = trees.flatten(weights_lib.fit(
+      weights_lib.read(path), backbones.shapes(module), "tiny"))
+  assert all((again[n] == x).all() for n, x in trees.flatten(params).items())
+
+
 def test_any_image_size_takes_the_same_parameters():
   params = random_params(tiny())
   for size in (4, 12, 60):

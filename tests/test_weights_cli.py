@@ -106,8 +106,10 @@ def test_a_dinov3_too(sizes, tmp_path, to):
   assert found["backbone"] == "vit_ti4" and found["image_size"] is None
   assert found["fields"] == module.fields
   assert not any(cli.compare(path, there)[1].values())
-  cli.convert(there, path, patch=8)
-  assert cli.describe(path)["backbone"] == "vit_ti8"
+  cli.convert(there, other := str(tmp_path / "other"), patch=8)
+  assert cli.describe(other)["backbone"] == "vit_ti8"
+  with pytest.raises(UserError, match="up to 64"):
+    cli.convert(there, str(tmp_path / "large"), patch=1000)
 
 
 def test_what_no_format_holds_names_each(sizes, tmp_path):
@@ -118,6 +120,17 @@ def test_what_no_format_holds_names_each(sizes, tmp_path):
   with pytest.raises(UserError, match="'hf_vit'.*'hf_dinov2'.*'hf_siglip'"):
     cli.convert(path, str(tmp_path / "b"), "hf")
   assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_convert_overwrites_nothing(sizes, tmp_path):
+  path = save(tmp_path / "t.safetensors", as_timm(flat_params()))
+  before = weights.sha256(path)
+  for out in (path, str(tmp_path), f"{path}/x", "/proc/x/y"):
+    with pytest.raises(UserError, match="another --out"):
+      cli.convert(path, out, dtype="bfloat16")
+  assert weights.sha256(path) == before
+  cli.convert(path, out := str(tmp_path / "new" / "x"))
+  assert os.stat(out).st_mode == os.stat(path).st_mode | 0o044
 
 
 def test_diff_finds_the_one_that_differs(sizes, tmp_path):
@@ -247,6 +260,15 @@ def test_a_compressed_state_dict_may_be_a_bomb(tmp_path):
   fit(str(plain))
   with pytest.raises(UserError, match="PyTorch never compresses"):
     fit(str(packed))
+
+
+def test_a_state_dict_before_zip_files(tmp_path):
+  torch = pytest.importorskip("torch")
+  flat, path = flat_params(), str(tmp_path / "model.pth")
+  torch.save({"model_state_dict": {
+      n: torch.from_numpy(v) for n, v in as_timm(flat).items()}}, path,
+             _use_new_zipfile_serialization=False)
+  check_equal(fit(path), flat)
 
 
 def test_microsoft_s_swin(tmp_path):

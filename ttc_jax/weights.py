@@ -90,10 +90,11 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
     The format's name, and the fields that its readers have to be told.
 
   Raises:
-    UserError: the format cannot hold it, or not in that type.
+    UserError: `out` exists; the format cannot hold it, or not in that type.
   """
   check_known("--to", to, TARGETS)
   check_known("--dtype", dtype, DTYPES)
+  out = files.new(out)
   module, params = load(
       weights_lib.read(weights_lib.locate(source)), gelu, patch)
   if to == "ttc_jax":
@@ -178,6 +179,9 @@ def main(argv) -> int | None:
   if len(sources) != wanted:
     raise UserError(f"{command} takes {wanted} FILE{'s' * (wanted > 1)}, got "
                     f"{len(sources)}")
+  for flag in (_OUT, _TO, _DTYPE, _GELU, _PATCH):
+    if flag.present and command != "convert":
+      raise UserError(f"--{flag.name} belongs to convert")
   if command == "inspect":
     return _inspect(sources)
   if command == "diff":
