@@ -1,6 +1,7 @@
 """Two fake CPU devices and one empty cache for all tests, and a tiny problem.
 """
 import atexit
+import functools
 import importlib.util
 import os
 import shutil
@@ -22,6 +23,12 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
 import jax
 import numpy as np
 import pytest
+
+# Tests that differ in little compile much alike.
+jax.config.update("jax_compilation_cache_dir", os.path.join(
+    os.environ["XDG_CACHE_HOME"], "of_tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 from tests.random_trees import random_tree
 from tests.torch_models import import_timm
@@ -66,6 +73,12 @@ def config():
   c = default()
   c.k = 4
   return c
+
+
+def features(model, params, images, selection, **kwargs):
+  """In one program: run eagerly, every operation is one that is compiled."""
+  fn = functools.partial(model.features, **kwargs)
+  return jax.jit(fn)(params, images, selection)
 
 
 def numpy_tree(tree):

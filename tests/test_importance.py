@@ -27,8 +27,8 @@ def score(name, model, params, split, sites=SITES, **kwargs):
 
 def weight_products(model, params, split):
   """{site: [w * dL/dw of each block as (D_in, D_out)]} by plain jax.grad."""
-  grads = trees.flatten(jax.grad(
-      lambda p: loss(model, p, split))(params)["backbone"])
+  grads = trees.flatten(jax.jit(jax.grad(
+      lambda p: loss(model, p, split)))(params)["backbone"])
   weights = trees.flatten(params["backbone"])
   return {s: [np.asarray(grads[p] * weights[p]).reshape(
       -1, layer.width) for p, layer in zip(
@@ -70,7 +70,7 @@ def test_gate_gradient_is_the_activation_form(model, params, split):
     return loss(model, params, split, tap=tap), seen
   tokens = (8 // 4) ** 2 + 1
   zeros = [jnp.zeros((len(split.labels), tokens, WIDTH))] * DEPTH
-  grads, y = jax.grad(through, has_aux=True)(zeros)
+  grads, y = jax.jit(jax.grad(through, has_aux=True))(zeros)
   flat = trees.flatten(params["backbone"])
   for block, path in enumerate(importance.kernel_paths(model, "fc2")):
     bias = flat[path.replace("kernel", "bias")]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import numpy_tree, random_adapter
+from tests.conftest import features, numpy_tree, random_adapter
 from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import tuned_rules
@@ -163,8 +163,8 @@ def prepared(config, variant, model, params, split):
 def test_starts_as_the_pretrained_model(config, model, params, split, variant):
   _, tuned, new, selection = prepared(config, variant, model, params, split)
   np.testing.assert_array_equal(
-      tuned.features(new, split.images, selection),
-      model.features(params, split.images, {}))
+      features(tuned, new, split.images, selection),
+      features(model, params, split.images, {}))
 
 
 def test_ssf_starts_near_the_pretrained_model(config, model, params, split):
@@ -185,14 +185,15 @@ def test_what_can_be_merged_is_exact_and_the_rest_says_why_not(
   method, tuned, new, selection = prepared(
       config, variant, model, params, split)
   new["adapter"] = random_adapter(new["adapter"])
-  unmerged = tuned.features(new, split.images, selection)
-  assert np.abs(unmerged - model.features(params, split.images, {})).max() > .01
+  unmerged = features(tuned, new, split.images, selection)
+  plain = features(model, params, split.images, {})
+  assert np.abs(unmerged - plain).max() > .01
   if not method.merge:
     assert method.cannot_merge
     return
   merged = method.merge(numpy_tree(new), selection, model.backbone)
   np.testing.assert_allclose(
-      model.features({"backbone": merged, "adapter": {}}, split.images, {}),
+      features(model, {"backbone": merged, "adapter": {}}, split.images, {}),
       unmerged, rtol=1e-3, atol=1e-4)
 
 
@@ -203,8 +204,8 @@ def test_norms_fold_into_the_layers_after_them(model, params, split):
     assert (flat[f"{path}/scale"] == 1).all()
     assert (flat[f"{path}/bias"] == 0).all()
   np.testing.assert_allclose(
-      model.features({"backbone": folded, "adapter": {}}, split.images, {}),
-      model.features(params, split.images, {}), atol=1e-4)
+      features(model, {"backbone": folded, "adapter": {}}, split.images, {}),
+      features(model, params, split.images, {}), atol=1e-4)
 
 
 def counts(config, name):
@@ -260,9 +261,9 @@ def test_the_mean_of_patches_leaves_prompts_out(config, model, params, split):
     def hide(site, block, y, x):
       return (y.at[..., :config.vpt.prompts].set(-1e9)
               if site == "scores" else y)
-    got = tuned.features(new, split.images, selection, extra_tap=hide)
+    got = features(tuned, new, split.images, selection, extra_tap=hide)
     np.testing.assert_allclose(
-        got, small.features(params, split.images, {}), atol=1e-5)
+        got, features(small, params, split.images, {}), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, key, value, message", [

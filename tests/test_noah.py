@@ -5,7 +5,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from tests.conftest import DEPTH, WIDTH, random_adapter
+from tests.conftest import DEPTH, WIDTH, features, random_adapter
 from ttc_jax import methods, parallel, train, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
@@ -50,8 +50,7 @@ def test_a_masked_supernet_is_the_small_network(
     config, model, params, split, genome, pool):
   model = model._replace(backbone=model.backbone.clone(pool=pool))
   tuned, big, selection = supernet(config, model, params)
-  want = tuned.features(
-      big, split.images, noah.sized(selection, genome, 3))
+  want = features(tuned, big, split.images, noah.sized(selection, genome, 3))
   small, chosen = noah.network(model.backbone, 0, genome)
   leaves = trees.flatten(big["adapter"])
   small = trees.unflatten({
@@ -60,21 +59,20 @@ def test_a_masked_supernet_is_the_small_network(
   assert trees.count(small) == space.count(genome)
   if pool == "gap":  # the mean leaves out all of a supernet's slots
     assert ("norm" in chosen) == (genome[-1][0] > 0)
-  got = tuned.features({**params, "adapter": small}, split.images, chosen)
+  got = features(tuned, {**params, "adapter": small}, split.images, chosen)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_the_largest_is_vpt_deep_with_lora_and_adapters(
     config, model, params, split):
   tuned, big, selection = supernet(config, model, params)
-  got = tuned.features(
-      big, split.images, noah.sized(selection, GENOMES[2], 3))
+  got = features(tuned, big, split.images, noah.sized(selection, GENOMES[2], 3))
   others = (("tokens", vpt_shallow.insert(1)), ("input", vpt_deep.replace(1)),
             ("q", lora.low_rank), ("v", lora.low_rank),
             ("fc2", adapter_lib.handler("quick_gelu", False)))
   one = {site: {str(i): {"scale": np.float32(1)} for i in range(DEPTH)}
          for site in ("q", "v", "fc2")}
-  want = model._replace(handlers=others).features(big, split.images, one)
+  want = features(model._replace(handlers=others), big, split.images, one)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -180,8 +178,8 @@ def test_blocks_below_the_first_module_run_once(
   tokens = tuned.tokens(new, split.images, selection, 1)
   assert tokens.shape == (37, 5, WIDTH)
   np.testing.assert_allclose(
-      tuned._replace(start=1).features(new, tokens, selection),
-      tuned.features(new, split.images, selection), atol=1e-5)
+      features(tuned._replace(start=1), new, tokens, selection),
+      features(tuned, new, split.images, selection), atol=1e-5)
 
 
 def test_an_interrupted_search_goes_the_same_way(

@@ -1,5 +1,6 @@
 """Files of every format: with PyTorch's own models the same features; back
 from our parameters the same bits."""
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -33,7 +34,7 @@ def images(size, count=2):
 
 
 def features(module, params):
-  return np.asarray(module.apply(
+  return np.asarray(jax.jit(module.apply)(
       {"params": params}, images(module.image_size)))
 
 

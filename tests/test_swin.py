@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import import_transformers, random_adapter
+from tests.conftest import features, import_transformers, random_adapter
 from tests.random_trees import random_tree
 from ttc_jax import backbones, importance, methods, model as model_lib
 from ttc_jax import parallel, train, trees
@@ -207,7 +207,7 @@ def test_another_window_has_the_same_biases_where_they_are_even(tmp_path):
 def test_any_image_size_takes_the_same_parameters():
   params = random_params(tiny())
   for size in (4, 12, 60):
-    y = tiny(size).apply({"params": params}, images(size))
+    y = jax.jit(tiny(size).apply)({"params": params}, images(size))
     assert y.shape == (2, 32) and np.isfinite(y).all()
   with pytest.raises(UserError, match="not divisible by the patch 4"):
     backbones.make("swin_b", 30)
@@ -224,8 +224,9 @@ def test_a_window_on_a_smaller_grid_is_the_grid():
     return x.reshape(13, 13, -1)[3:10, 3:10].reshape(49, -1)
   small = trees.map_with_names(cut, params)
   np.testing.assert_allclose(
-      large.apply({"params": params}, images(16)),
-      tiny(16, window=4).apply({"params": small}, images(16)), atol=1e-6)
+      jax.jit(large.apply)({"params": params}, images(16)),
+      jax.jit(tiny(16, window=4).apply)({"params": small}, images(16)),
+      atol=1e-6)
 
 
 def test_position_index_by_hand():
@@ -269,10 +270,10 @@ def test_features_from_a_block_s_tokens_are_the_features():
   model = model_lib.Model(module, "none")
   x = np.random.default_rng(0).integers(
       0, 256, (2, 40, 40, 3), dtype=np.uint8)
-  want = model.features(params, x, {})
+  want = features(model, params, x, {})
   for block in (1, 2, 3):
     tokens = model.tokens(params, x, {}, block)
-    got = model._replace(start=block).features(params, tokens, {})
+    got = features(model._replace(start=block), params, tokens, {})
     np.testing.assert_allclose(got, want, atol=1e-5, err_msg=str(block))
 
 
@@ -293,7 +294,7 @@ def test_the_gradient_of_the_mask_is_eq_10_in_every_stage():
   def loss(backbone):
     logits = model.logits(params | {"backbone": backbone}, data.images, {})
     return -jax.nn.log_softmax(logits)[np.arange(6), data.labels].sum()
-  grads = trees.flatten(jax.grad(loss)(params["backbone"]))
+  grads = trees.flatten(jax.jit(jax.grad(loss))(params["backbone"]))
   flat = trees.flatten(params["backbone"])
   for site, values in scores.items():
     for value, layer in zip(values, module.sites[site]):
@@ -345,10 +346,10 @@ def test_a_method_takes_steps_and_merges(name, config, tmp_path):
   if method.merge:
     params["adapter"] = random_adapter(params["adapter"])
     selection = parallel.unreplicate(outcome.state.selection)
-    want = outcome.model.features(params, data.images, selection)
+    want = features(outcome.model, params, data.images, selection)
     merged = method.merge(params, selection, module)
-    got = model_lib.Model(module, "half").features(
-        {"backbone": merged, "adapter": {}}, data.images, {})
+    got = features(model_lib.Model(module, "half"),
+                   {"backbone": merged, "adapter": {}}, data.images, {})
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
 
 
@@ -360,8 +361,9 @@ def test_layer_norms_merge_where_no_window_is_padded(config):
   merged = method.merge(params, {}, module)
   x = images(32)
   np.testing.assert_allclose(
-      module.apply({"params": merged}, x),
-      module.apply({"params": params["backbone"]}, x), rtol=1e-3, atol=1e-4)
+      jax.jit(module.apply)({"params": merged}, x),
+      jax.jit(module.apply)({"params": params["backbone"]}, x),
+      rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vpt_shallow", "vpt_deep", "noah"])

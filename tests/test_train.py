@@ -64,6 +64,8 @@ def run(job, params, directory):
 ])
 def test_frozen_leaves_keep_their_bits_and_tuned_ones_move(
     config, model, params, split, tmp_path, name, moved):
+  config.noah.update(population=4, generations=2, parents=2, mutations=1,
+                     crossovers=1)
   _, flat = run(make_job(config, model, split, name), params, tmp_path)
   before = {**trees.flatten(params), **{
       f"head/{k}": np.asarray(v)
@@ -121,7 +123,7 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   def loss_fn(tuned):
     logits = model.logits(trees.join(tuned, frozen), images, {})
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-  want_loss, grads = jax.value_and_grad(loss_fn)(tuned)
+  want_loss, grads = jax.jit(jax.value_and_grad(loss_fn))(tuned)
   matrices = jax.tree.map(lambda x: x.ndim > 1, tuned)
   tx = optax.adamw(1e-2, weight_decay=0.1, mask=matrices)
   updates, _ = tx.update(grads, tx.init(tuned), tuned)

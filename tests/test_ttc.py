@@ -8,7 +8,8 @@ from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import tuned_rules
 from ttc_jax.methods import ttc
-from tests.conftest import DEPTH, WIDTH, numpy_tree, random_adapter
+from tests.conftest import (
+    DEPTH, WIDTH, features, numpy_tree, random_adapter)
 
 K = 4
 
@@ -67,8 +68,8 @@ def test_gradients_of_the_handler():
 def test_starts_as_the_identity(config, model, params, split, position):
   config.position = position
   _, with_adapter, new, selection = prepared(config, model, params, split)
-  before = model.features(params, split.images, {})
-  after = with_adapter.features(new, split.images, selection)
+  before = features(model, params, split.images, {})
+  after = features(with_adapter, new, split.images, selection)
   np.testing.assert_array_equal(before, after)
 
 
@@ -81,12 +82,11 @@ def test_merged_equals_unmerged(config, model, params, split, position, bias,
   config.scale = 0.7
   method, tapped, new, selection = prepared(config, model, params, split)
   new["adapter"] = random_adapter(new["adapter"])
-  unmerged = tapped.features(new, split.images, selection)
+  unmerged = features(tapped, new, split.images, selection)
   merged = method.merge(numpy_tree(new), selection, model.backbone)
-  plain = model.features(
-      {"backbone": merged, "adapter": {}}, split.images, {})
+  plain = features(model, {"backbone": merged, "adapter": {}}, split.images, {})
   np.testing.assert_allclose(plain, unmerged, atol=2e-5)
-  assert np.abs(unmerged - model.features(params, split.images, {})).max() > .1
+  assert np.abs(unmerged - features(model, params, split.images, {})).max() > .1
 
 
 @pytest.mark.parametrize("position", ["stream_mlp", "stream_mhsa"])

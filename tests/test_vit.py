@@ -4,6 +4,7 @@ Parity is with Hugging Face's PyTorch models under random weights, in
 float32. The mappings below are the test's own, through the public
 state_dict; they share no line with `weights.py`.
 """
+import functools
 import pathlib
 
 import jax
@@ -40,19 +41,22 @@ def random_images(size, batch=2, seed=1):
 
 
 def features(module, params, images, **kwargs):
-  return np.asarray(module.apply({"params": params}, images, **kwargs))
+  apply = jax.jit(functools.partial(module.apply, **kwargs))
+  return np.asarray(apply({"params": params}, images))
 
 
 def record(module, params, images, wanted, **kwargs):
   """-> {block: (y, x)} of one site."""
-  seen = {}
+  def run(params, images):
+    seen = {}
 
-  def tap(site, block, y, x):
-    if site == wanted:
-      seen[block] = np.asarray(y), np.asarray(x)
-    return y
-  module.apply({"params": params}, images, tap=tap, **kwargs)
-  return seen
+    def tap(site, block, y, x):
+      if site == wanted:
+        seen[block] = y, x
+      return y
+    module.apply({"params": params}, images, tap=tap, **kwargs)
+    return seen
+  return jax.tree.map(np.asarray, jax.jit(run)(params, images))
 
 
 # --- Laws ---------------------------------------------------------------------
@@ -138,8 +142,8 @@ def test_tokens_that_nobody_reads_are_not_computed():
                              features(every, params, images), atol=1e-5)
 
   def gradients(module):
-    return jax.tree.leaves(jax.grad(lambda p: jnp.square(
-        module.apply({"params": p}, images)).sum())(params))
+    return jax.tree.leaves(jax.jit(jax.grad(lambda p: jnp.square(
+        module.apply({"params": p}, images)).sum()))(params))
   for a, b in zip(gradients(few), gradients(every)):
     np.testing.assert_allclose(a, b, atol=1e-5 * (1 + np.abs(b).max()))
 

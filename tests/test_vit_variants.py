@@ -1,9 +1,12 @@
 """The ViTs of other files: registers, attention pooling, norms elsewhere."""
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from tests.conftest import CLASSES, SIZE, WIDTH, numpy_tree, random_adapter
+from tests.conftest import (
+    CLASSES, SIZE, WIDTH, features, numpy_tree, random_adapter)
 from tests.random_trees import random_params
 from tests.test_methods import prepared
 from ttc_jax import backbones, model as model_lib, optim, train, trees
@@ -82,7 +85,7 @@ def test_big_vision_s_model_by_hand(pool):
     expected = (x + mlp(norm(x, p["LayerNorm_0"]), p["MlpBlock_0"]))[0]
   else:
     expected = x[0] if pool == "cls" else x.mean(0)
-  got = module.apply({"params": params}, image[None])[0]
+  got = jax.jit(module.apply)({"params": params}, image[None])[0]
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -96,10 +99,12 @@ def test_a_register_that_nobody_reads_changes_nothing():
   def hide(site, block, y, x):
     del block, x
     return y.at[..., :2].set(-1e9) if site == "scores" else y
-  got = more.apply({"params": params}, images, tap=hide)
+  got = jax.jit(functools.partial(more.apply, tap=hide))(
+      {"params": params}, images)
   alone = {n: x for n, x in params.items() if n != "registers"}
   np.testing.assert_allclose(
-      got, plain.apply({"params": alone}, images), rtol=1e-4, atol=1e-5)
+      got, jax.jit(plain.apply)({"params": alone}, images), rtol=1e-4,
+      atol=1e-5)
 
 
 # --- Laws ---------------------------------------------------------------------
@@ -150,11 +155,12 @@ def test_methods_merge_exactly(config, split, fields, variant):
   method, tuned, new, selection = prepared(
       config, variant, model, params, split)
   new["adapter"] = random_adapter(new["adapter"])
-  unmerged = tuned.features(new, split.images, selection)
-  assert np.abs(unmerged - model.features(params, split.images, {})).max() > .01
+  unmerged = features(tuned, new, split.images, selection)
+  plain = features(model, params, split.images, {})
+  assert np.abs(unmerged - plain).max() > .01
   merged = method.merge(numpy_tree(new), selection, module)
   np.testing.assert_allclose(
-      model.features({"backbone": merged, "adapter": {}}, split.images, {}),
+      features(model, {"backbone": merged, "adapter": {}}, split.images, {}),
       unmerged, rtol=1e-3, atol=2e-4)
 
 
@@ -164,8 +170,8 @@ def test_norms_fold(split, fields):
   params, model = tuned_params(module), model_lib.Model(module, "half")
   folded = layernorm.merge(params, {}, module)
   np.testing.assert_allclose(
-      model.features({"backbone": folded, "adapter": {}}, split.images, {}),
-      model.features(params, split.images, {}), rtol=1e-3, atol=1e-4)
+      features(model, {"backbone": folded, "adapter": {}}, split.images, {}),
+      features(model, params, split.images, {}), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", FIELDS)
@@ -181,9 +187,9 @@ def test_prompts_stand_between_registers_and_patches(
   def hide(site, block, y, x):
     del block, x
     return y.at[..., first:last].set(-1e9) if site == "scores" else y
-  got = tuned.features(new, split.images, selection, extra_tap=hide)
+  got = features(tuned, new, split.images, selection, extra_tap=hide)
   np.testing.assert_allclose(
-      got, model.features(params, split.images, {}), rtol=1e-4, atol=1e-5)
+      got, features(model, params, split.images, {}), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", ["map", "clip"])
@@ -197,7 +203,7 @@ def test_the_gradient_of_the_mask_is_eq_10(fields):
 
   def loss(mask, params):
     return (module.apply({"params": params}, images, mask=mask) ** 2).sum()
-  of_mask, of_params = jax.grad(loss, (0, 1))(mask, params)
+  of_mask, of_params = jax.jit(jax.grad(loss, (0, 1)))(mask, params)
   flat, grads = trees.flatten(params), trees.flatten(of_params)
   for site, layers in module.sites.items():
     for i, layer in enumerate(layers):
