@@ -472,7 +472,7 @@ def test_a_bundle_of_any_method_gives_its_row_s_accuracy(
   small = dict(population=3, generations=2, parents=2, mutations=1,
                crossovers=1)
   s.config.variants = {name: {"method": name} for name in (
-      "layernorm", "lora", "ssf", "sct", "adapter", "vpt_deep")}
+      "lora", "ssf", "sct", "vpt_deep")}
   s.config.variants.noah = dict(method="noah", noah=small)
   s.run_all()
   assert not s.failed

@@ -43,7 +43,7 @@ def default() -> ml_collections.ConfigDict:
   c.backbone = "vit_b16"
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
   c.gelu = ""                 # exact, tanh, quick; empty: what the weights say
-  c.window = 0                # tokens a side of a Swin's; 0: what the weights say
+  c.window = 0                # of a Swin, tokens a side; 0: what they say
   c.dtype = "float32"         # or "bfloat16": of the computation
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.

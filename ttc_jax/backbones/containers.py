@@ -158,7 +158,8 @@ def _open_shards(path):
   return tensors, {}
 
 
-_STATES = ("model", "state_dict", "model_state_dict", "teacher")  # where it stands beside others
+# Where it stands beside others.
+_STATES = ("model", "state_dict", "model_state_dict", "teacher")
 
 
 def _open_torch(path, mmap=True):

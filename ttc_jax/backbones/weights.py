@@ -199,7 +199,8 @@ def _bias_table(weights, name, shape):
   """A Swin's, resized where another window than the file's was given."""
   found = _shape(weights, name)
   side = math.isqrt(found[0]) if found else 0
-  if len(found) != 2 or side ** 2 != found[0] or not 0 < side < 2 * _LARGEST_GRID:
+  if len(found) != 2 or not 0 < side < 2 * _LARGEST_GRID or (
+      side ** 2 != found[0]):
     found = shape  # `_tensor` says what is wrong
   table = _tensor(weights, name, (found[0], shape[1]))
   return resampling.resize_positions(table[None], shape[0])[0]
@@ -420,8 +421,8 @@ def to_tensors(params: trees.Tree, format_: Format,
   for name, array in flat.items():
     if formats.is_zero(format_, name, module.fields):
       if array.any():
-        raise UserError(f"the format '{format_.name}' has no place for {name!r} "
-                        "of such a backbone, unless it is 0")
+        raise UserError(f"the format '{format_.name}' has no place for "
+                        f"{name!r} of such a backbone, unless it is 0")
       continue
     names = format_.names(name)
     if not names:

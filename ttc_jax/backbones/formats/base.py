@@ -96,5 +96,5 @@ def vit_fields(pool: str, tokens: int, **fields: Any) -> Fields:
     tokens: before the patches; those that are no [CLS] are registers.
   """
   return {"pool": pool, "registers": max(tokens - (pool == "cls"), 0),
-          "rope": 0.0, "pre_norm": False, "layer_scale": False, "final_norm": True,
-          "pool_norm": False, **fields}
+          "rope": 0.0, "pre_norm": False, "layer_scale": False,
+          "final_norm": True, "pool_norm": False, **fields}

@@ -155,9 +155,10 @@ def settings(config: Mapping, models: tuple[str, ...], act: str,
   if kind is None:
     return {"gelu": _GELU.get(act_alone), "epsilon": epsilon}
   if kind not in models:
-    raise UserError(f"config.json beside it is of a {kind!r}, while its tensors "
-                    f"are named as in {' or '.join(models)}: if it belongs to "
-                    "another file, move it away")
+    raise UserError(
+        f"config.json beside it is of a {kind!r}, while its tensors are named "
+        f"as in {' or '.join(models)}: if it belongs to another file, move it "
+        "away")
   if isinstance(config.get("vision_config"), dict):  # of two towers
     config = config["vision_config"]
   act = config.get("hidden_act", act)

@@ -1,4 +1,4 @@
-"""Their layout of an array and ours: transposed, heads merged, q, k, v fused."""
+"""Their layout of an array and ours: transposed, heads merged, q k v fused."""
 import re
 
 import numpy as np
