@@ -15,6 +15,7 @@ from PIL import Image
 import pytest
 
 from tests import made_bundles
+from tests.conftest import import_transformers
 from tests.torch_models import import_timm
 from ttc_jax import bundles, export, parallel, predict
 from ttc_jax.backbones import swin, vit
@@ -183,7 +184,7 @@ def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
     *VIT_S, SCALED, SWIN, REGISTERS])
 def test_hugging_face_s_own_model(tmp_path, monkeypatch, backbone, fields,
                                   method):
-  pytest.importorskip("transformers")
+  import_transformers()
   bundle = save(tmp_path, method, backbone, fields, normalisation="imagenet")
   exported(bundle, "hf", tmp_path / "out")
   image = pictures()[0]

@@ -231,7 +231,7 @@ def test_the_command_packs_and_inspects(base, tmp_path):
   assert_equal(bundle, bundles.load(str(tmp_path / "again")))
   for arguments, words in (
       (["pack", "bundle"], "--out"), (["pack", "no", "--out=x"], "not exist"),
-      (["pack", "bundle", "--out=again"], "exists already"),
+      (["pack", "bundle", "--out=again"], "exists and is not overwritten"),
       ([], "say inspect")):
     done = call(*arguments)
     assert done.returncode == 2 and words in done.stderr, done.stderr

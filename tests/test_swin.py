@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import features, import_transformers, random_adapter
-from tests.random_trees import random_tree
+from tests.random_trees import random_params
 from ttc_jax import backbones, importance, methods, model as model_lib
 from ttc_jax import parallel, train, trees
 from ttc_jax.backbones import swin, weights as weights_lib
@@ -27,10 +27,6 @@ def tiny(size=32, **more):
 def images(size, count=2, seed=0):
   return np.random.default_rng(seed).normal(
       size=(count, size, size, 3)).astype(np.float32)
-
-
-def random_params(module, seed=1):
-  return random_tree(backbones.shapes(module), np.random.default_rng(seed))
 
 
 # --- Against Hugging Face's ---------------------------------------------------
@@ -183,7 +179,7 @@ def test_another_window_has_the_same_biases_where_they_are_even(tmp_path):
   """A table of slope: in a window twice as wide half the slope, but at its rim,
   where a resampling ends."""
   module, large = tiny(window=4), tiny(window=8)
-  params = random_tree(backbones.shapes(module), np.random.default_rng(0))
+  params = random_params(module)
   dy, dx = np.meshgrid(np.arange(-3, 4), np.arange(-3, 4), indexing="ij")
   def slope(name, x):
     if not name.endswith("relative_position_bias"):

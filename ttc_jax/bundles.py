@@ -17,10 +17,9 @@ from absl import flags
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
-import safetensors.numpy
 
 from ttc_jax import cli, files
-from ttc_jax.backbones import formats
+from ttc_jax.backbones import containers, formats
 from ttc_jax.checkpoint import Flat, clear_errors, fill, unfill
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import images
@@ -91,8 +90,8 @@ def pack(path: str, bundle: Bundle) -> None:
       ("tuned", bundle.tuned), ("selection", bundle.selection))
              for name, x in flat.items()}
   text = json.dumps({"format": FORMAT, **bundle.meta})
-  with clear_errors(path), files.replacing(path) as file:
-    file.write(safetensors.numpy.save(tensors, metadata={_KEY: text}))
+  with clear_errors(path):
+    containers.write_safetensors(path, tensors, {_KEY: text})
 
 
 def load(path: str) -> Bundle:
@@ -151,18 +150,16 @@ def _load_file(path):
 
 
 def _check(path, bundle):
-  for key, (kind, holds) in _NEEDED.items():
-    value = bundle.meta.get(key) if isinstance(bundle.meta, dict) else None
-    if type(value) is not kind or holds and not holds(value):
+  meta = bundle.meta if isinstance(bundle.meta, dict) else {}
+  given = {k: kind for k, kind in _OPTIONAL.items() if meta.get(k) is not None}
+  for key, (kind, holds) in (
+      _NEEDED | {k: (kind, None) for k, kind in given.items()}).items():
+    value = meta.get(key)
+    if (not isinstance(value, kind) or isinstance(value, bool)
+        or holds and not holds(value)):
       raise UserError(
           f"bundle '{path}': its metadata has no good {key!r} "
           f"({str(value)[:40]!r})")
-  for key, kind in _OPTIONAL.items():
-    value = bundle.meta.get(key)
-    if value is not None and (not isinstance(value, kind)
-                              or isinstance(value, bool)):
-      raise UserError(f"bundle '{path}': its metadata has no good {key!r} "
-                      f"({str(value)[:40]!r})")
   formats.check_fields(bundle.meta["fields"], f"bundle '{path}'")
   for name, x in (bundle.tuned | bundle.selection).items():
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
@@ -220,6 +217,7 @@ def _convert(paths, write):
   if len(paths) != 1 or not _OUT.value:
     raise UserError("give one bundle and --out=PATH")
   bundle, out = load(paths[0]), files.new(_OUT.value)
+  os.makedirs(os.path.dirname(out), exist_ok=True)
   write(out, bundle)
   written = files.size(out) if os.path.isdir(out) else os.path.getsize(out)
   print(f"{out}: {written:,} bytes, of which the head "

@@ -33,19 +33,20 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
 
 def new(path: str) -> str:
-  """The absolute path of what is to be written; the folder for it is made.
+  """The absolute path of what is to be written. Nothing is made yet.
 
   Raises:
     UserError: something is there already, or nothing can be written there.
   """
   path = os.path.abspath(os.path.expanduser(path))
-  folder = os.path.dirname(path)
   if os.path.lexists(path):
-    raise UserError(f"'{path}' exists already and is not overwritten: delete "
+    raise UserError(f"'{path}' exists and is not overwritten: delete "
                     "it, or give another --out")
+  folder = os.path.dirname(path)
+  while not os.path.lexists(folder):
+    folder = os.path.dirname(folder)
   try:
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{path}.{uuid.uuid4().hex}.tmp", "xb") as probe:
+    with open(os.path.join(folder, f".{uuid.uuid4().hex}.tmp"), "xb") as probe:
       os.remove(probe.name)
   except OSError as error:
     raise UserError(f"'{path}' cannot be written ({error.strerror}): give "

@@ -14,6 +14,7 @@ they differ.
 """
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -97,6 +98,7 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   out = files.new(out)
   module, params = load(
       weights_lib.read(weights_lib.locate(source)), gelu, patch)
+  os.makedirs(os.path.dirname(out), exist_ok=True)
   if to == "ttc_jax":
     weights_lib.write(out, params, module.fields, dtype)
     return to, {}

@@ -85,7 +85,7 @@ def write(model: Attached, target: types.ModuleType, out: str) -> str:
   out = files.new(out)
   check(model, target)
   scratch = f"{out}.{uuid.uuid4().hex}.tmp"
-  os.mkdir(scratch)
+  os.makedirs(scratch)
   try:
     target.write(model, scratch)
     # Within a string of the card's code.

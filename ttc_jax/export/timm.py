@@ -48,8 +48,16 @@ def write(model: Attached, folder: str) -> None:
 
 
 def _vit(model, vit):
-  if vit.rope:
-    return _dinov3(model, vit)
+  args = {
+      "img_size": vit.image_size, "patch_size": vit.patch,
+      "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
+      "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
+      "global_pool": _POOL[vit.pool]}
+  format_, architecture, more = (_dinov3 if vit.rope else _plain)(model, vit)
+  return format_, "head", architecture, args | more
+
+
+def _plain(model, vit):
   export.check_fields(model, NAME, {
       "pool": ("cls", "gap", "map"), "gelu": tuple(_GELU),
       "epsilon": 1e-5 if vit.pre_norm else 1e-6,
@@ -57,18 +65,12 @@ def _vit(model, vit):
       "layer_scale": (False, True), "rope": 0.0,
       "registers": tuple(range(65)), "pre_norm": (False, True),
       "pool_norm": (False, True)})
-  args = {
-      "img_size": vit.image_size, "patch_size": vit.patch,
-      "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
-      "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
-      "global_pool": _POOL[vit.pool], "fc_norm": vit.pool_norm,
-      "final_norm": vit.final_norm or vit.pool_norm,
-      "reg_tokens": vit.registers,
-      "no_embed_class": vit.registers > 0, "act_layer": _GELU[vit.gelu],
+  clip = "clip_" if vit.pre_norm else ""  # its epsilon is the architecture's
+  return formats.TIMM, f"vit_base_patch16_{clip}224", {
+      "fc_norm": vit.pool_norm, "final_norm": vit.final_norm or vit.pool_norm,
+      "reg_tokens": vit.registers, "no_embed_class": vit.registers > 0,
+      "act_layer": _GELU[vit.gelu],
       "init_values": 1e-5 if vit.layer_scale else None}
-  return formats.TIMM, "head", (
-      "vit_base_patch16_clip_224" if vit.pre_norm else "vit_base_patch16_224"
-  ), args
 
 
 def _dinov3(model, vit):
@@ -76,12 +78,8 @@ def _dinov3(model, vit):
       "pool": ("cls", "gap"), "gelu": "exact", "epsilon": 1e-5, "rope": 100.0,
       "final_norm": True, "layer_scale": True, "registers": tuple(range(1, 65)),
       "pre_norm": False, "pool_norm": False})
-  args = {
-      "img_size": vit.image_size, "patch_size": vit.patch,
-      "embed_dim": vit.width, "depth": vit.depth, "num_heads": vit.heads,
-      "mlp_ratio": vit.hidden / vit.width, "class_token": vit.pool == "cls",
-      "global_pool": _POOL[vit.pool], "num_reg_tokens": vit.registers}
-  return formats.TIMM_DINOV3, "head", "vit_base_patch16_dinov3_qkvb", args
+  return formats.TIMM_DINOV3, "vit_base_patch16_dinov3_qkvb", {
+      "num_reg_tokens": vit.registers}
 
 
 def _swin(model, swin):

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from ttc_jax import cli, errors, tasks
+from ttc_jax import cli, errors, files, tasks
 from ttc_jax.tasks import check as check_lib
 from ttc_jax.tasks import export as export_lib
 from ttc_jax.tasks import fingerprint, folder
@@ -125,7 +125,7 @@ def export(names: list[str], options: Any) -> int:
   _need(options, "out")
   names = _prepared(names, options)
   for name in names:  # before hours are spent
-    export_lib.check_absent(name, options.out)
+    files.new(os.path.join(options.out, name))
   for name in names:
     print(export_lib.export(name, options.data, options.out), flush=True)
   return 0

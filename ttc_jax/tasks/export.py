@@ -10,28 +10,19 @@ import uuid
 
 from PIL import Image
 
-from ttc_jax import errors, files
+from ttc_jax import files
 from ttc_jax.tasks import vtab
 
 _SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}
-
-
-def check_absent(name: str, out: str) -> str:
-  """The folder that will be written; errors.UserError if it is there."""
-  target = os.path.join(os.path.expanduser(out), name)
-  if os.path.lexists(target):
-    raise errors.UserError(f"{target} exists and is not overwritten: delete "
-                           "it, or give another --out")
-  return target
 
 
 def export(name: str, data: str, out: str) -> str:
   """Writes OUT/NAME, whole or not at all, and returns its path.
 
   Raises:
-    errors.UserError: it exists, or the data set is missing or damaged.
+    UserError: it exists, or the data set is missing or damaged.
   """
-  target = check_absent(name, out)
+  target = files.new(os.path.join(out, name))
   dataset = vtab.open_set(name, data)
   vtab.check_count(dataset)
   # One folder deeper, where nobody who lists the tasks of OUT sees it.
