@@ -75,10 +75,10 @@ def config():
   return c
 
 
-def features(model, params, images, selection, **kwargs):
+def features(model, params, images, buffers, **kwargs):
   """In one program: run eagerly, every operation is one that is compiled."""
   fn = functools.partial(model.features, **kwargs)
-  return jax.jit(fn)(params, images, selection)
+  return jax.jit(fn)(params, images, buffers)
 
 
 def numpy_tree(tree):

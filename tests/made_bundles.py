@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.random_trees import random_params, random_tree
 from ttc_jax import backbones, bundles, methods, trees
-from ttc_jax.backbones import weights as weights_lib
+from ttc_jax import weights as weights_lib
 from ttc_jax.config import default
 from ttc_jax.model import Model, init_head
 
@@ -32,18 +32,18 @@ def make(weights, method="ttc", backbone="vit_ti8", size=SIZE, seed=0,
   params = {"backbone": base, "adapter": {},
             "head": random_tree(jax.eval_shape(
                 lambda: init_head(module.width, len(classes), 0)), rng)}
-  selection = {}
+  buffers = {}
   # NOAH's second stage comes after a search; the supernet serves as well.
   for stage in made.stages[:1 if method == "noah" else None]:
     if stage.prepare:
-      params["adapter"], selection = stage.prepare(methods.Context(
-          Model(module, normalisation), params, selection, None, None, seed))
+      params["adapter"], buffers = stage.prepare(methods.Context(
+          Model(module, normalisation), params, buffers, None, None, seed))
   tuned, _ = trees.split(
       params, trees.label(params, methods.tuned_rules(made)), "tune")
   tuned = {name: x + rng.normal(0, 0.2, x.shape).astype("f4")
            for name, x in trees.flatten(tuned).items()}
   return bundles.Bundle(
-      tuned, {n: np.asarray(x) for n, x in trees.flatten(selection).items()}, {
+      tuned, {n: np.asarray(x) for n, x in trees.flatten(buffers).items()}, {
           "method": method, "options": made.options, "backbone": backbone,
           "image_size": size, "normalisation": normalisation,
           "resample": "bicubic", "dtype": "float32", "task": "colours",

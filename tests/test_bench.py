@@ -8,7 +8,8 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-from ttc_jax import backbones, bench, methods
+from ttc_jax import backbones, methods
+from ttc_jax.bench import __main__ as bench
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
@@ -87,7 +88,7 @@ def test_swins_flops_needed_equal_a_count_by_hand():
 
 def test_timms_swin_tunes_what_stage_2_tunes():
   import_timm()
-  from ttc_jax import bench_torch
+  from ttc_jax.bench import torch as bench_torch
   swin = Swin(16, (2, 2), 2, image_size=32, window=4)
   model = bench_torch.make_model(swin, 4, 5)
   tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -138,7 +139,7 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
 
 def test_torch_tunes_what_stage_2_tunes(tiny):
   pytest.importorskip("torch")
-  from ttc_jax import bench_torch
+  from ttc_jax.bench import torch as bench_torch
   model = bench_torch.make_model(
       bench.make_backbone(tiny), tiny.k, bench.CLASSES)
   tuned = {n: p.numel() for n, p in model.named_parameters()

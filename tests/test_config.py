@@ -1,7 +1,7 @@
 import pytest
 
 from ttc_jax import config as config_lib
-from ttc_jax import jobs
+from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import UserError
 
 KNOWN = dict(task=("all",), lr=0.1, size=224, method="ttc", runlocal=False)
@@ -201,7 +201,7 @@ def test_the_ends_of_the_schedule_lie_below_every_learning_rate(key):
 
 
 def test_vtab_names_its_19_tasks_once():
-  from ttc_jax.tasks import vtab
+  from ttc_jax.vtab import rows as vtab
   c = config_lib.default()
   c.tasks = ("digits", "vtab", "dtd")
   assert jobs.task_names(c) == ("digits", *vtab.ROWS)

@@ -50,9 +50,9 @@ def pictures(count=5):
 def our_logits(bundle, images):
   """Of the model as it was tuned: nothing merged, nothing exported."""
   tuned = predict.load(bundle, merge=False)
-  params, selection = map(
-      parallel.unreplicate, (tuned.params, tuned.selection))
-  return np.asarray(tuned.model.logits(params, images, selection))
+  params, buffers = map(
+      parallel.unreplicate, (tuned.params, tuned.buffers))
+  return np.asarray(tuned.model.logits(params, images, buffers))
 
 
 def exported(bundle, target, out):

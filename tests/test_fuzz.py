@@ -28,7 +28,9 @@ import safetensors.numpy
 from tests import made_bundles, test_weights as files
 from tests.random_trees import random_tree
 from ttc_jax import backbones, bundles, predict, trees
-from ttc_jax.backbones import formats, swin, vit, weights
+from ttc_jax import weights
+from ttc_jax.backbones import swin, vit
+from ttc_jax.weights import formats
 from ttc_jax.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "20"))

@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ttc_jax import backbones, bundles, checkpoint, files, jobs, main, predict
-from ttc_jax import trees
-from ttc_jax.backbones import vit as vit_lib, weights as weights_lib
+from ttc_jax import backbones, bundles, checkpoint, files, main, predict
+from ttc_jax import trees, weights as weights_lib
+from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.errors import UserError
+from ttc_jax.runs import plan as jobs
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Outside checks read these.
@@ -379,8 +380,8 @@ def test_a_run_killed_in_stage_2_ends_with_the_same_bits(
   assert got_row["test_top1"] == want_row["test_top1"]
   assert got.tuned.keys() == want.tuned.keys()
   assert all((got.tuned[k] == want.tuned[k]).all() for k in got.tuned)
-  assert all((got.selection[k] == want.selection[k]).all()
-             for k in got.selection)
+  assert all((got.buffers[k] == want.buffers[k]).all()
+             for k in got.buffers)
 
 
 def test_merged_predictions_equal_unmerged_ones(finished, data):

@@ -147,23 +147,23 @@ def configured(config, variant):
 
 
 def prepared(config, variant, model, params, split):
-  """(method, model with handlers, params, selection) before its last stage."""
+  """(method, model with handlers, params, buffers) before its last stage."""
   method = methods.load(
       variant.split("/")[0], configured(config, variant), model.backbone)
-  prepare, selection = method.stages[-1].prepare, {}
+  prepare, buffers = method.stages[-1].prepare, {}
   if prepare:
-    adapter, selection = prepare(methods.Context(
+    adapter, buffers = prepare(methods.Context(
         model, parallel.replicate(params), {}, split.images, split.labels, 0))
     params = {**params, "adapter": adapter}
-  return (method, model._replace(handlers=method.handlers), params, selection)
+  return (method, model._replace(handlers=method.handlers), params, buffers)
 
 
 @pytest.mark.parametrize("variant", [
     v for v in VARIANTS if v not in RULES_ALONE and "vpt" not in v])
 def test_starts_as_the_pretrained_model(config, model, params, split, variant):
-  _, tuned, new, selection = prepared(config, variant, model, params, split)
+  _, tuned, new, buffers = prepared(config, variant, model, params, split)
   np.testing.assert_array_equal(
-      features(tuned, new, split.images, selection),
+      features(tuned, new, split.images, buffers),
       features(model, params, split.images, {}))
 
 
@@ -182,16 +182,16 @@ def test_ssf_starts_near_the_pretrained_model(config, model, params, split):
 def test_what_can_be_merged_is_exact_and_the_rest_says_why_not(
     config, model, params, split, variant, pool):
   model = model._replace(backbone=model.backbone.clone(pool=pool))
-  method, tuned, new, selection = prepared(
+  method, tuned, new, buffers = prepared(
       config, variant, model, params, split)
   new["adapter"] = random_adapter(new["adapter"])
-  unmerged = features(tuned, new, split.images, selection)
+  unmerged = features(tuned, new, split.images, buffers)
   plain = features(model, params, split.images, {})
   assert np.abs(unmerged - plain).max() > .01
   if not method.merge:
     assert method.cannot_merge
     return
-  merged = method.merge(numpy_tree(new), selection, model.backbone)
+  merged = method.merge(numpy_tree(new), buffers, model.backbone)
   np.testing.assert_allclose(
       features(model, {"backbone": merged, "adapter": {}}, split.images, {}),
       unmerged, rtol=1e-3, atol=1e-4)
@@ -254,14 +254,14 @@ def test_the_mean_of_patches_leaves_prompts_out(config, model, params, split):
   for final_norm in (True, False):
     vit = model.backbone.clone(pool="gap", final_norm=final_norm)
     small = model._replace(backbone=vit)
-    _, tuned, new, selection = prepared(
+    _, tuned, new, buffers = prepared(
         config, "vpt_shallow", small, params, split)
     # Keys of the prompts far away from every query: no weight in the softmax.
 
     def hide(site, block, y, x):
       return (y.at[..., :config.vpt.prompts].set(-1e9)
               if site == "scores" else y)
-    got = features(tuned, new, split.images, selection, extra_tap=hide)
+    got = features(tuned, new, split.images, buffers, extra_tap=hide)
     np.testing.assert_allclose(
         got, features(small, params, split.images, {}), atol=1e-5)
 
@@ -291,9 +291,9 @@ def test_adapters_have_the_scale_of_their_paper(
     config, model, placement, scale):
   config.adapter.placement = placement
   method = methods.load("adapter", config, model.backbone)
-  _, selection = method.stages[0].prepare(methods.Context(
+  _, buffers = method.stages[0].prepare(methods.Context(
       model, {}, {}, None, None, 0))
-  assert {float(v) for v in trees.flatten(selection).values()} == {
+  assert {float(v) for v in trees.flatten(buffers).values()} == {
       float(np.float32(scale))}
 
 

@@ -26,12 +26,12 @@ def config(config):
 
 
 def supernet(config, model, params):
-  """(model with handlers, params with random leaves, selection)."""
+  """(model with handlers, params with random leaves, buffers)."""
   method = methods.load("noah", config, model.backbone)
   context = methods.Context(model, params, {}, None, None, 0)
-  adapter, selection = method.stages[0].prepare(context)
+  adapter, buffers = method.stages[0].prepare(context)
   return (model._replace(handlers=method.handlers),
-          {**params, "adapter": random_adapter(adapter)}, selection)
+          {**params, "adapter": random_adapter(adapter)}, buffers)
 
 
 def cut(name, leaf, genome):
@@ -49,8 +49,8 @@ def cut(name, leaf, genome):
 def test_a_masked_supernet_is_the_small_network(
     config, model, params, split, genome, pool):
   model = model._replace(backbone=model.backbone.clone(pool=pool))
-  tuned, big, selection = supernet(config, model, params)
-  want = features(tuned, big, split.images, noah.sized(selection, genome, 3))
+  tuned, big, buffers = supernet(config, model, params)
+  want = features(tuned, big, split.images, noah.sized(buffers, genome, 3))
   small, chosen = noah.network(model.backbone, 0, genome)
   leaves = trees.flatten(big["adapter"])
   small = trees.unflatten({
@@ -65,8 +65,8 @@ def test_a_masked_supernet_is_the_small_network(
 
 def test_the_largest_is_vpt_deep_with_lora_and_adapters(
     config, model, params, split):
-  tuned, big, selection = supernet(config, model, params)
-  got = features(tuned, big, split.images, noah.sized(selection, GENOMES[2], 3))
+  tuned, big, buffers = supernet(config, model, params)
+  got = features(tuned, big, split.images, noah.sized(buffers, GENOMES[2], 3))
   others = (("tokens", vpt_shallow.insert(1)), ("input", vpt_deep.replace(1)),
             ("q", lora.low_rank), ("v", lora.low_rank),
             ("fc2", adapter_lib.handler("quick_gelu", False)))
@@ -77,12 +77,12 @@ def test_the_largest_is_vpt_deep_with_lora_and_adapters(
 
 
 def test_a_training_step_draws_every_choice():
-  selection = {"q": {"0": {"choices": jnp.array([0, 4, 8])}},
+  buffers = {"q": {"0": {"choices": jnp.array([0, 4, 8])}},
                "input": {"1": {"before": jnp.arange(3)}}}
-  drawn = jax.vmap(lambda key: noah.sample(selection, key)["q"]["0"]["size"])(
+  drawn = jax.vmap(lambda key: noah.sample(buffers, key)["q"]["0"]["size"])(
       jax.random.split(jax.random.key(0), 100))
   assert set(np.asarray(drawn).tolist()) == {0, 4, 8}
-  kept = noah.sample(selection, jax.random.key(0))["input"]["1"]
+  kept = noah.sample(buffers, jax.random.key(0))["input"]["1"]
   assert list(kept) == ["before"]
 
 
@@ -168,18 +168,18 @@ def test_a_damaged_search_starts_anew(tmp_path):
 def test_blocks_below_the_first_module_run_once(
     config, model, params, split, tmp_path):
   """Their tokens must not hold the prompts of the block that comes next."""
-  adapter, selection = noah.network(
+  adapter, buffers = noah.network(
       model.backbone, 0, ((0, 0, 0), (2, 0, 0), (0, 0, 0)))
   method = methods.load("noah", config, model.backbone)
   tuned = model._replace(handlers=method.handlers)
   new = {**params, "adapter": adapter}
   assert train.frozen_blocks(
       model.backbone, new, method.stages[1].rules) == 1
-  tokens = tuned.tokens(new, split.images, selection, 1)
+  tokens = tuned.tokens(new, split.images, buffers, 1)
   assert tokens.shape == (37, 5, WIDTH)
   np.testing.assert_allclose(
-      features(tuned._replace(start=1), new, tokens, selection),
-      features(tuned, new, split.images, selection), atol=1e-5)
+      features(tuned._replace(start=1), new, tokens, buffers),
+      features(tuned, new, split.images, buffers), atol=1e-5)
 
 
 def test_an_interrupted_search_goes_the_same_way(
@@ -220,7 +220,7 @@ def test_the_winner_has_no_leaf_that_it_does_not_use(
   count = sum(v.size for k, v in flat.items() if k.startswith("adapter/"))
   assert count == record["params"]
   assert not any("slots" in k for k in trees.flatten(
-      parallel.unreplicate(outcome.state.selection)))
+      parallel.unreplicate(outcome.state.buffers)))
 
 
 @pytest.mark.parametrize("key, value, message", [

@@ -9,7 +9,9 @@ from tests.conftest import import_transformers
 from tests.random_trees import random_params
 from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
-from ttc_jax.backbones import formats, swin, vit, weights as weights_lib
+from ttc_jax import weights as weights_lib
+from ttc_jax.backbones import swin, vit
+from ttc_jax.weights import formats
 from ttc_jax.errors import UserError
 
 SIZE, PATCH = 24, 8

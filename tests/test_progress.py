@@ -2,7 +2,7 @@ import io
 import json
 import sys
 
-from ttc_jax.progress import Progress
+from ttc_jax.runs.progress import Progress
 
 
 def update(progress):

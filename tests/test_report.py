@@ -11,7 +11,7 @@ from scipy import stats
 from ttc_jax import report
 from ttc_jax.errors import UserError
 from ttc_jax.report import formats, published, rows as rows_lib, tables
-from ttc_jax.tasks import vtab
+from ttc_jax.vtab import rows as vtab
 
 
 def row(task, variant, seed, test, group="Natural", **more):

@@ -56,14 +56,14 @@ def add(model, folder, name, weights, *args, merge=False, **kwargs):
   model.add(name, path, merge=merge)
   alone = predict.on_base(path, merge=False)
   return lambda images: scipy.special.softmax(
-      alone.model.logits(alone.params, images, alone.selection), axis=-1)
+      alone.model.logits(alone.params, images, alone.buffers), axis=-1)
 
 
 # --- One file -----------------------------------------------------------------
 
 def assert_equal(one, other):
   assert json.dumps(one.meta) == json.dumps(other.meta)
-  for a, b in ((one.tuned, other.tuned), (one.selection, other.selection)):
+  for a, b in ((one.tuned, other.tuned), (one.buffers, other.buffers)):
     assert a.keys() == b.keys()
     for name in a:
       assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
@@ -88,7 +88,7 @@ def test_the_file_is_plain_safetensors_and_json(pets):
   assert meta["method"] == "ttc" and meta["format"] == "1"
   tensors = safetensors.numpy.load_file(pets)
   assert tensors["tuned/head/bias"].shape == (3,)
-  assert tensors["selection/fc2/0/channels"].dtype.kind == "i"
+  assert tensors["buffers/fc2/0/channels"].dtype.kind == "i"
 
 
 def test_ttc_on_vit_b16_takes_less_than_a_megabyte_beside_the_head(tmp_path):
@@ -104,13 +104,13 @@ def test_ttc_on_vit_b16_takes_less_than_a_megabyte_beside_the_head(tmp_path):
   assert sum(x.size for x in tuned.values()) == 110_592 + 38_400
   tuned |= {"head/kernel": np.zeros((D, 100), "f4"),
             "head/bias": np.zeros(100, "f4")}
-  selection = {f"fc2/{i}/{leaf}": x for i in range(L) for leaf, x in (
+  buffers = {f"fc2/{i}/{leaf}": x for i in range(L) for leaf, x in (
       ("channels", np.arange(K, dtype=np.int32)), ("scale", np.float32(1)))}
   meta = {"method": "ttc", "options": {}, "backbone": "vit_b16", "fields": {},
           "image_size": 224, "normalisation": "half", "resample": "bicubic",
           "dtype": "float32", "weights_sha256": "0" * 64,
           "weights_source": "x", "classes": ["a class"] * 100}
-  bundle = bundles.Bundle(tuned, selection, meta)
+  bundle = bundles.Bundle(tuned, buffers, meta)
   path = tmp_path / "file"
   bundles.pack(str(path), bundle)
   assert path.stat().st_size - bundles.sizes(bundle)["head_bytes"] < 1e6
@@ -169,7 +169,7 @@ def take(name):
      "'backbone/nothing/scale'"),
     (put("tensor", "tuned/backbone/Transformer/encoder_norm/scale",
          np.zeros(4, "f4")), r"has the shape \(4,\)"),
-    (put("tensor", "selection/fc2/0/channels", np.array([0, 1, 2, 32])),
+    (put("tensor", "buffers/fc2/0/channels", np.array([0, 1, 2, 32])),
      "channels beyond the 32"),
     (put("tensor", "elsewhere/x", np.zeros(4, "f4")), "belongs to no part"),
 ])

@@ -10,7 +10,8 @@ from tests.conftest import features, import_transformers, random_adapter
 from tests.random_trees import random_params
 from ttc_jax import backbones, importance, methods, model as model_lib
 from ttc_jax import parallel, train, trees
-from ttc_jax.backbones import swin, weights as weights_lib
+from ttc_jax import weights as weights_lib
+from ttc_jax.backbones import swin
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import Split
 
@@ -341,9 +342,9 @@ def test_a_method_takes_steps_and_merges(name, config, tmp_path):
   assert name in ("full", "linear", "bias", "layernorm") or params["adapter"]
   if method.merge:
     params["adapter"] = random_adapter(params["adapter"])
-    selection = parallel.unreplicate(outcome.state.selection)
-    want = features(outcome.model, params, data.images, selection)
-    merged = method.merge(params, selection, module)
+    buffers = parallel.unreplicate(outcome.state.buffers)
+    want = features(outcome.model, params, data.images, buffers)
+    merged = method.merge(params, buffers, module)
     got = features(model_lib.Model(module, "half"),
                    {"backbone": merged, "adapter": {}}, data.images, {})
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)

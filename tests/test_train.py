@@ -447,5 +447,5 @@ def test_norm_parameters_are_float32_numpy_after_the_run(
     config, model, params, split, tmp_path):
   outcome, flat = run(make_job(config, model, split), params, tmp_path)
   assert {str(v.dtype) for v in flat.values()} == {"float32"}
-  channels = numpy_tree(parallel.unreplicate(outcome.state.selection))
+  channels = numpy_tree(parallel.unreplicate(outcome.state.buffers))
   assert channels["fc2"]["0"]["channels"].dtype == np.int32

@@ -15,13 +15,13 @@ K = 4
 
 
 def prepared(config, model, params, split):
-  """(method, params with adapter, selection) as stage 2 starts."""
+  """(method, params with adapter, buffers) as stage 2 starts."""
   method = methods.load("ttc", config, model.backbone)
   on_devices = parallel.replicate(params)
-  adapter, selection = method.stages[-1].prepare(methods.Context(
+  adapter, buffers = method.stages[-1].prepare(methods.Context(
       model, on_devices, {}, split.images, split.labels, 0))
   model = model._replace(handlers=method.handlers)
-  return method, model, {**params, "adapter": adapter}, selection
+  return method, model, {**params, "adapter": adapter}, buffers
 
 
 def eq_11(y, channels, kernel, scale, bias):
@@ -67,9 +67,9 @@ def test_gradients_of_the_handler():
 @pytest.mark.parametrize("position", ttc.POSITIONS)
 def test_starts_as_the_identity(config, model, params, split, position):
   config.position = position
-  _, with_adapter, new, selection = prepared(config, model, params, split)
+  _, with_adapter, new, buffers = prepared(config, model, params, split)
   before = features(model, params, split.images, {})
-  after = features(with_adapter, new, split.images, selection)
+  after = features(with_adapter, new, split.images, buffers)
   np.testing.assert_array_equal(before, after)
 
 
@@ -80,10 +80,10 @@ def test_merged_equals_unmerged(config, model, params, split, position, bias,
                                 blocks):
   config.position, config.bias, config.blocks = position, bias, blocks
   config.scale = 0.7
-  method, tapped, new, selection = prepared(config, model, params, split)
+  method, tapped, new, buffers = prepared(config, model, params, split)
   new["adapter"] = random_adapter(new["adapter"])
-  unmerged = features(tapped, new, split.images, selection)
-  merged = method.merge(numpy_tree(new), selection, model.backbone)
+  unmerged = features(tapped, new, split.images, buffers)
+  merged = method.merge(numpy_tree(new), buffers, model.backbone)
   plain = features(model, {"backbone": merged, "adapter": {}}, split.images, {})
   np.testing.assert_allclose(plain, unmerged, atol=2e-5)
   assert np.abs(unmerged - features(model, params, split.images, {})).max() > .1
@@ -98,13 +98,13 @@ def test_the_residual_stream_cannot_be_merged(config, vit, position):
 
 def test_only_the_last_blocks_are_adapted(config, model, params, split):
   config.blocks = 1
-  _, tapped, new, selection = prepared(config, model, params, split)
+  _, tapped, new, buffers = prepared(config, model, params, split)
   assert {k: v["kernel"].shape for k, v in new["adapter"]["fc2"].items()} == {
       str(DEPTH - 1): (K, K)}
   new["adapter"] = random_adapter(new["adapter"])
   from ttc_jax import taps
   seen, plain = {}, {}
-  tapped.features(new, split.images, selection,
+  tapped.features(new, split.images, buffers,
                   extra_tap=taps.record(("block",), seen))
   model.features(params, split.images, {},
                  extra_tap=taps.record(("block",), plain))
@@ -143,13 +143,13 @@ def test_published_counts_on_vit_b16(config):
 def test_channels_are_the_top_k_of_the_score(config, model, params, split):
   from ttc_jax import importance
   config.position = "both"
-  _, _, _, selection = prepared(config, model, params, split)
+  _, _, _, buffers = prepared(config, model, params, split)
   scores = importance.score(
       "taylor", model, parallel.replicate(params), {}, split.images,
       split.labels, ("proj", "fc2"))
   for site in ("proj", "fc2"):
     for i, row in enumerate(scores[site]):
-      chosen = selection[site][str(i)]["channels"]
+      chosen = buffers[site][str(i)]["channels"]
       left_out = np.delete(row, chosen)
       assert row[chosen].min() >= left_out.max()
 

@@ -152,13 +152,13 @@ def test_features_from_a_block_s_tokens_are_the_features(fields):
 def test_methods_merge_exactly(config, split, fields, variant):
   module = tiny(fields)
   params, model = tuned_params(module), model_lib.Model(module, "half")
-  method, tuned, new, selection = prepared(
+  method, tuned, new, buffers = prepared(
       config, variant, model, params, split)
   new["adapter"] = random_adapter(new["adapter"])
-  unmerged = features(tuned, new, split.images, selection)
+  unmerged = features(tuned, new, split.images, buffers)
   plain = features(model, params, split.images, {})
   assert np.abs(unmerged - plain).max() > .01
-  merged = method.merge(numpy_tree(new), selection, module)
+  merged = method.merge(numpy_tree(new), buffers, module)
   np.testing.assert_allclose(
       features(model, {"backbone": merged, "adapter": {}}, split.images, {}),
       unmerged, rtol=1e-3, atol=2e-4)
@@ -181,13 +181,13 @@ def test_prompts_stand_between_registers_and_patches(
   """Prompts that no query looks at change nothing."""
   module = tiny(fields)
   params, model = tuned_params(module), model_lib.Model(module, "half")
-  _, tuned, new, selection = prepared(config, variant, model, params, split)
+  _, tuned, new, buffers = prepared(config, variant, model, params, split)
   first, last = module.prefix, module.prefix + config.vpt.prompts
 
   def hide(site, block, y, x):
     del block, x
     return y.at[..., first:last].set(-1e9) if site == "scores" else y
-  got = features(tuned, new, split.images, selection, extra_tap=hide)
+  got = features(tuned, new, split.images, buffers, extra_tap=hide)
   np.testing.assert_allclose(
       got, features(model, params, split.images, {}), rtol=1e-4, atol=1e-5)
 

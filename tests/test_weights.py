@@ -22,7 +22,9 @@ import pytest
 import safetensors.numpy
 
 from ttc_jax import backbones, trees
-from ttc_jax.backbones import formats, resampling, sources, vit, weights
+from ttc_jax import weights
+from ttc_jax.backbones import vit
+from ttc_jax.weights import formats, resampling, sources
 from ttc_jax.errors import UserError
 
 D, L, H, F, P, S = 8, 2, 2, 16, 4, 16

@@ -108,7 +108,7 @@ def differences(one, two):
     other_row, other = two[run]
     found += [f"{run}: {k}" for k in row if row[k] != other_row.get(k)]
     for a, b in ((bundle.tuned, other.tuned),
-                 (bundle.selection, other.selection)):
+                 (bundle.buffers, other.buffers)):
       found += [f"{run}: {name}" for name in a.keys() | b.keys()
                 if name not in a or name not in b
                 or not np.array_equal(a[name], b[name])]

@@ -24,7 +24,7 @@ import optax
 from PIL import Image
 
 from ttc_jax import augment, backbones, files
-from ttc_jax.backbones import weights
+from ttc_jax import weights
 from ttc_jax.tasks.images import normalise
 
 _IMAGES = flags.DEFINE_string(

@@ -24,7 +24,7 @@ def halves(score, tuned, split, seed=0):
   """The scores (L, D) at "fc2" over two disjoint halves of a split."""
   order = np.random.default_rng(seed).permutation(len(split.labels))
   return [importance.score(
-      score, tuned.model, tuned.params, tuned.selection,
+      score, tuned.model, tuned.params, tuned.buffers,
       np.asarray(split.images[:])[rows], split.labels[rows], ("fc2",))["fc2"]
       for rows in np.array_split(order, 2)]
 
@@ -39,7 +39,7 @@ def main(argv):
     tuned = predict.load(
         os.path.join(_WORKDIR.value, "runs", row["run"], "bundle"))
     split = tasks.load(_TASK.value, size=row["image_size"],
-                       data=_DATA.value).split("train800val200")
+                       data=_DATA.value).split("trainval")
     D = tuned.model.backbone.width
     K = D // 8
     for score in ("taylor", "taylor_abs", "taylor_square", "l2"):

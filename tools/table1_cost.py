@@ -12,7 +12,7 @@ from absl import app, flags
 
 from ttc_jax import backbones, cost
 from ttc_jax.model import Model, init_head
-from ttc_jax.tasks import vtab
+from ttc_jax.vtab import rows as vtab
 
 _BACKBONE = flags.DEFINE_string("backbone", "vit_b16", "at --size")
 _SIZE = flags.DEFINE_integer("size", 224, "pixels")

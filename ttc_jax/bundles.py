@@ -19,10 +19,10 @@ import orbax.checkpoint as ocp
 import safetensors
 
 from ttc_jax import cli, files
-from ttc_jax.backbones import containers, formats
-from ttc_jax.checkpoint import Flat, clear_errors, fill, unfill
+from ttc_jax.checkpoint import Flat, explain_disk_errors, fill, unfill
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import images
+from ttc_jax.weights import containers, formats
 
 FORMAT = "1"  # of the file
 _KEY = "ttc_jax_bundle"  # of its header
@@ -33,11 +33,11 @@ class Bundle(NamedTuple):
 
   Attributes:
     tuned: {"backbone/...": array}, every leaf that some stage tuned.
-    selection: {"fc2/channels": array}.
+    buffers: {"fc2/channels": array}.
     meta: method, options, backbone, hash of the base, classes, accuracy, ...
   """
   tuned: Flat
-  selection: Flat
+  buffers: Flat
   meta: dict[str, Any]
 
 
@@ -70,13 +70,13 @@ def save(path: str, bundle: Bundle) -> None:
   # Its name is nobody else's, and the same again: what a killed process left
   # is written over.
   temporary = os.path.join(folder, f".{name}.ttc_jax.tmp")
-  with clear_errors(path):
+  with explain_disk_errors(path):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
       with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(temporary, args=ocp.args.Composite(
             arrays=ocp.args.StandardSave(fill(
-                {"tuned": bundle.tuned, "selection": bundle.selection})),
+                {"tuned": bundle.tuned, "buffers": bundle.buffers})),
             meta=ocp.args.JsonSave(bundle.meta)))
       shutil.rmtree(path, ignore_errors=True)
       os.replace(temporary, path)
@@ -87,10 +87,10 @@ def save(path: str, bundle: Bundle) -> None:
 def pack(path: str, bundle: Bundle) -> None:
   """Writes a bundle as one safetensors file."""
   tensors = {f"{part}/{name}": np.asarray(x, order="C") for part, flat in (
-      ("tuned", bundle.tuned), ("selection", bundle.selection))
+      ("tuned", bundle.tuned), ("buffers", bundle.buffers))
              for name, x in flat.items()}
   text = json.dumps({"format": FORMAT, **bundle.meta})
-  with clear_errors(path):
+  with explain_disk_errors(path):
     containers.write_safetensors(path, tensors, {_KEY: text})
 
 
@@ -115,7 +115,7 @@ def _load_folder(path):
       got = reader.restore(path, args=ocp.args.Composite(
           arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
     arrays = unfill(got.arrays)
-    return Bundle(arrays["tuned"], arrays["selection"], got.meta)
+    return Bundle(arrays["tuned"], arrays["buffers"], got.meta)
   except Exception as e:  # orbax and tensorstore raise many kinds
     raise UserError(f"'{path}' is not a whole bundle ({type(e).__name__})"
                     ) from e
@@ -139,7 +139,7 @@ def _load_file(path):
   if version != FORMAT:
     raise UserError(f"'{path}' is a bundle of format {str(version)[:20]!r}; "
                     f"this version reads {FORMAT!r}")
-  parts = {"tuned": {}, "selection": {}}
+  parts = {"tuned": {}, "buffers": {}}
   for name, x in tensors.items():
     part, _, rest = name.partition("/")
     if part not in parts or not rest:
@@ -161,7 +161,7 @@ def _check(path, bundle):
           f"bundle '{path}': its metadata has no good {key!r} "
           f"({str(value)[:40]!r})")
   formats.check_fields(bundle.meta["fields"], f"bundle '{path}'")
-  for name, x in (bundle.tuned | bundle.selection).items():
+  for name, x in (bundle.tuned | bundle.buffers).items():
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
       raise UserError(f"bundle '{path}': {name!r} is no array of numbers")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
@@ -177,7 +177,7 @@ def _check(path, bundle):
 
 def sizes(bundle: Bundle) -> dict[str, int]:
   """{"bytes", "head_bytes"}: of the arrays."""
-  arrays = [*bundle.tuned.items(), *bundle.selection.items()]
+  arrays = [*bundle.tuned.items(), *bundle.buffers.items()]
   return {"bytes": sum(x.nbytes for _, x in arrays),
           "head_bytes": sum(x.nbytes for name, x in arrays
                             if name.startswith("head/"))}

@@ -31,7 +31,7 @@ class Saved(NamedTuple):
   """A stage after `epoch` epochs.
 
   Attributes:
-    arrays: {"tuned": Flat, "selection": Flat, "opt_state": Flat}.
+    arrays: {"tuned": Flat, "buffers": Flat, "opt_state": Flat}.
     meta: history and seconds so far, JSON.
   """
   epoch: int
@@ -63,7 +63,7 @@ class StageStore:
     args = ocp.args.Composite(
         arrays=ocp.args.StandardSave(fill(saved.arrays)),
         meta=ocp.args.JsonSave(saved.meta))
-    with clear_errors(self.path):
+    with explain_disk_errors(self.path):
       self._manager.save(saved.epoch, args=args, force=True)
 
   def latest_epoch(self) -> int | None:
@@ -114,7 +114,7 @@ def unfill(arrays):
           for k, v in arrays.items()}
 
 
-class clear_errors:
+class explain_disk_errors:
   """Turns a full or forbidden disk into one sentence."""
 
   def __init__(self, path):

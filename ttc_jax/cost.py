@@ -14,16 +14,16 @@ def shapes(tree: trees.Tree) -> trees.Tree:
       lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
-def flops(model: Model, params: trees.Tree, selection: trees.Tree) -> float:
+def flops(model: Model, params: trees.Tree, buffers: trees.Tree) -> float:
   """FLOPs of the logits of one image, as XLA counts the program before it
   optimises: products, sums and all elementwise work, no transcendentals.
 
-  Nothing is computed: `params` and `selection` may be shapes.
+  Nothing is computed: `params` and `buffers` may be shapes.
   """
   size = model.backbone.image_size
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   lowered = jax.jit(lambda *args: model.logits(*args)).lower(
-      shapes(params), image, shapes(selection))
+      shapes(params), image, shapes(buffers))
   return lowered.cost_analysis()["flops"]
 
 

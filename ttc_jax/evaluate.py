@@ -11,8 +11,8 @@ from ttc_jax.model import Model
 
 @functools.lru_cache(maxsize=None)
 def _pmapped(model: Model, output: str, *args):
-  def fn(params, selection, images):
-    return getattr(model, output)(params, images, selection, *args)
+  def fn(params, buffers, images):
+    return getattr(model, output)(params, images, buffers, *args)
   return parallel.pmap(fn)
 
 
@@ -37,43 +37,43 @@ def over(fn: Callable[..., Any], arrays: tuple[np.ndarray, ...],
       np.asarray(y).reshape(batch_size, *y.shape[2:])[:n] for y, n in outputs])
 
 
-def _over(output, model, params, selection, images, batch_size, *args):
-  fn = functools.partial(_pmapped(model, output, *args), params, selection)
+def _over(output, model, params, buffers, images, batch_size, *args):
+  fn = functools.partial(_pmapped(model, output, *args), params, buffers)
   return over(fn, (images,), min(batch_size, len(images)))
 
 
-def logits(model: Model, params: trees.Tree, selection: trees.Tree,
+def logits(model: Model, params: trees.Tree, buffers: trees.Tree,
            images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  """(N, S, S, 3) uint8 -> (N, C); params and selection on every device."""
-  return _over("logits", model, params, selection, images, batch_size)
+  """(N, S, S, 3) uint8 -> (N, C); params and buffers on every device."""
+  return _over("logits", model, params, buffers, images, batch_size)
 
 
-def features(model: Model, params: trees.Tree, selection: trees.Tree,
+def features(model: Model, params: trees.Tree, buffers: trees.Tree,
              images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  """(N, S, S, 3) uint8 -> (N, D); params and selection on every device."""
-  return _over("features", model, params, selection, images, batch_size)
+  """(N, S, S, 3) uint8 -> (N, D); params and buffers on every device."""
+  return _over("features", model, params, buffers, images, batch_size)
 
 
-def compile_for(model: Model, params: trees.Tree, selection: trees.Tree,
+def compile_for(model: Model, params: trees.Tree, buffers: trees.Tree,
                 images: np.ndarray, batch_size: int = 256) -> None:
   """Runs a first batch, so that what is timed next compiles nothing."""
-  logits(model, params, selection, images[:batch_size], batch_size)
+  logits(model, params, buffers, images[:batch_size], batch_size)
 
 
-def inputs(model: Model, params: trees.Tree, selection: trees.Tree,
+def inputs(model: Model, params: trees.Tree, buffers: trees.Tree,
            images: np.ndarray, block: int,
            batch_size: int = 256) -> np.ndarray:
   """The tokens (N, T, D) that enter a block, or beyond the last the features.
   """
   if block > model.backbone.depth:
-    return features(model, params, selection, images, batch_size)
-  return _over("tokens", model, params, selection, images, batch_size, block)
+    return features(model, params, buffers, images, batch_size)
+  return _over("tokens", model, params, buffers, images, batch_size, block)
 
 
-def top1(model: Model, params: trees.Tree, selection: trees.Tree,
+def top1(model: Model, params: trees.Tree, buffers: trees.Tree,
          images: np.ndarray, labels: np.ndarray,
          batch_size: int = 256) -> float:
   """Top-1 accuracy in percent."""
   predicted = logits(
-      model, params, selection, images, batch_size).argmax(-1)
+      model, params, buffers, images, batch_size).argmax(-1)
   return 100 * float((predicted == labels).mean())

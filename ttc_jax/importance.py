@@ -27,14 +27,14 @@ from ttc_jax.model import Model
 Scores = dict[str, list[np.ndarray]]
 
 
-def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
+def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
           images: np.ndarray, labels: np.ndarray, sites: tuple[str, ...],
           seed: int = 0, batch_size: int = 64) -> Scores:
   """Returns {site: [(D_out,) of each block]}, float32, over a data set.
 
   Args:
     name: of a score above.
-    params, selection: on every device, see `parallel.replicate`.
+    params, buffers: on every device, see `parallel.replicate`.
     images: uint8 (N, S, S, 3); labels: (N,).
     seed: of the random score; the others are deterministic.
 
@@ -57,7 +57,7 @@ def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
     weight[len(x):] = 0
     batch = parallel.shard((parallel.pad_to(x, batch_size),
                             parallel.pad_to(y, batch_size), weight))
-    part = step(params, selection, *batch)
+    part = step(params, buffers, *batch)
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   total = parallel.unreplicate(total)
   scores = _reduce(name, total, model, params, sites)
@@ -69,19 +69,19 @@ def score(name: str, model: Model, params: trees.Tree, selection: trees.Tree,
   return scores
 
 
-def _sum_loss(model, params, selection, batch, mask=None, tap=None):
+def _sum_loss(model, params, buffers, batch, mask=None, tap=None):
   images, labels, weight = batch
-  logits = model.logits(params, images, selection, mask=mask, extra_tap=tap)
+  logits = model.logits(params, images, buffers, mask=mask, extra_tap=tap)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return (losses * weight).sum()
 
 
-def _mask_gradient(model, sites, params, selection, batch):
+def _mask_gradient(model, sites, params, buffers, batch):
   """dL/dm at m = 1."""
   ones = {s: [jnp.ones(layer.width) for layer in model.backbone.sites[s]]
           for s in sites}
   return jax.grad(
-      lambda mask: _sum_loss(model, params, selection, batch, mask))(ones)
+      lambda mask: _sum_loss(model, params, buffers, batch, mask))(ones)
 
 
 def kernel_paths(model: Model, site: str) -> list[str]:
@@ -94,7 +94,7 @@ def _kernels(model, params, sites):
   return {s: [flat[p] for p in kernel_paths(model, s)] for s in sites}
 
 
-def _kernel_gradient(model, sites, params, selection, batch):
+def _kernel_gradient(model, sites, params, buffers, batch):
   """dL/dW of the sites: {site: [block's kernel, ...]}."""
   flat = trees.flatten(params["backbone"])
 
@@ -102,34 +102,34 @@ def _kernel_gradient(model, sites, params, selection, batch):
     new = {p: k for s in sites
            for p, k in zip(kernel_paths(model, s), kernels[s])}
     backbone = trees.unflatten(flat | new)
-    return _sum_loss(model, params | {"backbone": backbone}, selection, batch)
+    return _sum_loss(model, params | {"backbone": backbone}, buffers, batch)
   return jax.grad(loss)(_kernels(model, params, sites))
 
 
-def _features(model, sites, params, selection, images):
+def _features(model, sites, params, buffers, images):
   """{site: [(B, N, D) of each block]}, float32."""
   model = model._replace(backbone=model.backbone.clone(every_token=True))
   seen = {}
-  model.features(params, images, selection, extra_tap=taps.record(sites, seen))
+  model.features(params, images, buffers, extra_tap=taps.record(sites, seen))
   return {s: [y.astype(jnp.float32) for (site, _), y in sorted(seen.items())
               if site == s] for s in sites}
 
 
-def _squares(model, sites, params, selection, batch):
+def _squares(model, sites, params, buffers, batch):
   """Sums of y_i^2 over examples and tokens: (D,) each."""
   images, _, weight = batch
-  features = _features(model, sites, params, selection, images)
+  features = _features(model, sites, params, buffers, images)
   return jax.tree.map(
       lambda y: jnp.einsum("b,bnd->d", weight, jnp.square(y)), features)
 
 
-def _class_squares(model, sites, params, selection, batch):
+def _class_squares(model, sites, params, buffers, batch):
   """Sums of y_i^2 over the patch tokens of each class: (C, D) each."""
   images, labels, weight = batch
   classes = params["head"]["bias"].shape[-1]
   members = jax.nn.one_hot(labels, classes) * weight[:, None]
   first = model.backbone.prefix
-  features = _features(model, sites, params, selection, images)
+  features = _features(model, sites, params, buffers, images)
   return jax.tree.map(
       lambda y: jnp.einsum("bc,bnd->cd", members, jnp.square(y[:, first:])),
       features)
@@ -147,8 +147,8 @@ SCORES = {
 
 @functools.lru_cache(maxsize=None)
 def _accumulate(fn, model, sites):
-  def step(params, selection, *batch):
-    return parallel.psum(fn(model, sites, params, selection, batch))
+  def step(params, buffers, *batch):
+    return parallel.psum(fn(model, sites, params, buffers, batch))
   return parallel.pmap(step)
 
 

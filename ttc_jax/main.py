@@ -16,10 +16,11 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from ttc_jax import checkpoint, cli, compilation, files, interrupt, jobs
+from ttc_jax import checkpoint, cli, compilation, files, interrupt
 from ttc_jax import report, tasks, train
+from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
-from ttc_jax.progress import Progress
+from ttc_jax.runs.progress import Progress
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration, FILE[:key=value,...]", lock_config=True)
@@ -130,7 +131,7 @@ class Session:
     def decode():
       # RuntimeError: of its threads, when the process ends.
       with contextlib.suppress(UserError, Stopped, RuntimeError):
-        for split in tasks.SPLITS:
+        for split in self.tasks[task].splits:
           self.tasks[task].split(split)
     self._ahead[task] = threading.Thread(target=decode, daemon=True)
     self._ahead[task].start()

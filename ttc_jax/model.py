@@ -20,8 +20,8 @@ class Model(NamedTuple):
     normalisation: "half", "imagenet" or "none".
     handlers: ((site, handler), ...) of the method.
     start: the block to begin with; above 0 the inputs are its tokens.
-    sample: `(selection, key) -> selection` of a training step, the same on
-      every device; None where the selection stays.
+    sample: `(buffers, key) -> buffers` of a training step, the same on
+      every device; None where the buffers stay.
   """
   backbone: nn.Module | None
   normalisation: str
@@ -29,7 +29,7 @@ class Model(NamedTuple):
   start: int = 0
   sample: Callable | None = None
 
-  def features(self, params: Params, images: jax.Array, selection: Params,
+  def features(self, params: Params, images: jax.Array, buffers: Params,
                mask: Params | None = None, key: jax.Array | None = None,
                extra_tap: taps.Tap | None = None) -> jax.Array:
     """uint8 images (B, S, S, 3) -> features (B, D).
@@ -38,7 +38,7 @@ class Model(NamedTuple):
     """
     if self.backbone is None:
       return images
-    tap = taps.bind(dict(self.handlers), params["adapter"], selection, key)
+    tap = taps.bind(dict(self.handlers), params["adapter"], buffers, key)
     if extra_tap is not None:
       tap = taps.chain(tap, extra_tap)
     train = key is not None
@@ -49,7 +49,7 @@ class Model(NamedTuple):
         train=train, rngs={"drop_path": key} if train else None,
         **({"start": self.start} if self.start else {}))
 
-  def tokens(self, params: Params, images: jax.Array, selection: Params,
+  def tokens(self, params: Params, images: jax.Array, buffers: Params,
              block: int) -> jax.Array:
     """uint8 images -> the residual stream that enters a block, (B, N, D)."""
     seen = {}
@@ -58,14 +58,14 @@ class Model(NamedTuple):
       if site == "input":
         seen[i] = x
       return y
-    self.features(params, images, selection, extra_tap=before_handlers)
+    self.features(params, images, buffers, extra_tap=before_handlers)
     return seen[block]
 
-  def logits(self, params: Params, images: jax.Array, selection: Params,
+  def logits(self, params: Params, images: jax.Array, buffers: Params,
              **kwargs: Any) -> jax.Array:
     """uint8 images (B, S, S, 3) -> logits (B, C), float32."""
     head = params["head"]
-    return (self.features(params, images, selection, **kwargs)
+    return (self.features(params, images, buffers, **kwargs)
             @ head["kernel"] + head["bias"])
 
 

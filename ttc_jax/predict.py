@@ -14,22 +14,22 @@ import scipy.special
 
 from ttc_jax import backbones, bundles, checkpoint, cli, evaluate, methods
 from ttc_jax import parallel, taps, trees
-from ttc_jax.backbones import sources
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
 from ttc_jax.tasks import images as images_lib
+from ttc_jax.weights import sources
 
 
 class Tuned(NamedTuple):
   """A tuned model: `tuned.predict(images)`.
 
   Attributes:
-    params, selection: on every device.
+    params, buffers: on every device.
     meta: the bundle's, among others `classes`, `image_size`, `resample`.
   """
   model: Model
   params: trees.Tree
-  selection: trees.Tree
+  buffers: trees.Tree
   meta: dict[str, Any]
 
   def predict(self, images: np.ndarray) -> np.ndarray:
@@ -37,11 +37,11 @@ class Tuned(NamedTuple):
     images = images_lib.check_batch(images, self.meta["image_size"])
     if not len(images):
       return np.zeros((0, len(self.meta["classes"])), np.float32)
-    logits = evaluate.logits(self.model, self.params, self.selection, images)
+    logits = evaluate.logits(self.model, self.params, self.buffers, images)
     return scipy.special.softmax(logits, axis=-1)
 
 
-class Attached(NamedTuple):
+class LoadedModel(NamedTuple):
   """A bundle on its base weights, on the host.
 
   Attributes:
@@ -50,7 +50,7 @@ class Attached(NamedTuple):
   """
   model: Model
   params: trees.Tree
-  selection: trees.Tree
+  buffers: trees.Tree
   meta: dict[str, Any]
   cannot_merge: str
 
@@ -70,11 +70,11 @@ def load(bundle: str, weights: str | None = None,
   """
   attached = on_base(bundle, weights, merge)
   return Tuned(attached.model, parallel.replicate(attached.params),
-               parallel.replicate(attached.selection), attached.meta)
+               parallel.replicate(attached.buffers), attached.meta)
 
 
 def on_base(bundle: str, weights: str | None = None,
-            merge: bool = True) -> Attached:
+            merge: bool = True) -> LoadedModel:
   """As `load`, without a device."""
   saved = bundles.load(bundle)
   source = weights or saved.meta["weights_source"]
@@ -115,7 +115,7 @@ def base(meta: dict[str, Any], source: str) -> tuple[nn.Module, trees.Tree]:
 
 
 def attach(bundle: str, saved: bundles.Bundle, module: nn.Module,
-           params: trees.Tree, merge: bool) -> Attached:
+           params: trees.Tree, merge: bool) -> LoadedModel:
   """Puts a bundle on its base's parameters.
 
   Raises:
@@ -126,14 +126,14 @@ def attach(bundle: str, saved: bundles.Bundle, module: nn.Module,
   bare = {"backbone": params, "adapter": {}, "head": {}}
   _check_backbone(bundle, saved, method, bare)
   params = checkpoint.overlay(bare, saved.tuned)
-  selection = trees.unflatten(saved.selection)
+  buffers = trees.unflatten(saved.buffers)
   model = Model(module, meta["normalisation"], method.handlers)
-  _check_fit(bundle, saved, model, params, selection)
+  _check_fit(bundle, saved, model, params, buffers)
   if merge and method.merge:
-    backbone = method.merge(params, selection, module)
+    backbone = method.merge(params, buffers, module)
     params = params | {"backbone": backbone, "adapter": {}}
-    model, selection = model._replace(handlers=()), {}
-  return Attached(model, params, selection, meta, method.cannot_merge)
+    model, buffers = model._replace(handlers=()), {}
+  return LoadedModel(model, params, buffers, meta, method.cannot_merge)
 
 
 def _method(bundle, meta, module):
@@ -164,7 +164,7 @@ def _check_backbone(bundle, saved, method, bare):
           f"{want.get(name, 'none')}")
 
 
-def _check_fit(bundle, saved, model, params, selection):
+def _check_fit(bundle, saved, model, params, buffers):
   """Raises UserError unless every array has a place, and the shape for it."""
   meta, size, seen = saved.meta, model.backbone.image_size, {}
   sites = tuple(site for site, _ in model.handlers)
@@ -172,7 +172,7 @@ def _check_fit(bundle, saved, model, params, selection):
     found = jax.eval_shape(
         lambda *args: model.logits(
             *args, extra_tap=taps.record(sites, into=seen)), params,
-        jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8), selection).shape
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8), buffers).shape
   except Exception as e:  # whatever a wrong shape or a lacking leaf makes
     raise UserError(
         f"bundle '{bundle}': its arrays do not fit {meta['method']} on "
@@ -183,7 +183,7 @@ def _check_fit(bundle, saved, model, params, selection):
   adapted = {name.removeprefix("adapter/"): x for name, x in saved.tuned.items()
              if name.startswith("adapter/")}
   widths = {f"{site}/{block}": y.shape[-1] for (site, block), y in seen.items()}
-  for name, x in [*adapted.items(), *saved.selection.items()]:
+  for name, x in [*adapted.items(), *saved.buffers.items()]:
     width = widths.get("/".join(name.split("/")[:2]))
     if width is None:
       raise UserError(f"bundle '{bundle}': {meta['method']} on "

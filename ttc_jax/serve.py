@@ -43,14 +43,14 @@ class Task(NamedTuple):
   Attributes:
     base: which of the served model's bases it is on.
     group: what tasks must share to pass the backbone together.
-    tuned, selection: {name: array}, what differs from the base.
+    tuned, buffers: {name: array}, what differs from the base.
     meta: the bundle's.
   """
   model: Model
   base: str
   group: tuple
   tuned: Flat
-  selection: Flat
+  buffers: Flat
   meta: dict[str, Any]
 
 
@@ -62,7 +62,7 @@ class Group(NamedTuple):
   stacked: Flat
 
 
-class Served:
+class ModelServer:
   """A backbone and the tasks that were added to it. Threads may share it: a
   call works on the tasks that there are when it begins.
 
@@ -108,19 +108,19 @@ class Served:
                         "or replace=True")
       base = self._base(meta)
       module, host, _ = self._bases[base]
-      model, params, selection, *_ = predict.attach(
+      model, params, buffers, *_ = predict.attach(
           bundle, saved, module, trees.unflatten(host), merge)
       params |= {"head": jax.tree.map(
           np.asarray, pad_head(params["head"], _CLASSES))}
       before = {f"backbone/{n}": x for n, x in host.items()}
       tuned = {n: x for n, x in trees.flatten(params).items()
                if x is not before.get(n)}
-      selection = trees.flatten(selection)
+      buffers = trees.flatten(buffers)
       kernels = any(re.fullmatch("backbone/.*/kernel", n) for n in tuned)
       group = ("alone", name) if kernels else (
-          "like", _likeness(base, meta, tuned, selection))
+          "like", _likeness(base, meta, tuned, buffers))
       self._tasks = self._tasks | {
-          name: Task(model, base, group, tuned, selection, meta)}
+          name: Task(model, base, group, tuned, buffers, meta)}
       self._groups = None
 
   def remove(self, name: str) -> None:
@@ -211,7 +211,7 @@ class Served:
     return evaluate.over(program, (rows, images), batch_size)
 
 
-def load(base: str, batch_size: int = 64) -> Served:
+def load(base: str, batch_size: int = 64) -> ModelServer:
   """Returns a served model without tasks; its weights are read when the first
   bundle says which backbone they are.
 
@@ -223,13 +223,13 @@ def load(base: str, batch_size: int = 64) -> Served:
   Raises:
     UserError: there are no such weights.
   """
-  return Served(base, batch_size)
+  return ModelServer(base, batch_size)
 
 
-def _likeness(base, meta, tuned, selection):
+def _likeness(base, meta, tuned, buffers):
   """What tasks have in common that can share a program."""
   shapes = [{n: np.shape(x) for n, x in flat.items()
-             if not n.startswith("head/")} for flat in (tuned, selection)]
+             if not n.startswith("head/")} for flat in (tuned, buffers)]
   return json.dumps([base, meta["method"], meta["options"],
                      meta["normalisation"], *shapes], sort_keys=True)
 
@@ -256,7 +256,7 @@ def _stack(tasks):
                     classes)
     flats.append({
         **{f"tuned/{n}": x for n, x in task.tuned.items()},
-        **{f"selection/{n}": x for n, x in task.selection.items()},
+        **{f"buffers/{n}": x for n, x in task.buffers.items()},
         **{f"tuned/head/{n}": x for n, x in head.items()}})
   flats += flats[-1:] * (capacity - len(flats))
   return {name: parallel.replicate(np.stack([flat[name] for flat in flats]))
@@ -275,7 +275,7 @@ def _program(model, one):
     params = checkpoint.overlay(
         {"backbone": trees.unflatten(base), "adapter": {}, "head": {}},
         trees.flatten(picked["tuned"]))
-    return model.logits(params, images, picked.get("selection", {}))
+    return model.logits(params, images, picked.get("buffers", {}))
 
   def of_one(base, stacked, rows, images):
     return logits(base, stacked, rows[0], images)

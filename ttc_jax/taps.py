@@ -30,7 +30,7 @@ Handler = Callable[[dict[str, jax.Array], jax.Array, jax.Array], jax.Array]
 
 
 def bind(handlers: Mapping[str, Handler], adapter: Mapping[str, Any],
-         selection: Mapping[str, Any], key: jax.Array | None = None) -> Tap:
+         buffers: Mapping[str, Any], key: jax.Array | None = None) -> Tap:
   """Returns the tap that calls each site's handler with its parameters.
 
   Where neither tree has a parameter, y flows on.
@@ -38,11 +38,11 @@ def bind(handlers: Mapping[str, Handler], adapter: Mapping[str, Any],
   Args:
     handlers: {site: handler}.
     adapter: {site: {block: {name: array}}}, trained; a block is "0", "1", ...
-    selection: likewise, not trained: channel indices and other inputs.
+    buffers: likewise, not trained: channel indices and other inputs.
     key: of the step, in training.
   """
   def tap(site, block, y, x):
-    params = {**_at(adapter, site, block), **_at(selection, site, block)}
+    params = {**_at(adapter, site, block), **_at(buffers, site, block)}
     if not params:
       return y
     if key is not None:

@@ -40,7 +40,7 @@ class Hyper(NamedTuple):
 class State(NamedTuple):
   """A run between two stages; every array is on every device."""
   params: trees.Tree
-  selection: trees.Tree
+  buffers: trees.Tree
 
 
 class Outcome(NamedTuple):
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
   memory_bytes: int  # of a step, on a device; 0 where nobody says
 
 
-def loss_fn(params, model, plan, selection, hyper, images, labels, key):
+def loss_fn(params, model, plan, buffers, hyper, images, labels, key):
   """Mean cross-entropy of a batch, with label smoothing and augmentation."""
   crop_key, flip_key, path_key = jax.random.split(key, 3)
   if plan.smallest_crop < 1:
@@ -62,7 +62,7 @@ def loss_fn(params, model, plan, selection, hyper, images, labels, key):
         images, crop_key, images.shape[1], plan.smallest_crop)
   if plan.flip:
     images = augment.random_flip(images, flip_key)
-  logits = model.logits(params, images, selection, key=path_key)
+  logits = model.logits(params, images, buffers, key=path_key)
   targets = jax.nn.one_hot(labels, logits.shape[-1])
   if plan.label_smoothing:  # over the task's classes, not the padding
     known = jnp.arange(logits.shape[-1]) < hyper.classes
@@ -77,7 +77,7 @@ def make_update_fn(model, rules, plan):
   Only the tuned leaves go round; the gradients of the others are computed by
   nobody, since nothing reads them.
   """
-  def update_fn(tuned, opt_state, frozen, selection, hyper, images, labels,
+  def update_fn(tuned, opt_state, frozen, buffers, hyper, images, labels,
                 key):
     params = trees.join(tuned, frozen)
     names = trees.label(params, rules)
@@ -86,10 +86,10 @@ def make_update_fn(model, rules, plan):
                                    hyper.warmup_lr, hyper.min_lr),
         hyper.weight_decay, plan.decay_all, plan.optimiser)
     if model.sample is not None:
-      selection = model.sample(selection, key)
+      buffers = model.sample(buffers, key)
     key = jax.random.fold_in(key, parallel.device_index())
     loss, grads = jax.value_and_grad(loss_fn)(
-        params, model, plan, selection, hyper, images, labels, key)
+        params, model, plan, buffers, hyper, images, labels, key)
     grads = parallel.pmean(grads)
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -108,7 +108,7 @@ def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan):
   """
   update_fn = make_update_fn(model, rules, plan)
 
-  def epoch_fn(tuned, opt_state, frozen, selection, data, hyper, key, epoch):
+  def epoch_fn(tuned, opt_state, frozen, buffers, data, hyper, key, epoch):
     images, labels = data
     key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
     shuffle_key, steps_key = jax.random.split(key)
@@ -121,7 +121,7 @@ def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan):
     def step(carry, inputs):
       rows, i = inputs
       *carry, loss = update_fn(
-          *carry, frozen, selection, hyper, images[rows], labels[rows],
+          *carry, frozen, buffers, hyper, images[rows], labels[rows],
           jax.random.fold_in(steps_key, i))
       return tuple(carry), loss
     (tuned, opt_state), losses = jax.lax.scan(
@@ -232,7 +232,7 @@ class _Inputs(NamedTuple):
   """What a stage trains on; a head alone trains on the backbone's features."""
   model: Model
   params: trees.Tree
-  selection: trees.Tree
+  buffers: trees.Tree
   data: trees.Tree       # (images or features, labels), on every device
   val: Split | None
 
@@ -270,12 +270,12 @@ def _run_stage(job, index, stage, state, store):
       last, asked = epoch + 1 == job.epochs, interrupt.asked()
       if (last or asked
           or time.perf_counter() - last_save >= job.save_seconds):
-        store.save(_saved(epoch + 1, state.selection, now, last))
+        store.save(_saved(epoch + 1, state.buffers, now, last))
         last_save = time.perf_counter()
     if asked:  # a request that came after the look waits for the next save
       interrupt.check()
   params = {**state.params, **trees.join(now.tuned, frozen)}
-  return State(params, state.selection), now.records, now.clock
+  return State(params, state.buffers), now.records, now.clock
 
 
 def _report(job, stage, record):
@@ -317,7 +317,7 @@ def _fixed(job, index):
 
 def _epoch(job, stage, inputs, frozen, fixed, epoch, now):
   """Dispatches an epoch and waits for its losses."""
-  args = (now.tuned, now.opt_state, frozen, inputs.selection, inputs.data,
+  args = (now.tuned, now.opt_state, frozen, inputs.buffers, inputs.data,
           *fixed, parallel.replicate(np.int32(epoch)))
   fn, compile_seconds = compiled_epoch_fn(
       inputs.model, stage.rules, job.plan, args)
@@ -349,18 +349,18 @@ def _record(job, inputs, frozen, done, losses, now):
             "images_per_second": now.clock.images / now.clock.seconds}
   if inputs.val and (done % job.eval_every == 0 or done == job.epochs):
     record["val_top1"] = evaluate.top1(
-        inputs.model, trees.join(now.tuned, frozen), inputs.selection,
+        inputs.model, trees.join(now.tuned, frozen), inputs.buffers,
         *inputs.val)
   return now._replace(records=[*now.records, record])
 
 
-def _saved(done, selection, now, finished):
+def _saved(done, buffers, now, finished):
   leaves = [] if finished else jax.tree.leaves(now.opt_state)
   opt_state = {f"{i:04d}": x
                for i, x in enumerate(parallel.unreplicate(leaves))}
   arrays = {
       "tuned": trees.flatten(parallel.unreplicate(now.tuned)),
-      "selection": trees.flatten(parallel.unreplicate(selection)),
+      "buffers": trees.flatten(parallel.unreplicate(buffers)),
       "opt_state": opt_state}
   return checkpoint.Saved(done, arrays, {
       "records": now.records, "clock": list(now.clock)})
@@ -369,25 +369,25 @@ def _saved(done, selection, now, finished):
 def _prepare(job, stage, state, saved, directory, log):
   """The state that the stage starts from."""
   if saved:
-    arrays = {k: parallel.replicate(trees.unflatten(v) if k == "selection"
+    arrays = {k: parallel.replicate(trees.unflatten(v) if k == "buffers"
                                     else v)
               for k, v in saved.arrays.items() if k != "opt_state"}
     params = state.params
     if stage.prepare:  # which replaces the adapter that there was
       params = {**params, "adapter": {}}
     return State(checkpoint.overlay(params, arrays["tuned"]),
-                 arrays["selection"])
+                 arrays["buffers"])
   if not stage.prepare:
     return state
   def keep(record):
     log.append(record)
     _report(job, stage, record)
-  adapter, selection = stage.prepare(Context(
-      _with_handlers(job, state), state.params, state.selection,
+  adapter, buffers = stage.prepare(Context(
+      _with_handlers(job, state), state.params, state.buffers,
       job.train.images, job.train.labels, job.seed,
       job.holdout and job.holdout[1], directory, keep))
   params = {**state.params, "adapter": parallel.replicate(adapter)}
-  return State(params, parallel.replicate(selection))
+  return State(params, parallel.replicate(buffers))
 
 
 def _inputs(job, stage, state):
@@ -396,23 +396,23 @@ def _inputs(job, stage, state):
   Where nothing is tuned or random below some block, the frozen part runs once
   and the rest trains on what it gave: the same numbers, sooner.
   """
-  model, params, selection = _with_handlers(job, state), *state
+  model, params, buffers = _with_handlers(job, state), *state
   start = frozen_blocks(model.backbone, params, stage.rules)
   random = (job.plan.flip or job.plan.smallest_crop < 1
             or model.backbone.drop_path > 0 or stage.sample)
   model = model._replace(sample=stage.sample)
   train, val = _train_split(job, stage), job.val
-  if start and not random and _fits(model, params, selection, start, train):
+  if start and not random and _fits(model, params, buffers, start, train):
     def cached(split):
       return split and Split(evaluate.inputs(
-          model, params, selection, split.images, start), split.labels)
+          model, params, buffers, split.images, start), split.labels)
     train, val = cached(train), cached(val)
     model = model._replace(start=start)
     if start > model.backbone.depth:  # the features
       model = Model(None, "none")
-      params, selection = {"head": params["head"]}, {}
+      params, buffers = {"head": params["head"]}, {}
   data = parallel.replicate((np.asarray(train.images), train.labels))
-  return _Inputs(model, params, selection, data, val)
+  return _Inputs(model, params, buffers, data, val)
 
 
 def frozen_blocks(backbone, params: trees.Tree, rules: trees.Rules) -> int:
@@ -435,16 +435,16 @@ def frozen_blocks(backbone, params: trees.Tree, rules: trees.Rules) -> int:
 _CACHE_BYTES = 4 * 2 ** 30
 
 
-def _fits(model, params, selection, start, split):
+def _fits(model, params, buffers, start, split):
   """Whether the cached inputs of the blocks above have room on a device."""
   if start > model.backbone.depth:
     return True
   one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-                     (params, selection))
+                     (params, buffers))
   image = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), np.uint8)
   tokens = jax.eval_shape(
-      lambda params, selection, image: model.tokens(
-          params, image, selection, start), *one, image)
+      lambda params, buffers, image: model.tokens(
+          params, image, buffers, start), *one, image)
   return (len(split.labels) * tokens.size * tokens.dtype.itemsize
           <= _CACHE_BYTES)
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from ttc_jax import trees
-from ttc_jax.backbones import weights as weights_lib
 from ttc_jax.errors import UserError, check_known
 
 
@@ -64,38 +63,11 @@ def _images(module):
   return jnp.zeros((1, module.image_size, module.image_size, 3))
 
 
-def load(name: str, weights: str, image_size: int,
-         resample_patch: bool = False,
-         **fields: Any) -> tuple[nn.Module, trees.Tree]:
-  """Returns a backbone and its pretrained parameters.
+def load(name: str, weights: str, image_size: int, **options: Any):
+  """Returns a backbone and its pretrained parameters: `weights.load`.
 
-  Args:
-    name: e.g. "vit_b16".
-    weights: path, gs://, https:// or hf:// source of a file, see `sources`,
-      in a format that `weights` knows.
-    image_size: pixels a side; the position embeddings are resized to it.
-    resample_patch: resizes the patch embedding too, where the file has another
-      patch than the name; else that is an error.
-    **fields: of the module, to override what the file says, e.g.
-      gelu="tanh", drop_path=0.1, dtype=jnp.bfloat16.
-
-  Returns:
-    The Linen module, for `module.apply({"params": params}, images)` with
-    images (B, S, S, 3) normalised float32 -> features (B, D), and params.
-
-  Raises:
-    UserError: with the one thing to change.
+  The function lives above this folder, in `ttc_jax.weights`, which knows files;
+  it is looked up by name because imports go down only.
   """
-  make(name, image_size, **fields)  # a wrong name costs no download
-  return fit(weights_lib.read(weights_lib.locate(weights)), name, image_size,
-             resample_patch, **fields)
-
-
-def fit(read: weights_lib.Weights, name: str, image_size: int,
-        resample_patch: bool = False,
-        **fields: Any) -> tuple[nn.Module, trees.Tree]:
-  """`load` of a file that is open already."""
-  module = make(name, image_size, **fields)
-  weights_lib.check_fields(read, module, name)
-  module = module.clone(**weights_lib.settled(read, fields))
-  return module, weights_lib.fit(read, shapes(module), name, resample_patch)
+  return importlib.import_module("ttc_jax.weights").load(
+      name, weights, image_size, **options)

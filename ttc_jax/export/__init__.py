@@ -28,7 +28,7 @@ from ttc_jax import files, predict, trees
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
 from ttc_jax.tasks import images
 
 NOTE = "ttc_jax.json"  # in every export, for machines
@@ -42,7 +42,7 @@ def targets() -> dict[str, types.ModuleType]:
   return {m.NAME: m for m in modules if hasattr(m, "write")}
 
 
-def load(bundle: str, weights: str | None = None) -> Attached:
+def load(bundle: str, weights: str | None = None) -> LoadedModel:
   """A bundle on its base weights, merged where that is exact, in float32.
 
   Raises:
@@ -53,7 +53,7 @@ def load(bundle: str, weights: str | None = None) -> Attached:
   return model._replace(model=model.model._replace(backbone=backbone))
 
 
-def check(model: Attached, target: types.ModuleType) -> None:
+def check(model: LoadedModel, target: types.ModuleType) -> None:
   """Raises UserError if the target cannot hold the model, or lacks a library.
   """
   check_libraries(target)
@@ -75,7 +75,7 @@ def check_libraries(target: types.ModuleType) -> None:
                     f"install -e '.[{extra}]'")
 
 
-def write(model: Attached, target: types.ModuleType, out: str) -> str:
+def write(model: LoadedModel, target: types.ModuleType, out: str) -> str:
   """Writes the folder `out`, whole or not at all, and returns its path.
 
   Raises:
@@ -101,7 +101,7 @@ def write(model: Attached, target: types.ModuleType, out: str) -> str:
   return out
 
 
-def note(model: Attached, target: types.ModuleType) -> dict[str, Any]:
+def note(model: LoadedModel, target: types.ModuleType) -> dict[str, Any]:
   """JSON of what one needs beside the file: classes and preprocessing."""
   meta = dict(model.meta)
   if "://" not in meta["weights_source"]:  # no folders of whoever exports
@@ -132,7 +132,7 @@ def loading(meta: dict[str, Any]) -> dict[str, Any]:
           "backbone": meta["backbone"], "mean": how["mean"], "std": how["std"]}
 
 
-def check_fields(model: Attached, target: str,
+def check_fields(model: LoadedModel, target: str,
                  expected: dict[str, Any]) -> None:
   """Raises UserError if the backbone is not what a target computes.
 
@@ -150,12 +150,12 @@ def check_fields(model: Attached, target: str,
 
 
 def computation(
-    model: Attached) -> Callable[[trees.Tree, jax.Array], jax.Array]:
+    model: LoadedModel) -> Callable[[trees.Tree, jax.Array], jax.Array]:
   """`(params, images) -> logits` for uint8 images (B, S, S, 3), B symbolic."""
-  selection = model.selection
+  buffers = model.buffers
 
   def logits(params, images):
-    return model.model.logits(params, images, selection)
+    return model.model.logits(params, images, buffers)
 
   def one_by_one(params, images):
     return jax.vmap(lambda image: logits(params, image[None])[0])(images)
@@ -163,7 +163,7 @@ def computation(
   return (one_by_one if isinstance(model.model.backbone, ViT) else logits)
 
 
-def symbolic_images(model: Attached) -> jax.ShapeDtypeStruct:
+def symbolic_images(model: LoadedModel) -> jax.ShapeDtypeStruct:
   """The shape of any number of images."""
   batch, = jax.export.symbolic_shape("batch")
   size = model.model.backbone.image_size

@@ -3,11 +3,11 @@ import os
 
 import numpy as np
 
-from ttc_jax import export, files
-from ttc_jax.backbones import formats, weights
+from ttc_jax import export, files, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
+from ttc_jax.weights import formats
 
 NAME, MERGED, EXTRA = "bigvision", True, ("", ())
 LOAD = """
@@ -22,7 +22,7 @@ logits = (module.apply({{"params": params}}, x)
 """
 
 
-def write(model: Attached, folder: str) -> None:
+def write(model: LoadedModel, folder: str) -> None:
   """model.npz: the backbone by Big Vision's names, head/kernel, head/bias."""
   backbone = model.model.backbone
   if not isinstance(backbone, ViT):

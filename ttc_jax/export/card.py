@@ -11,7 +11,7 @@ def text(model: Any, target: str, code: str) -> str:
   """The card.
 
   Args:
-    model: a `predict.Attached`.
+    model: a `predict.LoadedModel`.
     code: the lines that load it, from a PIL `image` to `logits`.
   """
   meta = model.meta

@@ -5,11 +5,11 @@ import os
 import numpy as np
 from PIL import Image
 
-from ttc_jax import export, files
-from ttc_jax.backbones import containers, formats, weights
+from ttc_jax import export, files, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
+from ttc_jax.weights import containers, formats
 
 NAME, MERGED, EXTRA = "hf", True, ("", ())
 LOAD = """
@@ -21,7 +21,7 @@ logits = model(**processor(image, return_tensors="pt")).logits
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 
-def write(model: Attached, folder: str) -> None:
+def write(model: LoadedModel, folder: str) -> None:
   """model.safetensors, config.json and preprocessor_config.json."""
   backbone, classes = model.model.backbone, model.meta["classes"]
   make = _vit if isinstance(backbone, ViT) else _swin

@@ -3,7 +3,7 @@ import logging
 import os
 
 from ttc_jax import export
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
 
 NAME, MERGED, EXTRA = "onnx", False, ("onnx", ("jax2onnx", "onnx"))
 LOAD = """
@@ -14,7 +14,7 @@ logits, = session.run(["logits"], {{"images": pixels[None]}})
 """
 
 
-def write(model: Attached, folder: str) -> None:
+def write(model: LoadedModel, folder: str) -> None:
   """model.onnx: uint8 images (B, S, S, 3), of any B, -> logits (B, C).
 
   Weights and normalisation are within; weights that are larger than the

@@ -6,7 +6,7 @@ import jax.export
 
 from ttc_jax import export, files, trees
 from ttc_jax.errors import UserError
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
 
 NAME, MERGED, EXTRA = "stablehlo", False, ("", ())
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -20,7 +20,7 @@ logits = program.call(pixels[None])
 _LARGEST = 2 ** 31 - 1  # bytes of a flatbuffer
 
 
-def write(model: Attached, folder: str) -> None:
+def write(model: LoadedModel, folder: str) -> None:
   """model.jax_export: uint8 images (B, S, S, 3), of any B, -> logits (B, C).
 
   Weights and normalisation are within.

@@ -9,7 +9,7 @@ import numpy as np
 
 from ttc_jax import cost, export
 from ttc_jax.errors import UserError
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
 
 NAME, MERGED, EXTRA = "tf-saved-model", False, ("tf", ("tensorflow",))
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -24,7 +24,7 @@ logits = model(pixels[None])
 _VERSION = "1.0.0"
 
 
-def write(model: Attached, folder: str) -> None:
+def write(model: LoadedModel, folder: str) -> None:
   """uint8 images (B, S, S, 3), of any B, -> logits (B, C).
 
   By call and as the signature "serving_default", {"images": ...} to

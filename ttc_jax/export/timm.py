@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 
-from ttc_jax import export, files
-from ttc_jax.backbones import containers, formats, weights
+from ttc_jax import export, files, weights
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
-from ttc_jax.predict import Attached
+from ttc_jax.predict import LoadedModel
+from ttc_jax.weights import containers, formats
 
 NAME, MERGED, EXTRA = "timm", True, ("", ())
 LOAD = """
@@ -21,7 +21,7 @@ _POOL = {"cls": "token", "gap": "avg", "map": "map"}
 _GELU = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
-def write(model: Attached, folder: str) -> None:
+def write(model: LoadedModel, folder: str) -> None:
   """model.safetensors by timm's names, and config.json as on the Hub."""
   backbone = model.model.backbone
   make = _vit if isinstance(backbone, ViT) else _swin

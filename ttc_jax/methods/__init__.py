@@ -29,7 +29,7 @@ class Context(NamedTuple):
   """
   model: Model
   params: trees.Tree
-  selection: trees.Tree
+  buffers: trees.Tree
   images: np.ndarray
   labels: np.ndarray
   seed: int
@@ -42,9 +42,9 @@ class Stage(NamedTuple):
   """One optimisation of the leaves that `rules` label "tune".
 
   Attributes:
-    prepare: `(context) -> (adapter, selection)` before the stage, or None.
+    prepare: `(context) -> (adapter, buffers)` before the stage, or None.
     holdout: trains on train800 alone, whatever the protocol.
-    sample: `(selection, key) -> selection` of a training step, or None.
+    sample: `(buffers, key) -> buffers` of a training step, or None.
   """
   name: str
   rules: trees.Rules
@@ -63,7 +63,7 @@ class Method(NamedTuple):
   """Attributes:
     options: what distinguishes this variant, for the results row.
     handlers: ((site, handler), ...).
-    merge: `(params, selection, backbone) -> backbone params` that give the
+    merge: `(params, buffers, backbone) -> backbone params` that give the
       same features without taps; None where there is nothing to fold.
     cannot_merge: why not, if it cannot.
   """

@@ -33,16 +33,16 @@ def row(name: str, backbone: Any, config: Any, classes: int) -> dict[str, Any]:
   method = methods.load(name, config, backbone)
   params = {"backbone": backbones.shapes(backbone), "adapter": {},
             "head": init_head(backbone.width, classes, 0)}
-  plain, selection = Model(backbone, "half"), {}
+  plain, buffers = Model(backbone, "half"), {}
   for prepare in [s.prepare for s in method.stages if s.prepare][:1]:
-    params["adapter"], selection = prepare(
+    params["adapter"], buffers = prepare(
         methods.Context(plain, params, {}, None, None, 0))
   rules = methods.tuned_rules(method)
   counts = optim.counts(
       trees.split(params, trees.label(params, rules), "tune")[0])
   before = cost.flops(plain, params | {"adapter": {}}, {})
   extra = cost.flops(plain._replace(handlers=method.handlers), params,
-                     selection) - before
+                     buffers) - before
   mergeable = not method.cannot_merge
   source, what = described(name)
   return {"method": name, "source": source, "what": what,

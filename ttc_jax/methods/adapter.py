@@ -54,9 +54,9 @@ def prepare(context, *, sites, width, scale):
   layers = context.model.backbone.sites["fc2"]
   adapter = {site: {str(i): init(rng, layer.width, width)
                     for i, layer in enumerate(layers)} for site in sites}
-  selection = {site: {str(i): {"scale": np.float32(scale)}
+  buffers = {site: {str(i): {"scale": np.float32(scale)}
                       for i in range(len(layers))} for site in sites}
-  return adapter, selection
+  return adapter, buffers
 
 
 def make(config, backbone) -> Method:

@@ -10,13 +10,13 @@ from ttc_jax.methods import ALIGN, Method
 READERS = {"norm1": ("q", "k", "v"), "norm2": ("fc1",)}
 
 
-def merge(params, selection, backbone):
+def merge(params, buffers, backbone):
   """Folds the blocks' norms into the linear layers that read them, exactly.
 
   W' = W diag(gamma), b' = b + W beta, gamma' = 1, beta' = 0. The final norm,
   which the features come from, stays.
   """
-  del selection
+  del buffers
   flat = dict(trees.flatten(params["backbone"]))
   for norm, readers in READERS.items():
     for i, path in enumerate(backbone.norms[norm]):

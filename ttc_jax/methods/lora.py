@@ -31,19 +31,19 @@ def prepare(context, *, sites, rank, alpha):
   layers = context.model.backbone.sites
   adapter = {s: {str(i): init(rng, layer, rank)
                  for i, layer in enumerate(layers[s])} for s in sites}
-  selection = {s: {i: {"scale": np.float32(alpha / rank)} for i in blocks}
+  buffers = {s: {i: {"scale": np.float32(alpha / rank)} for i in blocks}
                for s, blocks in adapter.items()}
-  return adapter, selection
+  return adapter, buffers
 
 
-def merge(params, selection, backbone):
+def merge(params, buffers, backbone):
   """W' = W + s a b, exactly."""
   flat = dict(trees.flatten(params["backbone"]))
   for site, blocks in params["adapter"].items():
     for block, p in blocks.items():
       name = f"{backbone.sites[site][int(block)].path}/kernel"
       change = np.asarray(p["a"], np.float64) @ np.asarray(p["b"], np.float64)
-      scale = np.asarray(selection[site][block]["scale"])
+      scale = np.asarray(buffers[site][block]["scale"])
       value = np.asarray(flat[name], np.float64)
       flat[name] = (value + scale * change.reshape(value.shape)
                     ).astype(np.float32)

@@ -93,17 +93,17 @@ def handlers(backbone):
 # --- Networks of given sizes --------------------------------------------------
 
 def network(backbone, seed, genome):
-  """The adapter and the selection of exactly these sizes."""
+  """The adapter and the buffers of exactly these sizes."""
   rng = np.random.default_rng(seed)
   sites = backbone.sites
   adapter = {site: {} for site in ("tokens", "input", "q", "v", "fc2")}
-  selection, before = {"input": {}}, 0
+  buffers, before = {"input": {}}, 0
   for i, (prompts, rank, width) in enumerate(genome):
     block, site = str(i), "input" if i else "tokens"
     if prompts:
       adapter[site][block] = vpt_shallow.init(rng, backbone, prompts)
     if before:
-      selection["input"][block] = {"before": np.arange(before)}
+      buffers["input"][block] = {"before": np.arange(before)}
     before = prompts
     if rank:
       for name in ("q", "v"):
@@ -111,15 +111,15 @@ def network(backbone, seed, genome):
     if width:
       adapter["fc2"][block] = adapter_lib.init(rng, sites["fc2"][i].width,
                                                width)
-  selection |= vpt_shallow.pooling(backbone, before)
+  buffers |= vpt_shallow.pooling(backbone, before)
   return ({k: v for k, v in adapter.items() if v},
-          {k: v for k, v in selection.items() if v})
+          {k: v for k, v in buffers.items() if v})
 
 
-def sized(selection, genome, slots):
-  """The supernet's selection with the sizes of a subnet, as on one device."""
+def sized(buffers, genome, slots):
+  """The supernet's buffers with the sizes of a subnet, as on one device."""
   out = {site: {b: dict(p) for b, p in blocks.items()}
-         for site, blocks in selection.items()}
+         for site, blocks in buffers.items()}
   for i, sizes in enumerate(genome):
     for site, module in SITES.items():
       entry = out.setdefault(site, {}).setdefault(str(i), {})
@@ -129,7 +129,7 @@ def sized(selection, genome, slots):
   return out
 
 
-def sample(selection, key):
+def sample(buffers, key):
   """A training step's subnet: a choice for every module of every block."""
   def draw(site, block, p):
     if "choices" not in p:
@@ -138,7 +138,7 @@ def sample(selection, key):
     return {**p, "size": jax.random.choice(
         jax.random.fold_in(key, zlib.crc32(name)), p["choices"])}
   return {site: {b: draw(site, b, p) for b, p in blocks.items()}
-          for site, blocks in selection.items()}
+          for site, blocks in buffers.items()}
 
 
 class Space(NamedTuple):
@@ -189,12 +189,12 @@ class Space(NamedTuple):
 
 def prepare_supernet(context, *, space):
   backbone = context.model.backbone
-  adapter, selection = network(backbone, context.seed, space.largest)
-  selection = sized(selection, space.largest, space.largest[0][0])
+  adapter, buffers = network(backbone, context.seed, space.largest)
+  buffers = sized(buffers, space.largest, space.largest[0][0])
   for site, module in SITES.items():
-    for entry in selection.get(site, {}).values():
+    for entry in buffers.get(site, {}).values():
       entry["choices"] = np.array(space.choices[module], np.int32)
-  return adapter, selection
+  return adapter, buffers
 
 
 # --- The search ---------------------------------------------------------------
@@ -257,10 +257,10 @@ def prepare_winner(context, *, space, config):
   def score(genome):
     name = json.dumps(genome)
     if name not in known:
-      selection = parallel.replicate(sized(
-          parallel.unreplicate(context.selection), genome,
+      buffers = parallel.replicate(sized(
+          parallel.unreplicate(context.buffers), genome,
           space.largest[0][0]))
-      known[name] = evaluate.top1(context.model, context.params, selection,
+      known[name] = evaluate.top1(context.model, context.params, buffers,
                                   *context.val)
     return known[name]
 

@@ -33,25 +33,25 @@ def prepare(context, *, sites, score, k, scale):
   scored = sites if score == "class_l2" else tuple(
       ttc.SCORED_AT.get(s, s) for s in sites)
   scores = importance.score(
-      score, context.model, context.params, context.selection,
+      score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
   scores = {s: scores[at] for s, at in zip(sites, scored)}
   adapter = {s: {str(i): {"kernel": np.zeros((k, k), np.float32),
                           "bias": np.zeros(k, np.float32)}
                  for i in range(len(scores[s]))} for s in sites}
-  selection = {s: {str(i): {"channels": importance.top_k(score, k),
+  buffers = {s: {str(i): {"channels": importance.top_k(score, k),
                             "scale": np.float32(scale)}
                    for i, score in enumerate(scores[s])} for s in sites}
-  return adapter, selection
+  return adapter, buffers
 
 
-def merge_scaled(params, selection, backbone):
+def merge_scaled(params, buffers, backbone):
   """s x' + A x' + b = x' + (A + (s - 1) I) x' + b."""
   adapter, plain = {}, {}
   for site, blocks in params["adapter"].items():
     adapter[site], plain[site] = {}, {}
     for block, p in blocks.items():
-      chosen = selection[site][block]
+      chosen = buffers[site][block]
       more = (np.asarray(chosen["scale"], np.float64) - 1) * np.eye(
           len(chosen["channels"]))
       adapter[site][block] = {**p, "kernel": np.asarray(p["kernel"]) + more}

@@ -39,9 +39,9 @@ def prepare(context, *, spread):
               context.model.backbone, context.params).items()}, {}
 
 
-def merge(params, selection, backbone):
+def merge(params, buffers, backbone):
   """(Eq. 4) Scales rows and biases of linear layers, and of norms."""
-  del selection
+  del buffers
   flat = dict(trees.flatten(params["backbone"]))
   for site, blocks in params["adapter"].items():
     for block, p in blocks.items():

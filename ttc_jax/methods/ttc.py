@@ -67,11 +67,11 @@ def select_channels(context, *, sites, score, k, blocks, scale, bias, rows):
   layers = context.model.backbone.sites
   scored = tuple(SCORED_AT[s] for s in sites)
   scores = importance.score(
-      score, context.model, context.params, context.selection,
+      score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
-  adapter, selection = {}, {}
+  adapter, buffers = {}, {}
   for site, at in zip(sites, scored):
-    adapter[site], selection[site] = {}, {}
+    adapter[site], buffers[site] = {}, {}
     depth = len(layers[at])
     for i in range(depth - blocks, depth):
       if importance.tied(scores[at][i], k):
@@ -81,13 +81,13 @@ def select_channels(context, *, sites, score, k, blocks, scale, bias, rows):
       adapter[site][str(i)] = {"kernel": np.zeros((inputs, k), np.float32)}
       if bias:
         adapter[site][str(i)]["bias"] = np.zeros(k, np.float32)
-      selection[site][str(i)] = {
+      buffers[site][str(i)] = {
           "channels": importance.top_k(scores[at][i], k),
           "scale": np.float32(scale)}
-  return adapter, selection
+  return adapter, buffers
 
 
-def merge(params, selection, backbone, rows=False):
+def merge(params, buffers, backbone, rows=False):
   """Folds the maps into the linear layers before them, exactly.
 
   W' = (I + s P^T A P) W and b' = (I + s P^T A P) b + s P^T c, with P the
@@ -98,7 +98,7 @@ def merge(params, selection, backbone, rows=False):
   for site, blocks in params["adapter"].items():
     for block, p in blocks.items():
       layer = backbone.sites[site][int(block)]
-      chosen = selection[site][block]
+      chosen = buffers[site][block]
       channels = np.asarray(chosen["channels"])
       for leaf in ("kernel", "bias"):
         name = f"{layer.path}/{leaf}"

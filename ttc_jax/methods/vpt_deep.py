@@ -30,8 +30,8 @@ def prepare(context, *, count, dropout):
       "tokens": {"0": vpt_shallow.init(rng, backbone, count)},
       "input": {i: vpt_shallow.init(rng, backbone, count) for i in later}}
   rate = {"dropout": np.float32(dropout)}
-  selection = {"tokens": {"0": rate}, "input": {i: rate for i in later}}
-  return adapter, selection | vpt_shallow.pooling(backbone, count)
+  buffers = {"tokens": {"0": rate}, "input": {i: rate for i in later}}
+  return adapter, buffers | vpt_shallow.pooling(backbone, count)
 
 
 def make(config, backbone) -> Method:

@@ -57,7 +57,7 @@ def last_site(backbone) -> tuple[str, str]:
 
 
 def pooling(backbone, count):
-  """The selection that keeps prompts out of a pooling of all patches."""
+  """The buffers that keep prompts out of a pooling of all patches."""
   if backbone.pool == "cls" or not count:
     return {}
   patches = (backbone.image_size // backbone.patch) ** 2
@@ -70,8 +70,8 @@ def pooling(backbone, count):
 def prepare(context, *, count, dropout):
   backbone, rng = context.model.backbone, np.random.default_rng(context.seed)
   adapter = {"tokens": {"0": init(rng, backbone, count)}}
-  selection = {"tokens": {"0": {"dropout": np.float32(dropout)}}}
-  return adapter, selection | pooling(backbone, count)
+  buffers = {"tokens": {"0": {"dropout": np.float32(dropout)}}}
+  return adapter, buffers | pooling(backbone, count)
 
 
 def check_takes_prompts(backbone):

@@ -6,7 +6,7 @@ from them. Printed means that come without their 19 numbers are `stated`.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ttc_jax.tasks import vtab
+from ttc_jax.vtab import rows as vtab
 
 _BENCHMARK = ("the tables of V-PETL Bench, README of synbol/"
               "Parameter-Efficient-Transfer-Learning-Benchmark at c188fad")

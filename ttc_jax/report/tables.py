@@ -7,7 +7,7 @@ from scipy import special
 
 from ttc_jax.report import published, rows as rows_lib
 from ttc_jax.report.rows import Row
-from ttc_jax.tasks import vtab
+from ttc_jax.vtab import rows as vtab
 
 GROUPS = ("Natural", "Specialized", "Structured", "Other")
 PARTS = ("module", "norm", "head")

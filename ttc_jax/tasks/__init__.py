@@ -20,7 +20,7 @@ import numpy as np
 from ttc_jax import errors
 from ttc_jax.tasks import images
 
-SPLITS = ("train800", "val200", "train800val200", "test")
+ROLES = ("train", "val", "trainval")  # trainval: train, then val
 
 
 class Split(NamedTuple):
@@ -41,9 +41,10 @@ class Task:
   name: what `load` was asked for.
   group: "Natural", "Specialized", "Structured" or "Other".
   classes: the class names, by label.
-  labels: for each of SPLITS, int32 (N,), known without decoding.
-  decode: makes the Split of a name in SPLITS; call `split`, which checks it.
+  labels: for each of `splits`, int32 (N,), known without decoding.
+  decode: makes the Split of a name in `splits`; call `split`, which checks it.
   digest: changes when the lists, the labels or the drawing do.
+  tests: names of the test sets, the main one first.
   """
   name: str
   group: str
@@ -51,10 +52,21 @@ class Task:
   labels: Mapping[str, np.ndarray]
   decode: Callable[[str], Split]
   digest: str
+  tests: tuple[str, ...] = ("test",)
 
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of all splits: `ROLES`, then the test sets."""
+    return (*ROLES, *self.tests)
+
+  @functools.cache  # a session decodes, opens and hashes a split once
   def split(self, name: str) -> Split:
-    """Decodes one of SPLITS (or opens its cache); errors.UserError if bad."""
-    return self.decode(errors.check_known("split", name, SPLITS))
+    """Decodes one of `splits`, or opens its cache.
+
+    Raises:
+      UserError: an unknown name, or an image that cannot be read.
+    """
+    return self.decode(errors.check_known("split", name, self.splits))
 
 
 def names(data: str | None) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ from typing import Any
 from absl import flags
 
 from ttc_jax import cli, errors, files, tasks
-from ttc_jax.tasks import check as check_lib
-from ttc_jax.tasks import export as export_lib
-from ttc_jax.tasks import fingerprint, folder
-from ttc_jax.tasks import prepare as prepare_lib
-from ttc_jax.tasks import vtab
+from ttc_jax.tasks import folder, tfds
+from ttc_jax.tasks import vtab as family
+from ttc_jax.vtab import check as check_lib
+from ttc_jax.vtab import export as export_lib
+from ttc_jax.vtab import fingerprint
+from ttc_jax.vtab import prepare as prepare_lib
+from ttc_jax.vtab import rows as vtab
 
 
 # --- list ---------------------------------------------------------------------
@@ -35,7 +37,7 @@ def _status(name, data):
     return "unknown"
   if name in folder.names(data):
     return "folder"
-  path = vtab.prepared(vtab.ROWS[name], data)
+  path = tfds.prepared(vtab.ROWS[name], data)
   if path is None:
     return "missing"
   try:
@@ -48,7 +50,7 @@ def _status(name, data):
 
 def other_row(name: str, data: str) -> dict[str, Any]:
   """A task that is not VTAB's; what TFDS would say is None."""
-  unknown = dict.fromkeys(("tfds", *tasks.SPLITS))
+  unknown = dict.fromkeys(("tfds", *vtab.SPLITS))
   status = "folder" if name in folder.names(data) else "built in"
   try:
     task = tasks.load(name, size=1, data=data)
@@ -72,7 +74,7 @@ def table(listed: list[dict[str, Any]]) -> str:
   """The list as text, a task a line."""
   show = lambda value: "" if value is None else (
       f"{value:,}" if isinstance(value, int) else value)
-  keys = [key for key in listed[0] if key != "train800val200"]
+  keys = [key for key in listed[0] if key != "trainval"]
   lines = [keys] + [[show(r[key]) for key in keys] for r in listed]
   widths = [max(map(len, column)) for column in zip(*lines)]
   numbers = [keys.index(key) for key in ("num_classes", "test_count")]
@@ -149,9 +151,9 @@ def _known(names):
 def _prepared(names, options):
   """The names given, or all whose data set is there."""
   _need(options, "data")
-  found = _known(names) or list(vtab.names(options.data))
+  found = _known(names) or list(family.names(options.data))
   for name in found:
-    if vtab.prepared(vtab.ROWS[name], options.data) is None:
+    if tfds.prepared(vtab.ROWS[name], options.data) is None:
       raise errors.UserError(
           f"{name} is not prepared{vtab.hint(name, options.data)}")
   if not found:

@@ -54,6 +54,6 @@ def _rows(target: np.ndarray) -> dict[str, np.ndarray]:
     rank[mine] = np.arange(mine.sum())
   train = order[rank < _TRAIN]
   val = order[(_TRAIN <= rank) & (rank < _TRAIN + _VAL)]
-  return {"train800": train, "val200": val,
-          "train800val200": np.concatenate([train, val]),
+  return {"train": train, "val": val,
+          "trainval": np.concatenate([train, val]),
           "test": order[rank >= _TRAIN + _VAL]}

@@ -13,11 +13,15 @@ from collections.abc import Callable
 import numpy as np
 
 from ttc_jax import errors
-from ttc_jax.tasks import SPLITS, Split, Task, images, vtab
+from ttc_jax.tasks import Split, Task, images
+from ttc_jax.vtab import rows as vtab
 
 # VTAB-1K: group and number of classes, which small lists may not show whole.
 _VTAB = {name: (row.group, row.classes) for name, row in vtab.ROWS.items()}
 
+# What the format calls the roles.
+LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200",
+          "test": "test"}
 _MAX_CLASSES = 100_000  # a larger label is a slip, and would eat the memory
 
 
@@ -39,12 +43,12 @@ def load(name: str, data: str, decode: Callable) -> Task:
   """Reads and checks the lists of DATA/NAME; see `tasks.load`."""
   folder = os.path.join(os.path.expanduser(data), name)
   resolve = _make_resolver(folder)
-  lists = {s: _read_list(_list(folder, s), resolve) for s in SPLITS}
+  lists = {s: _read_list(_list(folder, s), resolve) for s in LISTS}
   files = {s: files for s, (files, _) in lists.items()}
   labels = {s: labels for s, (_, labels) in lists.items()}
   classes = _classes(name, folder, labels)
-  _check_apart(folder, files, "val200", "train800")
-  for seen in ("train800val200", "train800", "val200"):
+  _check_apart(folder, files, "val", "train")
+  for seen in ("trainval", "train", "val"):
     _check_apart(folder, files, "test", seen)
 
   def split(part: str) -> Split:
@@ -62,14 +66,14 @@ def load(name: str, data: str, decode: Callable) -> Task:
 def _digest(folder, files, labels, classes) -> str:
   """Of what the lists say, wherever the folder lies."""
   root = os.path.realpath(folder)
-  lines = [f"{os.path.relpath(file, root)} {label}" for split in SPLITS
+  lines = [f"{os.path.relpath(file, root)} {label}" for split in LISTS
            for file, label in zip(files[split], labels[split])]
   return hashlib.sha256("\n".join((*classes, *lines)).encode()
                         ).hexdigest()[:16]
 
 
 def _list(folder: str, split: str) -> str:
-  return os.path.join(folder, f"{split}.txt")
+  return os.path.join(folder, f"{LISTS[split]}.txt")
 
 
 def _lines(path: str) -> list[str]:
@@ -79,7 +83,7 @@ def _lines(path: str) -> list[str]:
       text = file.read().rstrip()
   except FileNotFoundError:
     raise errors.UserError(f"{path} is missing: a task needs the lists "
-                           f"{', '.join(f'{s}.txt' for s in SPLITS)}")
+                           f"{', '.join(f'{s}.txt' for s in LISTS.values())}")
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UserError(
         f"cannot read {path} ({error}): it must be readable UTF-8 text")
@@ -181,5 +185,5 @@ def _check_apart(folder: str, files: dict[str, list[str]], held_out: str,
                               os.path.realpath(folder))
     raise errors.UserError(
         f"{_list(folder, held_out)}:{both[0] + 1}: {example} also stands in "
-        f"{seen}.txt, as do {len(both)} images in all: take them out of one "
+        f"{LISTS[seen]}.txt, as do {len(both)} images in all: take them out of one "
         "of the two lists")

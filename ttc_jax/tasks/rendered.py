@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ttc_jax.tasks import SPLITS, Split, Task, images
+from ttc_jax.tasks import Split, Task, images
 
 SIZE = 64    # native side in pixels; then resized like any image
 _SUPER = 3   # samples per pixel and axis, against jagged edges
 # Keys the cache: another version of this file may draw other images.
 _SOURCE = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
-_COUNTS = {"train800": 800, "val200": 200, "test": 2000}
+_COUNTS = {"train": 800, "val": 200, "test": 2000}
 
 
 # Sprites. Plane shapes, as tests of points (u right, v up).
@@ -258,10 +258,10 @@ def load(name: str, data: str | None, decode: Callable) -> Task:
   """A drawn task with 800/200/2000 images; see `tasks.load`."""
   del data
   rows = {s: [(s, i) for i in range(n)] for s, n in _COUNTS.items()}
-  rows["train800val200"] = rows["train800"] + rows["val200"]
+  rows["trainval"] = rows["train"] + rows["val"]
   scene = SCENES[name]
   labels = {s: np.array([label(name, i) for _, i in rows[s]], np.int32)
-            for s in SPLITS}
+            for s in rows}
 
   def split(part: str) -> Split:
     source = images.Source(
@@ -286,7 +286,7 @@ def factors(name: str, split: str, row: int) -> tuple[object, object]:
 
 
 def render(name: str, split: str, row: int) -> np.ndarray:
-  """One image, uint8 (SIZE, SIZE, 3); split: train800, val200 or test."""
+  """One image, uint8 (SIZE, SIZE, 3); split: train, val or test."""
   what, rng = factors(name, split, row)
   picture = SCENES[name].draw(rng, what)
   picture = picture + rng.normal(0, 0.02, picture.shape)

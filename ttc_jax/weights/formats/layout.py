@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 
-from ttc_jax.backbones.formats.base import Format
+from ttc_jax.weights.formats.base import Format
 
 _FUSED = ("/query/", "/key/", "/value/")  # in this order, where in one tensor
 

@@ -5,7 +5,7 @@ what is only likely does not stand here.
 """
 from collections.abc import Callable
 
-COUNTS = {"train800": 800, "val200": 200, "train800val200": 1000}
+COUNTS = {"train": 800, "val": 200, "trainval": 1000}
 
 # Test images of each class, where the makers fixed them.
 TEST = {
@@ -16,9 +16,9 @@ TEST = {
 
 # No class can have more images, because the split that they are from has none.
 MOST = {
-    "caltech101": {"train800val200": 30},
-    "dtd": {"train800": 40, "val200": 40},
-    "oxford_flowers102": {"train800": 10, "val200": 10},
+    "caltech101": {"trainval": 30},
+    "dtd": {"train": 40, "val": 40},
+    "oxford_flowers102": {"train": 10, "val": 10},
 }
 
 # The feature that names an example; without one its pixels do.

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttc_jax import errors
-from ttc_jax.tasks import SPLITS, facts, vtab
+from ttc_jax.tasks import tfds
+from ttc_jax.vtab import facts
+from ttc_jax.vtab.rows import SPLITS
 
 _CHUNK, _SHOWN = 256, 3
 
@@ -47,7 +49,7 @@ def check(name: str, data: str) -> dict[str, Any]:
   A data set that is missing or cannot be opened has no splits.
   """
   try:
-    dataset = vtab.open_set(name, data)
+    dataset = tfds.open_set(name, data)
   except errors.UserError as error:
     return {"name": name, "tfds": None, "splits": {}, "shared": {},
             "wrong": [str(error)]}
@@ -62,7 +64,7 @@ def check(name: str, data: str) -> dict[str, Any]:
       "name": name,
       "tfds": f"{row.tfds}:{os.path.basename(dataset.folder)}",
       "splits": {part: _summary(row, s) for part, s in seen.items()},
-      "shared": {kind: len(_common(seen, "train800val200", "test", kind))
+      "shared": {kind: len(_common(seen, "trainval", "test", kind))
                  for kind in ("ids", "pixels")},
       "wrong": wrong,
   }
@@ -216,7 +218,7 @@ def _shared_ids(row, seen):
   """Examples in two splits that should have none in common."""
   if row.tfds not in facts.IDS:
     return
-  for one, other in (("train800", "val200"), ("train800val200", "test")):
+  for one, other in (("train", "val"), ("trainval", "test")):
     ids = _common(seen, one, other, "ids")
     if row.tfds in facts.IN_A_SPLIT:
       pixels = _common(seen, one, other, "pixels")

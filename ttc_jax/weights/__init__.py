@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from ttc_jax import trees
-from ttc_jax.backbones import containers, formats, layers, resampling, swin
-from ttc_jax.backbones import vit
-from ttc_jax.backbones.containers import Tensor
-from ttc_jax.backbones.formats import Format, layout
-from ttc_jax.backbones.sources import locate, sha256  # for our callers
+from ttc_jax import backbones, trees
+from ttc_jax.backbones import layers, swin, vit
 from ttc_jax.errors import UserError
+from ttc_jax.weights import containers, formats, resampling
+from ttc_jax.weights.containers import Tensor
+from ttc_jax.weights.formats import Format, layout
+from ttc_jax.weights.sources import locate, sha256  # for our callers
 
 _LARGEST_GRID = 256  # patches a side of a believable position embedding
 
@@ -77,6 +77,45 @@ def _config(path):
     raise UserError(f"'{beside}', beside the weights, cannot be read "
                     f"({error}): mend it or move it away") from error
   return config if isinstance(config, dict) else {}
+
+
+# --- A backbone with its weights --------------------------------------------
+
+def load(name: str, weights: str, image_size: int,
+         resample_patch: bool = False,
+         **fields: Any) -> tuple[nn.Module, trees.Tree]:
+  """Returns a backbone and its pretrained parameters.
+
+  Args:
+    name: e.g. "vit_b16".
+    weights: path, gs://, https:// or hf:// source of a file, see `sources`,
+      in a format that `weights` knows.
+    image_size: pixels a side; the position embeddings are resized to it.
+    resample_patch: resizes the patch embedding too, where the file has another
+      patch than the name; else that is an error.
+    **fields: of the module, to override what the file says, e.g.
+      gelu="tanh", drop_path=0.1, dtype=jnp.bfloat16.
+
+  Returns:
+    The Linen module, for `module.apply({"params": params}, images)` with
+    images (B, S, S, 3) normalised float32 -> features (B, D), and params.
+
+  Raises:
+    UserError: with the one thing to change.
+  """
+  backbones.make(name, image_size, **fields)  # a wrong name costs no download
+  return load_opened(read(locate(weights)), name, image_size,
+             resample_patch, **fields)
+
+
+def load_opened(opened: Weights, name: str, image_size: int,
+                resample_patch: bool = False,
+                **fields: Any) -> tuple[nn.Module, trees.Tree]:
+  """`load` of a file that is open already."""
+  module = backbones.make(name, image_size, **fields)
+  check_fields(opened, module, name)
+  module = module.clone(**settled(opened, fields))
+  return module, fit(opened, backbones.shapes(module), name, resample_patch)
 
 
 # --- Into a module ------------------------------------------------------------

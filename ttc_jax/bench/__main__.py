@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import backbones, cli, config as config_lib, jobs
+from ttc_jax import backbones, cli, config as config_lib
 from ttc_jax import methods, optim, parallel, train, trees
+from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
 
@@ -113,10 +114,10 @@ def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
   params = {"backbone": base, "adapter": {},
             "head": init_head(backbone.width, CLASSES, 0)}
   images, labels = inputs(backbone, batch * steps)
-  selection = {}
+  buffers = {}
   if stage.prepare:
-    params["adapter"], selection = stage.prepare(methods.Context(
-        model, params, selection, images, labels, 0))
+    params["adapter"], buffers = stage.prepare(methods.Context(
+        model, params, buffers, images, labels, 0))
   names = trees.label(params, stage.rules)
   tuned, frozen = trees.split(params, names, "tune")
   opt_state = optim.make_tx(names, lambda step: 0.0, 0.0).init(params)
@@ -124,7 +125,7 @@ def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
                       np.int32(100), np.int32(CLASSES))
   state = parallel.replicate((tuned, opt_state))
   fixed = parallel.replicate((
-      frozen, selection, (images, labels), hyper,
+      frozen, buffers, (images, labels), hyper,
       jax.random.key_data(jax.random.key(0)), np.int32(0)))
   plan = train.Plan(batch, 0.0, False, 1.0, False)
   program, cost = compiled(
@@ -223,7 +224,7 @@ def measure(config: Any, against: str, steps: int,
   turns; a number that there is not is None.
   """
   if against:
-    from ttc_jax import bench_torch  # an extra; missed before the long work
+    from ttc_jax.bench import torch as bench_torch  # an extra; missed before the long work
   backbone = make_backbone(config)
   ours, theirs = backbone_programs(backbone, config, steps), {}
   if against:

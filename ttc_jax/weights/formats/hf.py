@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ttc_jax.backbones import vit
-from ttc_jax.backbones.formats import base
+from ttc_jax.weights.formats import base
 from ttc_jax.errors import UserError
 
 _POOL = "MAPHead_0/MultiHeadDotProductAttention_0"

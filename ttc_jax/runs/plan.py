@@ -18,12 +18,14 @@ import optax
 from ttc_jax import backbones, bundles, checkpoint, cost, evaluate, files
 from ttc_jax import methods
 from ttc_jax import optim, parallel, tasks, train, trees
-from ttc_jax.backbones import sources
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, trim_head
-from ttc_jax.tasks import folder, vtab
+from ttc_jax.tasks import folder
+from ttc_jax.tasks import vtab as vtab_family
 from ttc_jax.tasks.images import NORMALISATIONS
+from ttc_jax.vtab import rows as vtab
+from ttc_jax.weights import sources
 
 # Keys that choose which runs there are or where things lie, but change no
 # run's result.
@@ -126,7 +128,7 @@ def task_names(config) -> tuple[str, ...]:
         vtab.ROWS if given == "vtab" else (given,))))
   if not config.data:
     raise UserError("task=all needs a folder of tasks: add data=DIR")
-  names = (*folder.names(config.data), *vtab.names(config.data))
+  names = (*folder.names(config.data), *vtab_family.names(config.data))
   if not names:
     raise UserError(f"no task in the folder '{config.data}': a task is a "
                     "folder with train800.txt, or a VTAB data set that TFDS "
@@ -191,7 +193,7 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
   for name in task_names(config):
     try:
       loaded[name] = load_task(config, name)
-      loaded[name].labels["train800"]  # the first look into the files
+      loaded[name].labels["train"]  # the first look into the files
     except UserError as e:
       if name not in known:
         raise
@@ -212,7 +214,7 @@ def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
       if variant.batch_size % devices:
         raise UserError(f"config.batch_size {variant.batch_size} does not "
                         f"divide among the {devices} devices")
-      count = len(task.labels["train800"])
+      count = len(task.labels["train"])
       count = min(count, variant.limit or count)
       if count < variant.batch_size:
         raise UserError(
@@ -250,18 +252,18 @@ def make_job(run: Run, base: Base, task: tasks.Task, report) -> train.Job:
   """
   c = resolved(run.config, base)
   final = run.protocol == "final"
-  split = "train800val200" if final else "train800"
+  split = "trainval" if final else "train"
   data = _split(task, split, c.limit)
   data = tasks.Split(np.ascontiguousarray(data.images[:]), data.labels)
   if final:
     task.split("test")
   method = methods.load(c.method, c, base.backbone)
-  val = None if final else _split(task, "val200", c.limit)
+  val = None if final else _split(task, "val", c.limit)
   holdout = None
   if any(stage.holdout for stage in method.stages):
-    part = _split(task, "train800", c.limit)
+    part = _split(task, "train", c.limit)
     holdout = (tasks.Split(np.ascontiguousarray(part.images[:]), part.labels),
-               _split(task, "val200", c.limit))
+               _split(task, "val", c.limit))
   # The method's own options enter with the stage that first uses them.
   own = methods.option_keys() | {"method"}
   identity = run.identity | {
@@ -325,7 +327,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
       "images_per_second": outcome.images_per_second,
       "test_images_per_second": seconds_test and count / seconds_test,
       "step_memory_bytes": outcome.memory_bytes or None,
-      **_flops(job, outcome.model, params, state.selection),
+      **_flops(job, outcome.model, params, state.buffers),
       "compile_seconds": outcome.compile_seconds,
       "device": f"{len(parallel.devices())} x "
                 f"{parallel.devices()[0].device_kind}",
@@ -333,7 +335,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
   }
   bundles.save(bundle := f"{directory}/bundle", bundles.Bundle(
       trees.flatten(tuned),
-      trees.flatten(parallel.unreplicate(state.selection)),
+      trees.flatten(parallel.unreplicate(state.buffers)),
       row | {"classes": list(task.classes), "resample": c.resample,
              "weights_source": _source(c.weights),
              "fields": base.backbone.fields}))
@@ -343,19 +345,19 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
 def _test(run, task, outcome):
   split = _split(task, "test", run.config.limit)
   evaluate.compile_for(outcome.model, outcome.state.params,
-                       outcome.state.selection, split.images)
+                       outcome.state.buffers, split.images)
   begin = time.perf_counter()
   top1 = evaluate.top1(outcome.model, outcome.state.params,
-                       outcome.state.selection, *split)
+                       outcome.state.buffers, *split)
   return top1, len(split.labels), time.perf_counter() - begin
 
 
-def _flops(job, model, params, selection):
+def _flops(job, model, params, buffers):
   """Of one image at inference, with the adapter and, if it can be, merged."""
-  params, selection = jax.tree.map(
+  params, buffers = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
-      (params, selection))
-  tuned = cost.flops(model, params, selection)
+      (params, buffers))
+  tuned = cost.flops(model, params, buffers)
   merged = tuned if job.method.cannot_merge else cost.flops(
       job.model, params | {"adapter": {}}, {})
   return {"flops": tuned, "flops_merged": merged}

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from ttc_jax import errors, files
-from ttc_jax.tasks import SPLITS
+from ttc_jax.vtab.rows import SPLITS
 
 _COMPARED = ("count", "labels", "sha256")
 

@@ -23,9 +23,10 @@ import flax.linen as nn
 import ml_dtypes
 import numpy as np
 
-from ttc_jax import backbones, cli, files, trees
-from ttc_jax.backbones import containers, formats, weights as weights_lib
+from ttc_jax import cli, files, trees
+from ttc_jax import weights as weights_lib
 from ttc_jax.errors import UserError, check_known
+from ttc_jax.weights import containers, formats
 
 Loaded = tuple[nn.Module, trees.Tree]
 
@@ -79,7 +80,7 @@ def load(read: weights_lib.Weights, gelu: str = "", patch: int = 0) -> Loaded:
                       f"of a ViT's patch, up to {_LARGEST_PATCH}")
     side = size // int(own) if size else 14  # rotary positions fit any
     name, size = f"{size_name}{patch}", side * patch
-  return backbones.fit(read, name, size or 224, resample_patch=bool(patch),
+  return weights_lib.load_opened(read, name, size or 224, resample_patch=bool(patch),
                        **({"gelu": gelu} if gelu else {}))
 
 

@@ -23,8 +23,8 @@ import safetensors
 import safetensors.numpy
 
 from ttc_jax import files
-from ttc_jax.backbones import sources
 from ttc_jax.errors import UserError
+from ttc_jax.weights import sources
 
 # As the containers spell them; "|V2" is how numpy stores bfloat16.
 FLOATS = ("F16", "BF16", "F32", "F64", "<f2", "<f4", "<f8", "|V2",

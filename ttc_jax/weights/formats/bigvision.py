@@ -4,7 +4,7 @@ Both `.npz`, with or without the optimiser's state around the tree.
 """
 import re
 
-from ttc_jax.backbones.formats import base
+from ttc_jax.weights.formats import base
 
 # The module numbered its layers in the order of calls, dropout included.
 _OLD_SPELLING = (("LayerNorm_1/", "LayerNorm_2/"),

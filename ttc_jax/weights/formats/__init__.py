@@ -14,12 +14,12 @@ import json
 import pkgutil
 from typing import Any
 
-from ttc_jax.backbones.formats.base import Format, Found, count_tokens, is_zero
-from ttc_jax.backbones.formats.bigvision import BIGVISION
-from ttc_jax.backbones.formats.hf import (
+from ttc_jax.weights.formats.base import Format, Found, count_tokens, is_zero
+from ttc_jax.weights.formats.bigvision import BIGVISION
+from ttc_jax.weights.formats.hf import (
     HF_CLIP, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT)
-from ttc_jax.backbones.formats.swin import SWIN_HF, SWIN_MS, SWIN_TIMM
-from ttc_jax.backbones.formats.timm import TIMM, TIMM_DINOV3
+from ttc_jax.weights.formats.swin import SWIN_HF, SWIN_MS, SWIN_TIMM
+from ttc_jax.weights.formats.timm import TIMM, TIMM_DINOV3
 from ttc_jax.errors import UserError
 
 OURS = Format("ttc_jax", names=lambda name: (name,))

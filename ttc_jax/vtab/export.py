@@ -11,7 +11,8 @@ import uuid
 from PIL import Image
 
 from ttc_jax import files
-from ttc_jax.tasks import vtab
+from ttc_jax.tasks import folder as folder_format
+from ttc_jax.tasks import tfds
 
 _SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}
 
@@ -23,8 +24,8 @@ def export(name: str, data: str, out: str) -> str:
     UserError: it exists, or the data set is missing or damaged.
   """
   target = files.new(os.path.join(out, name))
-  dataset = vtab.open_set(name, data)
-  vtab.check_count(dataset)
+  dataset = tfds.open_set(name, data)
+  tfds.check_count(dataset)
   # One folder deeper, where nobody who lists the tasks of OUT sees it.
   scratch = os.path.join(os.path.dirname(target), f".{uuid.uuid4().hex}")
   folder = os.path.join(scratch, name)
@@ -39,10 +40,10 @@ def export(name: str, data: str, out: str) -> str:
 
 def _write(dataset, folder):
   lines = {part: _write_images(dataset, part, folder)
-           for part in ("train800", "val200", "test")}
-  lines["train800val200"] = lines["train800"] + lines["val200"]
-  lines["classes"] = list(dataset.classes)
-  for part, content in lines.items():
+           for part in ("train", "val", "test")}
+  lines["trainval"] = lines["train"] + lines["val"]
+  names = {folder_format.LISTS[part]: content for part, content in lines.items()}
+  for part, content in (names | {"classes": dataset.classes}).items():
     files.write_text(os.path.join(folder, f"{part}.txt"),
                      "".join(f"{line}\n" for line in content))
 
@@ -52,7 +53,7 @@ def _write_images(dataset, part, folder):
   source, binary, lines = dataset.sources[part], dataset.row.binary, []
   for i, label in enumerate(dataset.labels[part]):
     data, suffix = _stored(source, i, binary)
-    path = f"images/{part}_{i:05d}{suffix}"
+    path = f"images/{folder_format.LISTS[part]}_{i:05d}{suffix}"
     with open(os.path.join(folder, path), "wb") as file:
       file.write(data)
     lines.append(f"{path} {label}")

@@ -4,7 +4,8 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-from ttc_jax.tasks import vtab
+from ttc_jax.tasks import tfds
+from ttc_jax.vtab.rows import ROWS, Row
 
 FORMAT = "array_record"
 
@@ -41,7 +42,7 @@ _ALSO = {"sun397/tfds": "cv2", "kitti": "cv2",
          "patch_camelyon": "h5py", "dsprites": "h5py"}
 
 
-def needs(row: vtab.Row) -> tuple[str, ...]:
+def needs(row: Row) -> tuple[str, ...]:
   """Packages without which TFDS cannot build the data set."""
   also = _ALSO.get(row.tfds)
   return ("tensorflow", also) if also else ("tensorflow",)
@@ -57,23 +58,23 @@ def prepare(names: Iterable[str], data: str, say: Callable[[str], None] = print
   """Prepares the data sets of tasks that are not there yet.
 
   Args:
-    names: of `vtab.ROWS`.
+    names: of `ROWS`.
     data: the TFDS directory.
     say: is given a line for each data set, and a summary.
 
   Returns:
     {data set of TFDS: why it is still missing}.
   """
-  rows = {vtab.ROWS[name].tfds: vtab.ROWS[name] for name in names}
+  rows = {ROWS[name].tfds: ROWS[name] for name in names}
   missing = {}
   for tfds_name, row in rows.items():
-    why = None if vtab.prepared(row, data) else _obstacle(row, data)
-    if why is None and not vtab.prepared(row, data):
+    why = None if tfds.prepared(row, data) else _obstacle(row, data)
+    if why is None and not tfds.prepared(row, data):
       say(f"{tfds_name}: downloading and building")
       why = _build(row, data)
     if why:
       missing[tfds_name] = why
-    say(f"{tfds_name}: {why or 'is there, ' + vtab.prepared(row, data)}")
+    say(f"{tfds_name}: {why or 'is there, ' + tfds.prepared(row, data)}")
   say(f"{len(rows) - len(missing)} of {len(rows)} data sets are there" +
       (f"; missing: {', '.join(missing)}" if missing else ""))
   return missing
@@ -111,7 +112,7 @@ def _build(row, data):
   except Exception as error:  # networks, disks and archives raise anything
     text = " ".join(str(error).split()) or type(error).__name__
     return f"TFDS could not build it ({text}); start the same command again"
-  if vtab.prepared(row, data) is None:
+  if tfds.prepared(row, data) is None:
     return f"TFDS built it, but not in {data}/{row.tfds}/{row.versions[0]}"
   return None
 

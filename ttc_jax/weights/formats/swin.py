@@ -2,7 +2,7 @@
 import math
 import re
 
-from ttc_jax.backbones.formats import base, hf
+from ttc_jax.weights.formats import base, hf
 
 _BLOCK = "stage_{}_block_{}"
 _FUSED = {

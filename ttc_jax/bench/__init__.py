@@ -1,0 +1,1 @@
+"""Training speed beside the machine's and PyTorch's: a command."""
