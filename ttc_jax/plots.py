@@ -1,6 +1,5 @@
 """Pictures of finished runs and of tables, as PNG and SVG."""
 from collections.abc import Sequence
-import json
 import os
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from ttc_jax import files, report
 from ttc_jax.errors import UserError
 from ttc_jax.report import tables
+from ttc_jax.runs.workdir import WorkDir
 
 try:
   import matplotlib
@@ -25,17 +25,17 @@ matplotlib.rcParams.update({
 _MARKERS = "osD^vP*X"
 
 
-def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
+def write(rows: Sequence[report.Row], workdir: WorkDir) -> list[str]:
   """Writes all that the rows give into a work directory; returns the files."""
   written = []
   final = [r for r in rows if r["protocol"] == "final"]
   if final:
     written += save(accuracy_against_parameters(final),
-                     os.path.join(workdir, "accuracy"))
+                     os.fspath(workdir.path / "accuracy"))
   curves = {r["run"]: found for r in final or rows
             if (found := _search(workdir, r))}
   if curves:
-    written += save(search(curves), os.path.join(workdir, "search"))
+    written += save(search(curves), os.fspath(workdir.path / "search"))
   return written
 
 
@@ -132,12 +132,7 @@ def search(curves: dict[str, list[dict]]):
 
 def _search(workdir, row):
   """The records of a run's search, if it had one."""
-  path = os.path.join(workdir, "runs", row["run"], "metrics.jsonl")
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding="utf-8") as f:
-    records = map(json.loads, f)
-    return [r for r in records if r["stage"] == "search"]
+  return [r for r in workdir.curve(row["run"]) if r["stage"] == "search"]
 
 
 def save(figure, stem: str) -> list[str]:
