@@ -27,6 +27,24 @@ def digest(value: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest_arrays(flat: Mapping[str, Any]) -> str:
+  """Returns the SHA-256, hexadecimal, of named arrays.
+
+  It covers names, dtypes, shapes and bytes (little-endian, row by row), and
+  not the order of the names: one flipped bit in a file changes it.
+
+  Args:
+    flat: {"a/b/c": array or scalar}.
+  """
+  hashed = hashlib.sha256()
+  for name in sorted(flat):
+    x = np.asarray(flat[name], order="C")
+    x = x.astype(x.dtype.newbyteorder("<"), copy=False)
+    hashed.update(json.dumps([name, x.dtype.name, x.shape]).encode() + b"\n")
+    hashed.update(x.tobytes())
+  return hashed.hexdigest()
+
+
 class Saved(NamedTuple):
   """A stage after `epoch` epochs.
 

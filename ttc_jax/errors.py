@@ -1,5 +1,6 @@
 """The one error a user can mend: a sentence that names the fix."""
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -39,3 +40,24 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> str:
   hint = f"did you mean {' or '.join(near)}? " if near else ""
   raise UserError(
       f"unknown {kind} {name!r}: {hint}known: {', '.join(known) or 'none'}")
+
+
+# They turn the order of what follows: "gpj.exe" could read as "exe.jpg".
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
+                  "\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+  """Returns text from a file with what would act on a terminal escaped.
+
+  Control characters (newline, tab and ESC too), line separators, marks that
+  override the direction of writing, and lone surrogates become "\\x1b",
+  "\\u202e", ...; everything else stays as it is.
+
+  Example:
+    printable("cat\\n\\x1b[2J")  # 'cat\\\\n\\\\x1b[2J'
+  """
+  def acts(c):
+    return c in _BIDI or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+  return "".join(c.encode("unicode_escape").decode() if acts(c) else c
+                 for c in text)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from ttc_jax import trees
-from ttc_jax.methods.__main__ import described
+from ttc_jax.methods import described
 
 
 def text(model: Any, target: str, code: str) -> str:

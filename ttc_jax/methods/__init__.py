@@ -6,6 +6,7 @@ The folder is the registry: `methods/NAME.py` with
 from collections.abc import Callable
 import importlib
 import pkgutil
+import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -97,6 +98,17 @@ def options_of(name: str) -> tuple[str, ...]:
   """Keys of the configuration that a method alone reads."""
   module = importlib.import_module(f"{__name__}.{name}")
   return getattr(module, "OPTIONS", ())
+
+
+def described(name: str) -> tuple[str, str]:
+  """Returns (source, what it does) of a method.
+
+  A method's module documentation begins "Title (source): what it does.".
+  """
+  module = importlib.import_module(f"{__name__}.{name}")
+  text = " ".join(module.__doc__.split("\n\n")[0].split())
+  source, what = re.fullmatch(r"[^(]*\((.*?)\): (.*)", text).groups()
+  return source, what
 
 
 def options(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:

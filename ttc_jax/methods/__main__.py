@@ -2,9 +2,7 @@
 
   python -m ttc_jax.methods --backbone=vit_b16 --classes=100
 """
-import importlib
 import json
-import re
 import sys
 from typing import Any
 
@@ -14,15 +12,6 @@ from ttc_jax import backbones, cli, config as config_lib, cost, methods
 from ttc_jax import optim, trees
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model, init_head
-
-
-def described(name: str) -> tuple[str, str]:
-  """(source, what it does): "Title (source): what it does." is how the
-  documentation of a method begins."""
-  module = importlib.import_module(f"ttc_jax.methods.{name}")
-  text = " ".join(module.__doc__.split("\n\n")[0].split())
-  source, what = re.fullmatch(r"[^(]*\((.*?)\): (.*)", text).groups()
-  return source, what
 
 
 def row(name: str, backbone: Any, config: Any, classes: int) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def row(name: str, backbone: Any, config: Any, classes: int) -> dict[str, Any]:
   extra = cost.flops(plain._replace(handlers=method.handlers), params,
                      buffers) - before
   mergeable = not method.cannot_merge
-  source, what = described(name)
+  source, what = methods.described(name)
   return {"method": name, "source": source, "what": what,
           **{f"{part}_params": n for part, n in counts.items()},
           "flops": before, "extra_flops": extra,
