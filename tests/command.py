@@ -39,7 +39,7 @@ def run_command(module: str, *args: object, cwd: str | pathlib.Path = ROOT
   """
   argv = ["", *map(str, args)]
   out, err = _text(), _text()
-  with (contextlib.chdir(cwd), _replaced(sys, "argv", argv), _fresh_flags(),
+  with (contextlib.chdir(cwd), _replaced(sys, "argv", argv), fresh_flags(),
         _kept_signals(), _logs_to(err), warnings.catch_warnings(),
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
     # Warnings stay errors, but for two: a test may have imported the module
@@ -88,7 +88,7 @@ def _replaced(owner, name, value) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fresh_flags() -> Iterator[None]:
+def fresh_flags() -> Iterator[None]:
   """absl's flags as in a new process: none of this package, none parsed."""
   state = vars(flags.FLAGS)
   kept, values = dict(state), flagsaver.save_flag_values()

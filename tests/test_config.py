@@ -1,8 +1,8 @@
 import pytest
 
 from ttc_jax import config as config_lib
-from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import UserError
+from ttc_jax.runs import plan as jobs
 
 KNOWN = dict(task=("all",), lr=0.1, size=224, method="ttc", runlocal=False)
 
