@@ -14,7 +14,7 @@ LEVELS = {
     "weights": 3, "taps": 3, "vtab": 3, "model": 4, "checkpoint": 4,
     "cost": 5, "evaluate": 5, "importance": 5, "bundles": 6, "methods": 6,
     "train": 7, "runs": 8, "report": 9, "plots": 10, "predict": 10,
-    "serve": 11, "export": 11, "bench/torch": 3, "bench": 9, "main": 12,
+    "serve": 11, "export": 11, "bench/pytorch": 3, "bench": 9, "main": 12,
 }
 
 
