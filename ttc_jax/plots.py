@@ -1,6 +1,5 @@
 """Draws finished runs and tables as PNG and SVG."""
 from collections.abc import Mapping, Sequence
-import json
 import os
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from ttc_jax import files, report
 from ttc_jax.errors import UserError
 from ttc_jax.report import tables
+from ttc_jax.runs.workdir import WorkDir
 
 try:
   import matplotlib
@@ -146,12 +146,8 @@ def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def _search(workdir, row):
   """Returns the records of a run's search; [] if it had none."""
-  path = os.path.join(workdir, "runs", row["run"], "metrics.jsonl")
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding="utf-8") as f:
-    records = map(json.loads, f)
-    return [r for r in records if r["stage"] == "search"]
+  return [r for r in WorkDir(workdir).curve(row["run"])
+          if r["stage"] == "search"]
 
 
 def save(figure: Figure, stem: str) -> list[str]:
