@@ -14,7 +14,6 @@ import time
 
 from absl import flags
 import ml_collections
-from ml_collections import config_flags
 
 from ttc_jax import checkpoint, cli, compilation, files, interrupt
 from ttc_jax import report, tasks, train
@@ -22,8 +21,7 @@ from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
 from ttc_jax.runs.progress import Progress
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configuration, FILE[:key=value,...]", lock_config=True)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where results go; default: a folder of checkpoints/runs "
     "named after the configuration")
@@ -246,7 +244,7 @@ def main(argv) -> int:
     session.run_all()
   except Stopped as stop:
     print(f"{stop}; start the same command again to go on", file=sys.stderr)
-    return 0
+    return interrupt.exit_code()
   _conclude(session)
   for name, why in [*session.missing.items(), *session.failed.items()]:
     print(f"failed: {name}: {why}", file=sys.stderr)
