@@ -52,7 +52,7 @@ def our_logits(bundle, images):
   tuned = predict.load(bundle, merge=False)
   params, buffers = map(
       parallel.unreplicate, (tuned.params, tuned.buffers))
-  return np.asarray(tuned.model.logits(params, images, buffers))
+  return np.asarray(jax.jit(tuned.model.logits)(params, images, buffers))
 
 
 def exported(bundle, target, out):
@@ -107,7 +107,7 @@ PROGRAMS = {"stablehlo": run_stablehlo, "onnx": run_onnx,
 
 
 def need(target):
-  for library in TARGETS[target].EXTRA[1]:
+  for library in TARGETS[target].libraries:
     pytest.importorskip(library)
 
 
@@ -231,7 +231,8 @@ def test_nothing_is_overwritten_nor_left_behind(tmp_path, monkeypatch):
       exported(bundle, "timm", out)
   assert (folder / "notes.txt").read_text() == "precious"
   there = sorted(tmp_path.iterdir())
-  monkeypatch.setattr(TARGETS["timm"], "write", lambda *args: 1 / 0)
+  monkeypatch.setitem(
+      TARGETS, "timm", TARGETS["timm"]._replace(write=lambda *args: 1 / 0))
   with pytest.raises(ZeroDivisionError):
     exported(bundle, "timm", tmp_path / "another")
   assert sorted(tmp_path.iterdir()) == there
@@ -267,3 +268,49 @@ def test_an_odd_name_of_a_folder(tmp_path, monkeypatch):
   folder = exported(bundle, "stablehlo", tmp_path / 'it"s {here}')
   check_close(card_logits(folder, monkeypatch, image),
               our_logits(bundle, image[None]), "an odd name")
+
+
+TOY = """
+import os
+
+import numpy as np
+
+from ttc_jax import export
+
+
+def write(model, folder):
+  head = {n: np.asarray(x) for n, x in model.params["head"].items()}
+  np.savez(os.path.join(folder, "head.npz"), **head)
+
+
+TARGET = export.Target(
+    "toy", write, 'head = np.load("{folder}/head.npz")', merged=False,
+    hub_library="numpy", limits=("It has no backbone.",))
+"""
+
+
+def test_a_target_is_one_new_file(tmp_path, monkeypatch, capsys):
+  (tmp_path / "plugin").mkdir()
+  (tmp_path / "plugin" / "toy_of_a_test.py").write_text(TOY)
+  monkeypatch.setattr(
+      export, "__path__", [*export.__path__, str(tmp_path / "plugin")])
+  bundle = save(tmp_path, "vpt_deep")
+  target = export.targets()["toy"]
+  folder = pathlib.Path(export.write(
+      export.load(bundle), target, str(tmp_path / "out")))
+  assert sorted(os.listdir(folder)) == ["README.md", "head.npz", "ttc_jax.json"]
+  card = (folder / "README.md").read_text()
+  for words in ("It has no backbone.", 'library_name: "numpy"',
+                'np.load("out/head.npz")', "exported for `toy`"):
+    assert words in card
+  assert json.loads((folder / "ttc_jax.json").read_text())["target"] == "toy"
+  # Others name it among those that hold any computation.
+  with pytest.raises(UserError, match="--to=stablehlo or .*--to=toy holds"):
+    exported(bundle, "timm", tmp_path / "another")
+
+
+def test_the_card_shows_the_preprocessing_and_a_program_s_limits(tmp_path):
+  bundle = save(tmp_path, normalisation="imagenet")
+  card = (exported(bundle, "hf", tmp_path / "out") / "README.md").read_text()
+  assert "mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]" in card
+  assert "resizes with PyTorch" in card

@@ -7,8 +7,8 @@ tuning. Hours are those at the given rate, the same for all of the work.
   python tools/table1_cost.py --backbone=vit_b16 --epochs=100 --stages=2 \
 --settings=8 --seeds=3 --tflops=100
 """
-import jax
 from absl import app, flags
+import jax
 
 from ttc_jax import backbones, cost
 from ttc_jax.model import Model, init_head

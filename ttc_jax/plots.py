@@ -28,7 +28,7 @@ matplotlib.rcParams.update({
 _MARKERS = "osD^vP*X"
 
 
-def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
+def write(rows: Sequence[report.Row], workdir: WorkDir) -> list[str]:
   """Writes the pictures of a work directory's rows; returns their paths.
 
   accuracy.*: accuracy by tuned parameters, if there are final runs.
@@ -38,11 +38,11 @@ def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
   final = [r for r in rows if r["protocol"] == "final"]
   if final:
     written += save(accuracy_against_parameters(final),
-                     os.path.join(workdir, "accuracy"))
+                     os.fspath(workdir.path / "accuracy"))
   curves = {r["run"]: found for r in final or rows
             if (found := _search(workdir, r))}
   if curves:
-    written += save(search(curves), os.path.join(workdir, "search"))
+    written += save(search(curves), os.fspath(workdir.path / "search"))
   return written
 
 
@@ -146,8 +146,7 @@ def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 def _search(workdir, row):
   """Returns the records of a run's search; [] if it had none."""
-  return [r for r in WorkDir(workdir).curve(row["run"])
-          if r["stage"] == "search"]
+  return [r for r in workdir.curve(row["run"]) if r["stage"] == "search"]
 
 
 def save(figure: Figure, stem: str) -> list[str]:

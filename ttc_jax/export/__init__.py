@@ -1,31 +1,23 @@
-"""Weights out: a tuned model as others load it, with its model card.
+"""Weights out: a tuned model as other libraries load it, with its model card.
 
-The folder is the registry: a module with `write(model, folder)` is a target.
-It also has
-
-  NAME      on the command line
-  LOAD      code that loads it: the lines of its card, with {folder} and {size}
-            and {resample}; from a PIL `image`, RGB, to `logits`
-  MERGED    whether it has a place for weights alone, none for an adapter
-  EXTRA     the pip extra that it needs, and the modules that come with it
+The folder is the registry: a module with a `TARGET` is an export target, and
+nothing else names it.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import importlib
 import importlib.util
 import json
 import os
 import pkgutil
 import shutil
-import types
-from typing import Any
+from typing import Any, NamedTuple
 import uuid
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import files, predict, trees
-from ttc_jax.backbones.vit import ViT
+from ttc_jax import cost, files, predict, trees
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
 from ttc_jax.predict import LoadedModel
@@ -34,53 +26,91 @@ from ttc_jax.tasks import images
 NOTE = "ttc_jax.json"  # in every export, for machines
 
 
-def targets() -> dict[str, types.ModuleType]:
-  """{name: module} of every target there is."""
-  modules = (importlib.import_module(f"{__name__}.{m.name}")
+class Target(NamedTuple):
+  """A format in which tuned models are written.
+
+  Attributes:
+    name: on the command line, `--to=NAME`.
+    write: `(model, folder) -> None`, writes the files into an empty folder;
+      raises UserError for what the format cannot hold exactly.
+    code: Python lines for the model card that load the files: from a PIL
+      `image`, RGB, to `logits`. They may use {folder}, {size}, {resample},
+      {backbone}, {mean} and {std}; other braces are doubled.
+    merged: the format holds weights alone: an adapter has to be merged.
+    extra, libraries: pip extra and modules that `write` needs.
+    hub_library: `library_name` of the card on the Hugging Face Hub.
+    limits: sentences for the card's section "Limits".
+  """
+  name: str
+  write: Callable[[LoadedModel, str], None]
+  code: str
+  merged: bool
+  extra: str = ""
+  libraries: tuple[str, ...] = ()
+  hub_library: str = "ttc_jax"
+  limits: tuple[str, ...] = ()
+
+
+def targets() -> dict[str, Target]:
+  """Returns {name: target} of every module in this folder that has one."""
+  modules = [importlib.import_module(f"{__name__}.{m.name}")
              for m in pkgutil.iter_modules(__path__)
-             if not m.name.startswith("_"))
-  return {m.NAME: m for m in modules if hasattr(m, "write")}
+             if not m.name.startswith("_")]
+  return {m.TARGET.name: m.TARGET for m in modules if hasattr(m, "TARGET")}
 
 
 def load(bundle: str, weights: str | None = None) -> LoadedModel:
-  """A bundle on its base weights, merged where that is exact, in float32.
+  """Puts a bundle on its base weights, merged where that is exact, in float32.
+
+  Args:
+    bundle: the folder that a run wrote, or a packed file.
+    weights: source of the base weights; None: the file that the bundle names.
 
   Raises:
     UserError: as `predict.load`.
   """
   model = predict.on_base(bundle, weights)
-  backbone = model.model.backbone.clone(dtype=jnp.float32)
+  backbone: Any = model.model.backbone
+  backbone = backbone.clone(dtype=jnp.float32)
   return model._replace(model=model.model._replace(backbone=backbone))
 
 
-def check(model: LoadedModel, target: types.ModuleType) -> None:
-  """Raises UserError if the target cannot hold the model, or lacks a library.
+def check_libraries(target: Target) -> None:
+  """Raises UserError if a library that the target needs is not installed."""
+  lacking = [m for m in target.libraries
+             if importlib.util.find_spec(m) is None]
+  if lacking:
+    raise UserError(f"--to={target.name} needs {' and '.join(lacking)}: pip "
+                    f"install -e '.[{target.extra}]'")
+
+
+def check(model: LoadedModel, target: Target) -> None:
+  """Raises UserError if the target cannot hold the model or lacks a library.
   """
   check_libraries(target)
-  if model.cannot_merge and target.MERGED:
-    whole = sorted(name for name, t in targets().items() if not t.MERGED)
+  if model.cannot_merge and target.merged:
     raise UserError(
-        f"--to={target.NAME} has no place for the adapter of method "
+        f"--to={target.name} has no place for the adapter of method "
         f"'{model.meta['method']}', and it cannot be merged, because "
-        f"{model.cannot_merge}; --to={' or '.join(whole)} holds the whole "
-        "computation")
+        f"{model.cannot_merge}; {_holds_all()} holds the whole computation")
 
 
-def check_libraries(target: types.ModuleType) -> None:
-  """Raises UserError if the target lacks one."""
-  extra, libraries = target.EXTRA
-  lacking = [m for m in libraries if importlib.util.find_spec(m) is None]
-  if lacking:
-    raise UserError(f"--to={target.NAME} needs {' and '.join(lacking)}: pip "
-                    f"install -e '.[{extra}]'")
+def _holds_all():
+  """The targets that hold any computation, as flags."""
+  return " or ".join(sorted(
+      f"--to={name}" for name, t in targets().items() if not t.merged))
 
 
-def write(model: LoadedModel, target: types.ModuleType, out: str) -> str:
+def write(model: LoadedModel, target: Target, out: str) -> str:
   """Writes the folder `out`, whole or not at all, and returns its path.
 
+  Example:
+    target = export.targets()["timm"]
+    export.write(export.load("WORKDIR/runs/RUN/bundle"), target, "pets-timm")
+
   Raises:
-    UserError: `out` exists, see `files.new` and `check`; of the target: what it
-      cannot hold exactly.
+    UserError: `out` exists, see `files.new` and `check`; or the target cannot
+      hold the model exactly.
   """
   out = files.new(out)
   check(model, target)
@@ -88,31 +118,30 @@ def write(model: LoadedModel, target: types.ModuleType, out: str) -> str:
   os.makedirs(scratch)
   try:
     target.write(model, scratch)
-    # Within a string of the card's code.
-    folder = json.dumps(os.path.basename(out), ensure_ascii=False)[1:-1]
-    code = target.LOAD.format(folder=folder, **loading(model.meta))
+    how = preprocessing(model.meta)
     files.write_text(os.path.join(scratch, NOTE),
                      json.dumps(note(model, target), indent=2) + "\n")
-    files.write_text(os.path.join(scratch, "README.md"),
-                     card.text(model, target.NAME, code))
+    files.write_text(os.path.join(scratch, "README.md"), card.text(
+        model, target, loading_code(model.meta, target, out), how))
     os.rename(scratch, out)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
   return out
 
 
-def note(model: LoadedModel, target: types.ModuleType) -> dict[str, Any]:
-  """JSON of what one needs beside the file: classes and preprocessing."""
+def note(model: LoadedModel, target: Target) -> dict[str, Any]:
+  """Returns what a program needs beside the file, as JSON: classes,
+  preprocessing, and the bundle's metadata."""
   meta = dict(model.meta)
-  if "://" not in meta["weights_source"]:  # no folders of whoever exports
+  if "://" not in meta["weights_source"]:  # no folders of the user's machine
     meta["weights_source"] = os.path.basename(meta["weights_source"])
-  return {"target": target.NAME, "merged": not model.cannot_merge,
+  return {"target": target.name, "merged": not model.cannot_merge,
           "classes": meta["classes"], "preprocessing": preprocessing(meta),
           "bundle": meta}
 
 
-def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
-  """From an RGB image to what the backbone reads.
+def preprocessing(meta: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns how an RGB image becomes the backbone's input.
 
   The image is resized to `size` x `size`, its aspect ratio not kept, divided
   by 255, and (x - mean) / std, each channel.
@@ -125,46 +154,74 @@ def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
           "std": [round(x, 6) for x in std.tolist()]}
 
 
-def loading(meta: dict[str, Any]) -> dict[str, Any]:
-  """What the code of a card is filled with."""
+def loading_code(meta: Mapping[str, Any], target: Target, out: str) -> str:
+  """Returns the target's lines of code, filled in for a model in `out`."""
   how = preprocessing(meta)
-  return {"size": meta["image_size"], "resample": meta["resample"].upper(),
-          "backbone": meta["backbone"], "mean": how["mean"], "std": how["std"]}
+  # Within a string of the code.
+  folder = json.dumps(os.path.basename(out), ensure_ascii=False)[1:-1]
+  return target.code.format(
+      folder=folder, size=how["size"], resample=how["resample"].upper(),
+      backbone=meta["backbone"], mean=how["mean"], std=how["std"])
+
+
+# --- For the targets ----------------------------------------------------------
+
+def of_family(model: LoadedModel, target: str,
+              families: Mapping[type, Any]) -> Any:
+  """Returns the value of the class that the backbone is an instance of.
+
+  Args:
+    families: {class of a backbone: value}, of all that the target holds.
+
+  Raises:
+    UserError: none of them.
+  """
+  backbone = model.model.backbone
+  for family, value in families.items():
+    if isinstance(backbone, family):
+      return value
+  raise UserError(f"--to={target} has no {type(backbone).__name__}; "
+                  f"{_holds_all()} holds every backbone")
 
 
 def check_fields(model: LoadedModel, target: str,
-                 expected: dict[str, Any]) -> None:
-  """Raises UserError if the backbone is not what a target computes.
+                 expected: Mapping[str, Any]) -> None:
+  """Raises UserError if the target's model would compute another function.
 
   Args:
-    expected: {field: value, or the values} of `module.fields`; a field that
-      is not there is not held.
+    expected: {field: value, or a tuple of values} of the backbone's `fields`;
+      a field that is missing here is one that the target does not hold.
   """
-  for field, value in model.model.backbone.fields.items():
+  backbone: Any = model.model.backbone
+  for field, value in backbone.fields.items():
     allowed = expected.get(field, ())
     if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
       raise UserError(
           f"--to={target} has no place for {field}={value!r}, which this "
           "backbone has: its model would compute another function; "
-          "--to=stablehlo holds every backbone")
+          f"{_holds_all()} holds every backbone")
 
 
 def computation(
     model: LoadedModel) -> Callable[[trees.Tree, jax.Array], jax.Array]:
-  """`(params, images) -> logits` for uint8 images (B, S, S, 3), B symbolic."""
-  buffers = model.buffers
-
+  """Returns `(params, images) -> logits` for uint8 images (B, S, S, 3) of any
+  B, which may be symbolic."""
   def logits(params, images):
-    return model.model.logits(params, images, buffers)
+    return model.model.logits(params, images, model.buffers)
 
   def one_by_one(params, images):
     return jax.vmap(lambda image: logits(params, image[None])[0])(images)
-  # ViT asks for `len(images)`, which has to be a number.
-  return (one_by_one if isinstance(model.model.backbone, ViT) else logits)
+
+  try:
+    jax.eval_shape(logits, cost.shapes(model.params), symbolic_images(model))
+  except Exception:  # JAX has several errors for "not with a symbolic batch"
+    # A backbone or a method needs the batch as a number (ViT: `len(images)`).
+    return one_by_one
+  return logits
 
 
 def symbolic_images(model: LoadedModel) -> jax.ShapeDtypeStruct:
-  """The shape of any number of images."""
+  """Returns the shape of any number of images, (batch, S, S, 3) uint8."""
   batch, = jax.export.symbolic_shape("batch")
-  size = model.model.backbone.image_size
+  size = model.meta["image_size"]
   return jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)

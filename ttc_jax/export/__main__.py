@@ -1,4 +1,4 @@
-"""Writes a tuned model as others load it, with a model card.
+"""Writes a tuned model as other libraries load it, with a model card.
 
   python -m ttc_jax.export --bundle=WORKDIR/runs/RUN/bundle --to=timm
 """
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
   target = targets[check_known("target", _TO.value, targets)]
   bundle = os.path.abspath(_BUNDLE.value)
   out = files.new(_OUT.value or os.path.join(
-      os.path.dirname(bundle), f"export-{target.NAME}"))
+      os.path.dirname(bundle), f"export-{target.name}"))
   export.check_libraries(target)  # before the weights are read
   model = export.load(bundle, _WEIGHTS.value)
   export.write(model, target, out)

@@ -1,16 +1,16 @@
 """An .npz as Big Vision keeps a ViT, with its head."""
 import os
+from typing import Any
 
 import numpy as np
 
 from ttc_jax import export, files, weights
 from ttc_jax.backbones.vit import ViT
-from ttc_jax.errors import UserError
 from ttc_jax.predict import LoadedModel
 from ttc_jax.weights import formats
 
-NAME, MERGED, EXTRA = "bigvision", True, ("", ())
-LOAD = """
+NAME = "bigvision"
+_CODE = """
 import numpy as np, ttc_jax
 module, params = ttc_jax.backbones.load(
     "{backbone}", "{folder}/model.npz", {size})
@@ -24,9 +24,8 @@ logits = (module.apply({{"params": params}}, x)
 
 def write(model: LoadedModel, folder: str) -> None:
   """model.npz: the backbone by Big Vision's names, head/kernel, head/bias."""
-  backbone = model.model.backbone
-  if not isinstance(backbone, ViT):
-    raise UserError("--to=bigvision: Big Vision has no Swin; --to=timm has")
+  backbone: Any = model.model.backbone
+  export.of_family(model, NAME, {ViT: None})
   export.check_fields(model, NAME, {
       "pool": ("cls", "gap", "map"), "gelu": "tanh", "epsilon": 1e-6,
       "final_norm": True, "layer_scale": False, "registers": 0,
@@ -34,5 +33,8 @@ def write(model: LoadedModel, folder: str) -> None:
   tensors = weights.to_tensors(
       model.params["backbone"], formats.BIGVISION, backbone)
   with files.replacing(os.path.join(folder, "model.npz")) as file:
-    np.savez(file, **tensors, **{f"head/{n}": np.asarray(x)
-                                 for n, x in model.params["head"].items()})
+    np.savez(file, allow_pickle=False, **tensors, **{
+        f"head/{n}": np.asarray(x) for n, x in model.params["head"].items()})
+
+
+TARGET = export.Target(NAME, write, _CODE, merged=True)

@@ -1,18 +1,26 @@
-"""The model card of an export: README.md as the Hugging Face Hub has it."""
+"""The model card of an export: a README.md as on the Hugging Face Hub."""
+from collections.abc import Mapping
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttc_jax import trees
 from ttc_jax.methods import described
+from ttc_jax.predict import LoadedModel
+
+if TYPE_CHECKING:
+  from ttc_jax.export import Target
+
+Meta = Mapping[str, Any]
 
 
-def text(model: Any, target: str, code: str) -> str:
-  """The card.
+def text(model: LoadedModel, target: "Target", code: str,
+         how: Mapping[str, Any]) -> str:
+  """Returns the card, Markdown.
 
   Args:
-    model: a `predict.LoadedModel`.
-    code: the lines that load it, from a PIL `image` to `logits`.
+    code: the lines that load the files, from a PIL `image` to `logits`.
+    how: as `export.preprocessing` returns it.
   """
   meta = model.meta
   sections = [
@@ -21,8 +29,8 @@ def text(model: Any, target: str, code: str) -> str:
       "## Results", _table(_results(meta)),
       "## Training", _table(_training(meta)),
       "## Tuned parameters", _table(_parameters(model)),
-      "## Preprocessing", _preprocessing(meta),
-      "## Limits", _limits(model, target)]
+      "## Preprocessing", _preprocessing(how),
+      "## Limits", _limits(meta, target)]
   return "\n\n".join(sections) + "\n"
 
 
@@ -31,8 +39,8 @@ def _name(meta):
 
 
 def _accuracy(meta):
-  """(percent, what of), None if the run measured neither."""
-  for key, split in (("test_top1", "test"), ("val_top1", "val200")):
+  """(percent, split), None if the run measured neither."""
+  for key, split in (("test_top1", "test"), ("val_top1", "val")):
     if meta.get(key) is not None:
       return meta[key], split
   return None
@@ -45,12 +53,11 @@ def _front_matter(meta, target):
               "metrics": [{"type": "accuracy", "value": round(a / 100, 4),
                            "name": f"top-1, {split}"}]}
              for a, split in filter(None, [_accuracy(meta)])]
-  library = {"timm": "timm", "hf": "transformers"}
   fields = {
-      "library_name": library.get(target, "ttc_jax"),
+      "library_name": target.hub_library,
       "pipeline_tag": "image-classification",
       "tags": ["image-classification", "parameter-efficient-fine-tuning",
-               meta["method"], meta["backbone"], target],
+               meta["method"], meta["backbone"], target.name],
       "metrics": ["accuracy"],
       "model-index": [{"name": _name(meta), "results": results}]}
   if hub := re.match(r"hf://([^/]+/[^/#@]+)", meta.get("weights_source", "")):
@@ -65,11 +72,11 @@ def _summary(model, target):
   merged = (
       "The method's adapter is part of the exported computation, since it "
       f"cannot be merged: {model.cannot_merge}." if model.cannot_merge else
-      "All that was tuned is folded into the weights: the model has the shape "
-      "and the cost of its backbone.")
+      "All tuned parameters are merged into the weights: the model has the "
+      "shape and the cost of its backbone.")
   return (f"An image classifier of {len(meta['classes'])} classes, tuned by "
           f"`ttc_jax` with the method `{meta['method']}` ({source}: "
-          f"{what.rstrip('.')}), and exported for `{target}`. {merged}")
+          f"{what.rstrip('.')}), and exported for `{target.name}`. {merged}")
 
 
 def _block(code):
@@ -90,8 +97,8 @@ def _results(meta):
 
 def _training(meta):
   protocols = {
-      "final": "final: trained on train800val200, the test set used once",
-      "val": "val: trained on train800, val200 reported"}
+      "final": "final: trained on train and val, the test set used once",
+      "val": "val: trained on train, val reported"}
   protocol = meta.get("protocol")
   rows = {"protocol": protocols.get(protocol, protocol)} if protocol else {}
   rows |= _some(
@@ -102,7 +109,7 @@ def _training(meta):
       label_smoothing="label smoothing", dtype="computed in",
       matmul_precision="matrix products", device="device",
       weights="base weights", weights_sha256="sha256 of the base weights")
-  rows["stages"] = ", ".join(meta.get("stages", ())) or "one"
+  rows["stages"] = ", ".join(map(str, meta.get("stages", ()))) or "one"
   rows["options of the method"] = _code(meta["options"])
   rows["versions"] = ", ".join(
       f"{name} {version}" for name, version in meta.get("versions", {}).items())
@@ -133,28 +140,23 @@ def _table(rows):
       f"| {title} | {cell(value)} |" for title, value in rows.items())])
 
 
-def _preprocessing(meta):
-  size = meta["image_size"]
-  how = {"half": "(x / 255 - 0.5) / 0.5", "none": "x / 255",
-         "imagenet": "(x / 255 - mean) / std of ImageNet"}
-  return (f"RGB, resized to {size} x {size} pixels ({meta['resample']}, "
-          "antialiased, the aspect ratio not kept), then "
-          f"{how[meta['normalisation']]}. `ttc_jax` lays transparency over "
-          "white; the lines above drop it.")
+def _preprocessing(how):
+  return (f"RGB, resized to {how['size']} x {how['size']} pixels "
+          f"({how['resample']}, antialiased, the aspect ratio not kept), then "
+          f"(x / 255 - mean) / std with mean {how['mean']} and std "
+          f"{how['std']}. `ttc_jax` lays transparency over white; the lines "
+          "above drop it.")
 
 
-def _limits(model, target):
-  meta = model.meta
+def _limits(meta, target):
   lines = [
-      "One run with one seed: its accuracy is no mean.",
+      "One run with one seed: its accuracy is not a mean.",
       "Measured on the test images named above alone; other images, another "
       "resampling or size may give another accuracy.",
       "The licences of the base weights and of the data apply."]
   if meta.get("dtype", "float32") != "float32":
     lines.append(f"Trained and tested in {meta['dtype']}, exported in float32.")
-  if target == "hf":
-    lines.append("transformers 5 resizes with PyTorch instead of Pillow, which "
-                 "moves the logits a little.")
+  lines += target.limits
   if meta.get("protocol") == "val":
-    lines.append("The test set was not used: the accuracy is of val200.")
+    lines.append("The test set was not used: the accuracy is that of val.")
   return "\n".join(f"- {line}" for line in lines)

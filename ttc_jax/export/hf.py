@@ -1,18 +1,20 @@
 """A folder that Hugging Face's AutoModelForImageClassification loads."""
 import json
 import os
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ttc_jax import export, files, weights
+from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
 from ttc_jax.predict import LoadedModel
 from ttc_jax.weights import containers, formats
 
-NAME, MERGED, EXTRA = "hf", True, ("", ())
-LOAD = """
+NAME = "hf"
+_CODE = """
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 processor = AutoImageProcessor.from_pretrained("{folder}")
 model = AutoModelForImageClassification.from_pretrained("{folder}")
@@ -23,8 +25,9 @@ _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 def write(model: LoadedModel, folder: str) -> None:
   """model.safetensors, config.json and preprocessor_config.json."""
-  backbone, classes = model.model.backbone, model.meta["classes"]
-  make = _vit if isinstance(backbone, ViT) else _swin
+  backbone: Any = model.model.backbone
+  classes = model.meta["classes"]
+  make = export.of_family(model, NAME, {ViT: _vit, Swin: _swin})
   format_, kind, name, config = make(model, backbone)
   tensors = weights.to_tensors(model.params["backbone"], format_, backbone)
   kernel = np.asarray(model.params["head"]["kernel"])
@@ -90,3 +93,9 @@ def _swin(model, swin):
       "num_heads": [swin.heads * 2 ** s for s in range(len(swin.depths))],
       "window_size": swin.window, "mlp_ratio": 4.0,
       "hidden_size": swin.width, "use_absolute_embeddings": False}
+
+
+TARGET = export.Target(
+    NAME, write, _CODE, merged=True, hub_library="transformers", limits=(
+        "transformers 5 resizes with PyTorch instead of Pillow, which moves "
+        "the logits a little.",))

@@ -8,9 +8,8 @@ from ttc_jax import export, files, trees
 from ttc_jax.errors import UserError
 from ttc_jax.predict import LoadedModel
 
-NAME, MERGED, EXTRA = "stablehlo", False, ("", ())
 PLATFORMS = ("cpu", "cuda", "tpu")
-LOAD = """
+_CODE = """
 import jax.export, numpy as np, pathlib
 program = jax.export.deserialize(
     pathlib.Path("{folder}/model.jax_export").read_bytes())
@@ -23,7 +22,7 @@ _LARGEST = 2 ** 31 - 1  # bytes of a flatbuffer
 def write(model: LoadedModel, folder: str) -> None:
   """model.jax_export: uint8 images (B, S, S, 3), of any B, -> logits (B, C).
 
-  Weights and normalisation are within.
+  The program contains weights and normalisation.
   """
   if 4 * trees.count(model.params) > _LARGEST:
     raise UserError("--to=stablehlo holds weights up to 2 GiB, these have "
@@ -35,3 +34,6 @@ def write(model: LoadedModel, folder: str) -> None:
       platforms=PLATFORMS)(export.symbolic_images(model))
   with files.replacing(os.path.join(folder, "model.jax_export")) as file:
     file.write(program.serialize())
+
+
+TARGET = export.Target("stablehlo", write, _CODE, merged=False)

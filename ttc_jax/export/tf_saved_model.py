@@ -1,4 +1,4 @@
-"""A TensorFlow SavedModel, for TF Serving and whoever reads one."""
+"""A TensorFlow SavedModel, for TensorFlow Serving."""
 import os
 
 import jax
@@ -11,24 +11,25 @@ from ttc_jax import cost, export
 from ttc_jax.errors import UserError
 from ttc_jax.predict import LoadedModel
 
-NAME, MERGED, EXTRA = "tf-saved-model", False, ("tf", ("tensorflow",))
+NAME = "tf-saved-model"
 PLATFORMS = ("cpu", "cuda", "tpu")
-LOAD = """
+_CODE = """
 import numpy as np, tensorflow as tf
 model = tf.saved_model.load("{folder}")
 pixels = np.asarray(image.resize(({size}, {size}), Image.Resampling.{resample}))
 logits = model(pixels[None])
 """
-# Of StableHLO, which every later one reads: TensorFlow's is years behind
-# JAX's, and jax2tf asks for what TensorFlow 2.21 cannot read.
+# Version of StableHLO; later versions read it. TensorFlow's is years older than
+# JAX's, and what jax2tf writes TensorFlow 2.21 cannot read.
 _VERSION = "1.0.0"
 
 
 def write(model: LoadedModel, folder: str) -> None:
   """uint8 images (B, S, S, 3), of any B, -> logits (B, C).
 
-  By call and as the signature "serving_default", {"images": ...} to
-  {"logits": ...}. XLA runs it, so TensorFlow Lite and TensorFlow.js do not.
+  The module can be called, and has the signature "serving_default" from
+  {"images": ...} to {"logits": ...}. It needs XLA, which TensorFlow Lite and
+  TensorFlow.js do not have.
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   import tensorflow as tf
@@ -44,7 +45,7 @@ def write(model: LoadedModel, folder: str) -> None:
                     f"the programs of JAX {jax.__version__}: upgrade it")
   artifact = _readable(program.mlir_module_serialized)
   module = tf.Module()
-  # Variables, since a graph holds no more than 2 GiB.
+  # Weights are variables, because a graph is limited to 2 GiB.
   module.variables_ = [tf.Variable(np.asarray(x), trainable=False)
                        for x in jax.tree.leaves(model.params)]
 
@@ -66,8 +67,8 @@ def write(model: LoadedModel, folder: str) -> None:
 
 
 def _readable(artifact: bytes) -> bytes:
-  """The program as an old StableHLO without composites: TensorFlow finds the
-  shapes of those' insides only where the batch is a number."""
+  """Converts the program to an old StableHLO without composites, in which
+  TensorFlow cannot infer shapes that depend on a symbolic batch."""
   stablehlo.register_stablehlo_passes()
   with ir.Context() as context:
     module = stablehlo.deserialize_portable_artifact(context, artifact)
@@ -75,3 +76,7 @@ def _readable(artifact: bytes) -> bytes:
         "builtin.module(func.func(stablehlo-legalize-composite-to-call))").run(
             module.operation)
     return stablehlo.serialize_portable_artifact(module, _VERSION)
+
+
+TARGET = export.Target(
+    NAME, write, _CODE, merged=False, extra="tf", libraries=("tensorflow",))

@@ -1,17 +1,19 @@
 """A folder that `timm.create_model("local-dir:...")` loads."""
 import json
 import os
+from typing import Any
 
 import numpy as np
 
 from ttc_jax import export, files, weights
+from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.errors import UserError
 from ttc_jax.predict import LoadedModel
 from ttc_jax.weights import containers, formats
 
-NAME, MERGED, EXTRA = "timm", True, ("", ())
-LOAD = """
+NAME = "timm"
+_CODE = """
 import timm, torch
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
@@ -23,8 +25,8 @@ _GELU = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 def write(model: LoadedModel, folder: str) -> None:
   """model.safetensors by timm's names, and config.json as on the Hub."""
-  backbone = model.model.backbone
-  make = _vit if isinstance(backbone, ViT) else _swin
+  backbone: Any = model.model.backbone
+  make = export.of_family(model, NAME, {ViT: _vit, Swin: _swin})
   format_, head, architecture, args = make(model, backbone)
   tensors = weights.to_tensors(model.params["backbone"], format_, backbone)
   kernel, bias = (np.asarray(model.params["head"][n])
@@ -85,7 +87,7 @@ def _dinov3(model, vit):
 def _swin(model, swin):
   export.check_fields(model, NAME, {
       "gelu": "exact", "epsilon": 1e-5, "window": tuple(range(65))})
-  if swin.pads:  # timm shifts, then pads; we, as the authors, the other way
+  if swin.pads:  # timm shifts, then pads; we and the authors pad first
     raise UserError(
         f"--to={NAME}: at {swin.image_size} px windows of {swin.window} are "
         "padded, which timm does another way; --to=hf does as the authors")
@@ -100,3 +102,7 @@ def _swin(model, swin):
       "num_heads": [swin.heads * 2 ** s for s in range(len(swin.depths))],
       "window_size": swin.window}
   return formats.SWIN_TIMM, "head.fc", "swin_base_patch4_window7_224", args
+
+
+TARGET = export.Target(
+    NAME, write, _CODE, merged=True, hub_library="timm")

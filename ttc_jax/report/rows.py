@@ -1,6 +1,6 @@
 """Rows of finished runs: read, merged from work directories, selected.
 
-Only `append` writes; every other function may be called while runs go on.
+Work directories are only read; runs may go on in them.
 """
 from collections.abc import Mapping, Sequence
 import json
@@ -9,7 +9,6 @@ import os
 from absl import logging
 import numpy as np
 
-from ttc_jax import files
 from ttc_jax.errors import UserError
 from ttc_jax.runs import workdir as workdir_lib
 from ttc_jax.runs.workdir import Row, WorkDir
@@ -29,21 +28,6 @@ _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
 def read(path: str) -> list[Row]:
   """Reads the rows of a results file; warns of lines that are damaged."""
   return [row for row in workdir_lib.from_lines(path) if "run" in row]
-
-
-def append(path: str, row: Row) -> None:
-  """Appends a row, under a lock, and waits until it is on the disk."""
-  line = json.dumps(row).encode() + b"\n"
-  folder, name = os.path.split(path)
-  with files.lock(os.path.join(folder, f".{name}.lock"), wait=True), open(
-      path, "ab+") as f:
-    if f.tell():
-      f.seek(-1, os.SEEK_END)
-      if f.read(1) != b"\n":  # the previous line was cut short
-        line = b"\n" + line
-    f.write(line)
-    f.flush()
-    os.fsync(f.fileno())
 
 
 def collect(workdirs: Sequence[str]) -> list[Row]:
