@@ -1,6 +1,7 @@
 """The one error a user can mend: a sentence that names the fix."""
-import difflib
 from collections.abc import Iterable
+import difflib
+import unicodedata
 
 
 class UserError(Exception):
@@ -39,3 +40,22 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> str:
   hint = f"did you mean {' or '.join(near)}? " if near else ""
   raise UserError(
       f"unknown {kind} {name!r}: {hint}known: {', '.join(known) or 'none'}")
+
+
+# They turn the reading direction of the text around them.
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
+                  "\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+  """Returns `text` with everything escaped that would act on a terminal.
+
+  Escaped are control characters, line separators, bidirectional overrides and
+  lone surrogates (bytes of a file name that are not UTF-8).
+
+    printable("a\x1b[31m") == "a\\x1b[31m"
+  """
+  return "".join(
+      c.encode("unicode_escape").decode()
+      if c in _BIDI or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+      else c for c in text)

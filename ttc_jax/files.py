@@ -16,6 +16,11 @@ from ttc_jax.errors import Busy, UserError
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+def expand(path: str) -> str:
+  """Returns the path with a leading `~` or `~user` expanded."""
+  return os.path.expanduser(path)
+
+
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
   """A file to write, renamed to `path` when the block ends well."""
@@ -38,7 +43,7 @@ def new(path: str) -> str:
   Raises:
     UserError: something is there already, or nothing can be written there.
   """
-  path = os.path.abspath(os.path.expanduser(path))
+  path = os.path.abspath(expand(path))
   if os.path.lexists(path):
     raise UserError(f"'{path}' exists and is not overwritten: delete "
                     "it, or give another --out")
@@ -58,8 +63,8 @@ def cache_folder(name: str, chosen: str | None = None) -> str:
   """Where what can be made again is kept: the folder that the user chose, else
   $XDG_CACHE_HOME/ttc_jax/NAME, by default ~/.cache/ttc_jax/NAME."""
   if chosen:
-    return os.path.expanduser(chosen)
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return expand(chosen)
+  home = os.environ.get("XDG_CACHE_HOME") or expand("~/.cache")
   return os.path.join(home, "ttc_jax", name)
 
 

@@ -4,17 +4,17 @@ Where a sprite stands, how it is turned, how many solids lie on a ground, how
 far the nearest one is. Every image depends on (task, split, row) alone, so it
 can be drawn on its own; labels are balanced; splits share no seed.
 """
+from collections.abc import Callable
 import functools
 import hashlib
 import pathlib
-import zlib
-from collections.abc import Callable
 from typing import NamedTuple
+import zlib
 
 import numpy as np
 from PIL import Image
 
-from ttc_jax.tasks import Split, Task, images
+from ttc_jax.tasks import Task, images
 
 SIZE = 64    # native side in pixels; then resized like any image
 _SUPER = 3   # samples per pixel and axis, against jagged edges
@@ -254,23 +254,23 @@ def names(data: str | None) -> tuple[str, ...]:
   return tuple(SCENES)
 
 
-def load(name: str, data: str | None, decode: Callable) -> Task:
-  """A drawn task with 800/200/2000 images; see `tasks.load`."""
+def load(name: str, data: str | None) -> Task:
+  """A drawn task with 800/200/2000 images; see `tasks.find`."""
   del data
   rows = {s: [(s, i) for i in range(n)] for s, n in _COUNTS.items()}
   rows["trainval"] = rows["train"] + rows["val"]
-  scene = SCENES[name]
-  labels = {s: np.array([label(name, i) for _, i in rows[s]], np.int32)
-            for s in rows}
+  return Task(
+      name, "Structured", SCENES[name].classes,
+      labels={s: np.array([label(name, i) for _, i in r], np.int32)
+              for s, r in rows.items()},
+      sources={s: _source(name, s, r) for s, r in rows.items()},
+      digest=_SOURCE[:16])
 
-  def split(part: str) -> Split:
-    source = images.Source(
-        count=len(rows[part]),
-        read=lambda i: Image.fromarray(render(name, *rows[part][i])),
-        key=lambda: (_SOURCE, name, part))
-    return Split(decode(source), labels[part])
 
-  return Task(name, "Structured", scene.classes, labels, split, _SOURCE[:16])
+def _source(name, split, rows) -> images.Source:
+  return images.Source(
+      len(rows), lambda i: Image.fromarray(render(name, *rows[i])),
+      key=lambda: (_SOURCE, name, split))
 
 
 def label(name: str, row: int) -> int:
