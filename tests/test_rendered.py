@@ -28,7 +28,7 @@ def solid_pixels(name, row):
 def components(mask):
   """Number of 4-connected regions with more than 3 pixels, by flooding."""
   mask, count = mask.copy(), 0
-  for start in zip(*np.nonzero(mask)):
+  for start in zip(*np.nonzero(mask), strict=True):
     todo, area = [start], 0
     while todo:
       y, x = todo.pop()

@@ -8,8 +8,8 @@ import sys
 import warnings
 
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from ttc_jax import errors, tasks
 from ttc_jax.tasks import folder, images
@@ -339,7 +339,8 @@ def test_the_digest_of_a_split_is_that_of_its_pixels_and_labels(
 
 
 def test_the_digest_of_a_stream_follows_sizes_times_and_a_sample(load, data):
-  stream = lambda: load(cache_gib=0).split("val").digest
+  def stream():
+    return load(cache_gib=0).split("val").digest
   first = stream()
   assert first == stream()
   path = data / "toy" / "images" / "no 6.png"
@@ -376,7 +377,8 @@ def test_a_task_without_a_size_says_so():
   assert tasks.at_size(task, 8).split("val").images.shape == (200, 8, 8, 3)
 
 
-@pytest.mark.parametrize("name", ["val200.txt", "train800val200.txt", "test.txt"])
+@pytest.mark.parametrize(
+    "name", ["val200.txt", "train800val200.txt", "test.txt"])
 def test_missing_and_empty_lists_are_named(load, data, name):
   (data / "toy" / name).write_text("\n\n")
   with pytest.raises(errors.UserError, match=f"{name} is empty"):
@@ -729,9 +731,10 @@ def test_digits_are_scikit_learns_split_once_each():
   def key(image, label):  # at native size the pixels come back exactly
     return (np.round(image / 255 * 16).astype(int).tobytes(), int(label))
   got = [key(i[..., 0], y) for part in ("trainval", "test")
-         for i, y in zip(splits[part].images, splits[part].labels)]
+         for i, y in zip(splits[part].images, splits[part].labels,
+                                           strict=True)]
   pixels, target = datasets.load_digits(return_X_y=True)
-  want = [key(x * 255 / 16, y) for x, y in zip(pixels, target)]
+  want = [key(x * 255 / 16, y) for x, y in zip(pixels, target, strict=True)]
   assert sorted(got) == sorted(want)
 
 

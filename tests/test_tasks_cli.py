@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from tests.vtab_sets import build, builder, rewrite_as_tfrecord, small
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import __main__ as cli
@@ -21,7 +22,6 @@ from ttc_jax.tasks import tfds as reader
 from ttc_jax.tasks import vtab as family
 from ttc_jax.vtab import check, export, facts, fingerprint, prepare
 from ttc_jax.vtab import rows as vtab
-from tests.vtab_sets import build, builder, rewrite_as_tfrecord, small
 
 SETS = ["caltech101", "dtd", "oxford_flowers102", "svhn_cropped", "dsprites",
         "cifar100"]
@@ -268,14 +268,15 @@ def test_what_check_reports_is_what_tfds_reads(
     labels = [int(example["label"]) for _, example in rows]
     assert split["count"] == len(rows)
     assert split["labels"] == [labels.count(c) for c in range(row.classes)]
-    lines = "".join(f"{i}\t{y}\n" for (i, _), y in zip(rows, labels))
+    lines = "".join(f"{i}\t{y}\n"
+                    for (i, _), y in zip(rows, labels, strict=True))
     assert split["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
 
 
 def test_what_stands_in_the_tables_is_whole():
   for name, counts in facts.TEST.items():
     assert len(counts) == vtab.ROWS[name].classes
-    assert sum(counts) == vtab.ROWS[name].count
+    assert sum(counts) == vtab.ROWS[name].test_count
   for name, most in facts.MOST.items():
     for part, count in most.items():
       assert count * vtab.ROWS[name].classes >= facts.COUNTS[part]
@@ -312,7 +313,7 @@ def test_an_image_in_two_splits_is_wrong_where_it_has_a_name(
   leak = "train[795:1000]"
   for name in ("oxford_flowers102", "dsprites_loc"):
     monkeypatch.setitem(vtab.ROWS, name, vtab.ROWS[name]._replace(
-        val=leak.replace("1000", "995"), test=leak, count=205))
+        val=leak.replace("1000", "995"), test=leak, test_count=205))
   named = check.check("oxford_flowers102", str(prepared))
   assert named["shared"] == {"ids": 200, "pixels": 200}
   assert any(w.startswith("val: 5 of its examples also stand in train")
@@ -382,7 +383,7 @@ def test_known_names_are_as_many_as_the_split(name, split, first):
   names = facts.NAMES[row.tfds](split, classes)
   assert names[0] == first and len(set(names)) == len(names)
   if row.test == split:
-    assert len(names) == row.count
+    assert len(names) == row.test_count
   else:
     assert len(names) == {"cifar100": 50_000, "patch_camelyon": 32_768,
                           "resisc45": 31_500}[name]

@@ -1,18 +1,25 @@
 """VTAB's 19 rows: label rules by hand, and data sets that TFDS wrote."""
 import json
+import operator
 import shutil
 
 import numpy as np
 import pytest
 
+from tests.vtab_sets import (
+  SMALL,
+  build,
+  features,
+  rewrite_as_tfrecord,
+  small,
+  write_tfrecord,
+)
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import tfds as reader
 from ttc_jax.tasks import tfrecord
 from ttc_jax.tasks import vtab as family
 from ttc_jax.vtab import rows as vtab
-from tests.vtab_sets import (
-    SMALL, build, features, rewrite_as_tfrecord, small, write_tfrecord)
 
 # --- Label rules --------------------------------------------------------------
 
@@ -262,7 +269,7 @@ def test_what_tfds_wrote_as_tfrecord_reads_as_tfds_reads_it(
   ours = [ours[i] for i in range(len(ours))]
   assert ours == theirs(interleave_cycle_length=1) != []
   # By default it reads several shards in turns: the same examples.
-  number = lambda e: e["file_name"]
+  number = operator.itemgetter("file_name")
   assert sorted(ours, key=number) == sorted(theirs(), key=number)
 
 
@@ -314,7 +321,8 @@ def test_the_checksum_is_crc32c():
 
 
 def test_parts_skip_and_take(file):
-  part = lambda skip, take: tfrecord.Part(str(file), skip, take)
+  def part(skip, take):
+    return tfrecord.Part(str(file), skip, take)
   records = tfrecord.Records([part(3, 2), part(0, 0), part(1, 1)])
   assert [len(r) for r in records] == [30, 40, 10]
   with pytest.raises(IndexError):

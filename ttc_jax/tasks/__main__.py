@@ -24,7 +24,6 @@ from ttc_jax.vtab import fingerprint
 from ttc_jax.vtab import prepare as prepare_lib
 from ttc_jax.vtab import rows as vtab
 
-
 # --- list ---------------------------------------------------------------------
 
 def vtab_row(name: str, data: str | None) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def vtab_row(name: str, data: str | None) -> dict[str, Any]:
   row = vtab.ROWS[name]
   return {"name": name, "group": row.group,
           "tfds": f"{row.tfds}:{row.versions[0]}", **row.splits,
-          "num_classes": row.classes, "test_count": row.count,
+          "num_classes": row.classes, "test_count": row.test_count,
           "status": _status(name, data)}
 
 
@@ -95,11 +94,11 @@ def table(listed: list[dict[str, Any]]) -> str:
     return f"{value:,}" if isinstance(value, int) else errors.printable(value)
   keys = [key for key in listed[0] if key != "trainval"]
   lines = [keys] + [[show(r[key]) for key in keys] for r in listed]
-  widths = [max(map(len, column)) for column in zip(*lines)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   numbers = [keys.index(key) for key in ("num_classes", "test_count")]
   return "\n".join("  ".join(
       c.rjust(w) if i in numbers else c.ljust(w)
-      for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+      for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
                    for line in lines)
 
 

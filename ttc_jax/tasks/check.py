@@ -59,11 +59,11 @@ def _read(task: tasks.Task, part: str, hashes: dict) -> Seen:
           for i in range(source.count)]
   rows = {key: i for i, key in enumerate(keys) if key not in hashes}
   hashes.update(zip(rows, images.in_order(
-      lambda i: _pixels(source, i), rows.values())))
+      lambda i: _pixels(source, i), rows.values()), strict=True))
   results = [(-1, key, key) if isinstance(hashes[key], Exception)
              else (int(label), hashes[key], hashes[key])
-             for key, label in zip(keys, task.labels[part])]
-  labels, ids, pixels = zip(*results)
+             for key, label in zip(keys, task.labels[part], strict=True)]
+  labels, ids, pixels = zip(*results, strict=True)
   wrong = [str(hashes[key]) for key in keys
            if isinstance(hashes[key], Exception)]
   return Seen(np.array(labels, np.int64), list(ids), list(pixels),
@@ -110,7 +110,7 @@ def histogram(labels: np.ndarray, classes: int) -> list[int]:
 def summary(seen: Seen, classes: int) -> dict[str, Any]:
   """What a report says of a split."""
   lines = "".join(f"{key}\t{label}\n"
-                  for key, label in zip(seen.ids, seen.labels))
+                  for key, label in zip(seen.ids, seen.labels, strict=True))
   digest = hashlib.sha256(
       lines.encode("utf-8", "surrogateescape")).hexdigest()
   return {"count": len(seen.ids), "labels": histogram(seen.labels, classes),

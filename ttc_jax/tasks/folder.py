@@ -122,7 +122,7 @@ def _path(folder: str, split: str) -> str:
 def _digest(lists: dict[str, Entries], classes: tuple[str, ...]) -> str:
   """Of what the lists say, wherever the folder lies."""
   lines = [f"{name} {label}" for entries in lists.values()
-           for name, label in zip(entries.names, entries.labels)]
+           for name, label in zip(entries.names, entries.labels, strict=True)]
   return hashlib.sha256("\n".join((*classes, *lines)).encode()
                         ).hexdigest()[:16]
 
@@ -252,7 +252,7 @@ def _check_labels(folder: str, lists: dict[str, Entries],
   for split, entries in lists.items():
     beyond = entries.labels >= len(classes)
     if beyond.any():
-      row = int(beyond.argmax())
+      row = int(np.argmax(beyond))
       raise errors.UserError(
           f"{_path(folder, split)}:{row + 1}: the label {entries.labels[row]} "
           f"has no name: {source} names {len(classes)} classes, 0 to "

@@ -7,6 +7,7 @@ but composited over white, and 16-bit grey is scaled, not clipped, to 8 bits.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import contextlib
+import dataclasses
 import errno
 import functools
 import glob
@@ -19,7 +20,7 @@ import os
 import struct
 import threading
 import time
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 import warnings
 
 import numpy as np
@@ -52,7 +53,8 @@ NORMALISATIONS = {
 _log = logging.getLogger(__name__)
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Source:
   """Images by number, before they have a size.
 
   count: N > 0.
@@ -316,11 +318,11 @@ def damaged(sources: Iterable[Source]) -> list[errors.DataError]:
   found: dict[str, errors.DataError] = {}
   seen: set[str] = set()
   for source in sources:
-    rows = range(source.count)
+    rows: Sequence[int] = range(source.count)
     if source.name:
-      rows = {source.name(i): i for i in rows if source.name(i) not in seen}
-      seen.update(rows)
-      rows = rows.values()
+      named = {source.name(i): i for i in rows}
+      rows = [i for name, i in named.items() if name not in seen]
+      seen.update(named)
     for error in in_order(functools.partial(_damage, source), rows):
       if error:
         found.setdefault(str(error), error)

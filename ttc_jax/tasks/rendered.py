@@ -8,7 +8,7 @@ from collections.abc import Callable
 import functools
 import hashlib
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
@@ -165,7 +165,7 @@ def _place(rng, sizes, make_depths: Callable[[], np.ndarray]) -> list[Solid]:
   a few rounds do, for 10 solids too.
   """
   while True:
-    solids = []
+    solids: list[Solid] = []
     for depth in sorted(make_depths()):
       solid = _fit(rng, depth, rng.uniform(*sizes) / depth, solids)
       if solid is None:
@@ -218,19 +218,17 @@ def _draw_solid(rng, canvas: np.ndarray, solid: Solid) -> None:
 
 def _shrink(canvas: np.ndarray) -> np.ndarray:
   """Averages the samples of each pixel."""
-  out = 0
-  for i in range(_SUPER):
-    for j in range(_SUPER):
-      out = out + canvas[i::_SUPER, j::_SUPER]
-  return out / _SUPER**2
+  parts = [canvas[i::_SUPER, j::_SUPER]
+           for i in range(_SUPER) for j in range(_SUPER)]
+  return sum(parts, np.zeros((), canvas.dtype)) / _SUPER**2
 
 
 # Tasks.
 
 class Scene(NamedTuple):
   """What a task draws: random factors for a label, then their picture."""
-  factors: Callable[[np.random.Generator, int], object]
-  draw: Callable[[np.random.Generator, object], np.ndarray]
+  factors: Callable[[np.random.Generator, int], Any]
+  draw: Callable[[np.random.Generator, Any], np.ndarray]
   classes: tuple[str, ...]
 
 
@@ -278,8 +276,9 @@ def label(name: str, row: int) -> int:
   return row % len(SCENES[name].classes)
 
 
-def factors(name: str, split: str, row: int) -> tuple[object, object]:
-  """What is to be seen in an image, and the generator, set to draw it."""
+def factors(name: str, split: str, row: int
+            ) -> tuple[Any, np.random.Generator]:
+  """The factors of an image, and the generator, in the state to draw it."""
   seed = [zlib.crc32(name.encode()), sorted(_COUNTS).index(split), row]
   rng = np.random.default_rng(seed)
   return SCENES[name].factors(rng, label(name, row)), rng

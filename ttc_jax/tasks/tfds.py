@@ -160,11 +160,17 @@ def _splits(spec: Spec, builder) -> dict[str, str]:
     for part in split.split("+"):
       errors.check_known(f"split of {spec.name}", part.partition("[")[0],
                          builder.info.splits)
+    try:
+      builder.info.splits[split]
+    except Exception as error:  # its parser raises several types
+      raise errors.UserError(
+          f"{split!r} is no split of {spec.name} ({_line(error)}): give one "
+          "like 'train[:80%]'") from error
   return given
 
 
 def _classes(builder, spec: Spec) -> tuple[str, ...]:
-  """Class names: those of the label's feature, if it has as many, or "0", ..."""
+  """Class names: of the label's feature if it has as many, else "0", "1"..."""
   features = builder.info.features
   key = spec.label if isinstance(spec.label, str) else "label"
   if isinstance(spec.label, str):
@@ -198,10 +204,10 @@ class _Labels(Mapping):
                       np.int32)
     wrong = (labels < 0) | (labels >= self._classes)
     if wrong.any():
+      first = int(np.argmax(wrong))
       raise errors.DataError(
-          f"{self._folder}: example {int(wrong.argmax())} of "
-          f"{self._splits[part]} has the label {labels[wrong.argmax()]}, "
-          f"expected 0 to {self._classes - 1}; {_AGAIN}")
+          f"{self._folder}: example {first} of {self._splits[part]} has the "
+          f"label {labels[first]}, expected 0 to {self._classes - 1}; {_AGAIN}")
     labels.setflags(write=False)
     return labels
 
@@ -226,7 +232,8 @@ def _builder(folder: str, spec: Spec) -> Any:
   try:
     builder = tfds.builder_from_directory(folder)
   except Exception as error:  # a damaged folder can make it raise anything
-    raise errors.UserError(f"{folder} is no whole TFDS data set ({error}); "
+    raise errors.UserError(f"{folder} is no whole TFDS data set "
+                           f"({_line(error)}); "
                            f"{again}") from error
   stored = builder.info.file_format
   if stored not in (tfds.core.FileFormat.ARRAY_RECORD,
@@ -237,6 +244,10 @@ def _builder(folder: str, spec: Spec) -> Any:
   return builder
 
 
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextlib.contextmanager
 def _whole(folder, what):
   """Turns whatever damaged files make the readers raise into a sentence."""
@@ -245,7 +256,7 @@ def _whole(folder, what):
   except errors.UserError:  # a sentence already
     raise
   except Exception as error:
-    raise errors.DataError(f"{folder}: {what} cannot be read ({error}); "
+    raise errors.DataError(f"{folder}: {what} cannot be read ({_line(error)}); "
                            f"{_AGAIN}") from error
 
 

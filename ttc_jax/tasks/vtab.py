@@ -36,10 +36,10 @@ def open_set(name: str, data: str | None) -> tfds.Dataset:
 def check_count(name: str, dataset: tfds.Dataset) -> None:
   """errors.UserError unless the test set is as large as VTAB's."""
   row, found = ROWS[name], len(dataset.sources["test"])
-  if found != row.count:
+  if found != row.test_count:
     raise errors.UserError(
         f"{dataset.folder}: the test set {row.test} has {found} images, "
-        f"VTAB's has {row.count}; prepare the data set again")
+        f"VTAB's has {row.test_count}; prepare the data set again")
 
 
 def load(name: str, data: str | None) -> Task:

@@ -7,7 +7,6 @@ fingerprints (`fingerprint`).
 """
 from collections import Counter
 import hashlib
-import re
 from typing import Any
 
 import numpy as np
@@ -58,15 +57,19 @@ def check(name: str, data: str) -> dict[str, Any]:
 
 def _read(dataset: tfds.Dataset, row: Row, part: str) -> Seen:
   wrong: list[str] = []
-  labels, ids, pixels = [], [], []
+  labels: list[int] = []
+  ids: list[str] = []
+  pixels: list[str] = []
   for number, result in enumerate(images.in_order(
       lambda i: _example(dataset, row, part, i),
       range(len(dataset.sources[part])))):
     if isinstance(result, errors.UserError):
       wrong.append(str(result))
       result = (-1, *[f"{part} {number}"] * 2)
-    for values, value in zip((labels, ids, pixels), result):
-      values.append(value)
+    label, key, pixel = result
+    labels.append(label)
+    ids.append(key)
+    pixels.append(pixel)
   return Seen(np.array(labels, np.int64), ids, pixels, wrong)
 
 
@@ -101,7 +104,7 @@ def _id(row, classes, label, example):
 
 def _wrong_labels(name, row, part, seen):
   """Sentences about the count, the range and the histogram of the labels."""
-  want = row.count if part == "test" else facts.COUNTS[part]
+  want = row.test_count if part == "test" else facts.COUNTS[part]
   if len(seen.labels) != want:
     yield f"{len(seen.labels)} examples, expected {want}"
   read = seen.labels[seen.labels != -1] if seen.wrong else seen.labels
@@ -153,13 +156,13 @@ def _place(split, key):
 
 
 def _wrong_names(row, part, seen, classes):
-  """Where every id is known, it is held against what TFDS would read."""
+  """Compares the ids with those that TFDS would read, where all are known."""
   if row.tfds not in facts.NAMES or seen.wrong:
     return
   expected = [name for one in row.splits[part].split("+")
               for name in _names(row, one, classes)]
-  wrong = [(found, want) for found, want in zip(seen.ids, expected)
-           if found != want]
+  pairs = zip(seen.ids, expected, strict=False)  # the count is checked above
+  wrong = [(found, want) for found, want in pairs if found != want]
   if wrong:
     found, want = wrong[0]
     yield (f"{len(wrong)} examples are not those that TFDS puts there, the "
@@ -168,9 +171,9 @@ def _wrong_names(row, part, seen, classes):
 
 def _names(row, split, classes):
   """The ids of "NAME" or "NAME[from:to]", in order."""
-  split, start, end = re.fullmatch(
-      r"(\w+)(?:\[(\d*):(\d*)\])?", split).groups()
-  key = facts.KEYS.get(row.tfds, str)
+  split, _, between = split.rstrip("]").partition("[")
+  start, _, end = between.partition(":")
+  key = facts.KEYS.get(row.tfds) or str
   names = sorted(facts.NAMES[row.tfds](split, classes),
                  key=lambda name: _place(split, key(name)))
   return names[int(start or 0):int(end) if end else None]
@@ -196,7 +199,8 @@ def _shared_ids(row, seen):
     ids = _common(seen, one, other, "ids")
     if row.tfds in facts.IN_A_SPLIT:
       pixels = _common(seen, one, other, "pixels")
-      ids = {key for key, p in zip(seen[one].ids, seen[one].pixels)
+      ids = {key for key, p in zip(seen[one].ids, seen[one].pixels,
+                                   strict=True)
              if key in ids and p in pixels}
     if ids:
       yield (f"{other}: {len(ids)} of its examples also stand in {one}, as "

@@ -68,16 +68,24 @@ def prepare(names: Iterable[str], data: str, say: Callable[[str], None] = print
   rows = {ROWS[name].tfds: ROWS[name] for name in names}
   missing = {}
   for tfds_name, row in rows.items():
-    why = None if _folder(row, data) else _obstacle(row, data)
-    if why is None and not _folder(row, data):
-      say(f"{tfds_name}: downloading and building")
-      why = _build(row, data)
+    why = _prepare(row, data, say)
     if why:
       missing[tfds_name] = why
-    say(f"{tfds_name}: {why or 'is there, ' + _folder(row, data)}")
+    say(f"{tfds_name}: {why or f'is there, {_folder(row, data)}'}")
   say(f"{len(rows) - len(missing)} of {len(rows)} data sets are there" +
       (f"; missing: {', '.join(missing)}" if missing else ""))
   return missing
+
+
+def _prepare(row: Row, data: str, say: Callable[[str], None]) -> str | None:
+  """Builds a data set that is not there; returns why it is still missing."""
+  if _folder(row, data):
+    return None
+  why = _obstacle(row, data)
+  if why is None:
+    say(f"{row.tfds}: downloading and building")
+    why = _build(row, data)
+  return why
 
 
 def _folder(row: Row, data: str) -> str | None:
