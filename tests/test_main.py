@@ -189,7 +189,7 @@ def test_a_task_without_data_is_skipped_and_shows_as_a_hole(
   header, _, line = [x for x in done.stdout.splitlines()
                      if x.startswith("|")][:3]
   cells = dict(zip(*([c.strip() for c in x.split("|")]
-                     for x in (header, line))))
+                     for x in (header, line)), strict=True))
   assert cells["dtd"] == "-" and cells["mean of 2"] == "-"
   assert cells["colours"] == f"{row['test_top1']:.1f}"
 

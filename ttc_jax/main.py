@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _conclude(session: Session) -> None:
   """Writes and prints the tables."""
-  workdir, rows = session.workdir, list(session.done.values())
+  workdir, rows = session.workdir, session.rows()
   if rows:
     text = report.summary(rows, [*session.tasks, *session.missing])
     if session.config.plots:

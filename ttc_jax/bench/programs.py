@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import backbones, methods, optim, parallel, train, trees
+from ttc_jax import backbones, methods, optim, parallel, step, trees
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
@@ -128,20 +128,19 @@ def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
   tuned, frozen = trees.split(params, names, "tune")
   zero = jnp.zeros(())
   opt_state = optim.make_tx(names, lambda step: zero, zero).init(params)
-  hyper = jax.tree.map(
-      lambda x: np.asarray(x, "f4" if isinstance(x, float) else "i4"),
-      train.Hyper(1e-3, 1e-4, 1, 100, CLASSES))
-  state = parallel.replicate((tuned, opt_state))
-  fixed = parallel.replicate((
-      frozen, buffers, (images, labels), hyper,
-      jax.random.key_data(jax.random.key(0)), np.int32(0)))
-  plan = train.Plan(batch, 0.0, False, 1.0, False)
+  config = config_lib.resolved(config_lib.default())
+  config.batch_size = batch
+  learner, *rest = parallel.replicate((
+      step.Learner(tuned, opt_state),
+      step.Fixed(frozen, buffers, step.make_hyper(config, steps, CLASSES)),
+      (images, labels), jax.random.key_data(jax.random.key(0)), np.int32(0)))
   program, measured = compiled(
-      train.make_epoch_fn(model, stage.rules, plan), (*state, *fixed))
+      step.make_epoch_fn(model, stage.rules, step.make_plan(config)),
+      (learner, *rest))
 
   def run():
-    nonlocal state  # donated: the next run continues from its result
-    *state, losses = program(*state, *fixed)
+    nonlocal learner  # donated: the next run continues from its result
+    learner, losses = program(learner, *rest)
     jax.block_until_ready(losses)
   return Program(run, work, steps, *measured)
 
