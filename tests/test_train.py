@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
-from ttc_jax import methods, optim, parallel, train, trees
+from ttc_jax import methods, optim, parallel, step, train, trees
 from ttc_jax import model as model_lib
 from ttc_jax.errors import RunError
 from ttc_jax.tasks import Split
