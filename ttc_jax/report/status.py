@@ -12,7 +12,7 @@ import numpy as np
 from ttc_jax.errors import UserError, printable
 from ttc_jax.report import formats
 from ttc_jax.report import rows as rows_lib
-from ttc_jax.runs.workdir import Expected, Row, WorkDir
+from ttc_jax.runs.workdir import Expected, Row, WorkDir, stem
 
 Pair = tuple[str, str]  # (task, variant)
 _RUN = re.compile(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+")
@@ -167,11 +167,11 @@ def _by_pair(objects):
 
 def _running(place, run, pairs: Sequence[Pair], expected):
   """Returns what is known of a run that a process holds."""
-  by_stem = {f"{task.replace('/', '-')}-{variant}": (task, variant)
+  by_stem = {stem(task, variant): (task, variant)
              for task, variant in pairs}
   record = (place.curve(run) or [{}])[-1]
-  stem = _RUN.fullmatch(run)
-  pair = by_stem.get(stem[1]) if stem else None
+  name = _RUN.fullmatch(run)
+  pair = by_stem.get(name[1]) if name else None
   epochs = expected[pair].epochs if pair in expected and "loss" in record else (
       None)
   return Running(run, pair, record, epochs)
