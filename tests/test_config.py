@@ -1,8 +1,8 @@
 import pytest
 
 from ttc_jax import config as config_lib
+from ttc_jax import methods
 from ttc_jax.errors import UserError
-from ttc_jax.methods import Method
 from ttc_jax.runs import plan as jobs
 
 KNOWN = dict(task=("all",), lr=0.1, size=224, method="ttc", runlocal=False)
@@ -139,13 +139,13 @@ def test_a_variant_s_settings_win_over_a_task_s_and_its_own_over_both():
   assert values("svhn", "b") == (c.lr, c.epochs, c.weight_decay)
 
 
-def test_a_run_is_named_by_its_values_not_by_where_they_came_from():
+def test_a_run_is_named_by_its_values_not_by_where_they_came_from(vit):
   def name(lr, per_task):
     c = config_lib.default()
-    c.lr, c.per_task = lr, per_task
+    c.lr, c.per_task, c.k = lr, per_task, 4
     c = jobs.variants(c, "dtd")["ttc"]
-    method = Method((), "ttc", {"scale": c.scale})
-    return jobs.Run("dtd", "ttc", c, method, "final", 0, "digest").name
+    return jobs.Run("dtd", "ttc", c, methods.load("ttc", c, vit), "final", 0,
+                    "digest").name
   plain = name(0.5, {})
   assert plain == name(0.1, {"dtd": dict(lr=0.5), "svhn": dict(lr=0.7)})
   assert plain != name(0.5, {"dtd": dict(scale=0.5)})

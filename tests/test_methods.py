@@ -8,9 +8,17 @@ import pytest
 from tests.conftest import features, numpy_tree, random_adapter
 from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
-from ttc_jax.methods import tuned_rules
-from ttc_jax.methods import adapter, layernorm, lora, sct, ssf, ttc
-from ttc_jax.methods import vpt_deep, vpt_shallow
+from ttc_jax.methods import (
+  adapter,
+  layernorm,
+  lora,
+  sct,
+  ssf,
+  ttc,
+  tuned_rules,
+  vpt_deep,
+  vpt_shallow,
+)
 from ttc_jax.model import Model, init_head
 
 CHANNELS = np.array([1, 4, 5, 11])
@@ -26,6 +34,14 @@ def on_channels(y, change, keep=1.0):
   out = y.copy()
   out[..., CHANNELS] = keep * out[..., CHANNELS] + change
   return out
+
+
+def double(x):
+  return x if np.asarray(x).dtype.kind in "iu" else np.asarray(x, np.float64)
+
+
+# Buffers that have no gradient.
+INTEGERS = ("channels",)
 
 
 def relu(x):
@@ -82,34 +98,39 @@ FORMULAS = {
 }
 
 
+def difference(formula, args, place, step, g):
+  """Central difference of sum(g * formula) along `step` at a place."""
+  i, leaf = place
+
+  def at(sign):
+    new = list(args)
+    new[i] = (args[i] + sign * step if leaf is None
+              else {**args[i], leaf: args[i][leaf] + sign * step})
+    return (formula(*new) * g).sum()
+  return (at(1) - at(-1)) / 2
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_handler_is_its_formula_and_so_is_its_gradient(name):
-  """The gradient: against differences of the numpy formula in float64."""
+  """In float64, against numpy; the gradient against differences."""
   handler, p, formula = FORMULAS[name]
-  y, x = normal(2, 5, 16, seed=2), normal(2, 5, 9, seed=3)
-  got, pull = jax.vjp(
-      lambda p, y, x: handler(p, y, x), jax.tree.map(jnp.asarray, p), y, x)
-  args = [jax.tree.map(lambda v: np.asarray(v, np.float64), t)
-          for t in (p, y, x)]
-  want = formula(*args)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-  g = normal(*got.shape, seed=4)
-  grads = pull(jnp.asarray(g))
-  for i, (arg, grad) in enumerate(zip(args, grads)):
-    for leaf in trees.flatten({"": arg}) if i else p:
-      if leaf == "channels":
-        continue
-      of = grad if i else grad[leaf]
-      step = 1e-5 * normal(*np.shape(of), seed=5)
-
-      def moved(sign):
-        new = list(args)
-        new[i] = (arg + sign * step if i
-                  else {**arg, leaf: arg[leaf] + sign * step})
-        return (formula(*new) * g).sum()
-      np.testing.assert_allclose((moved(1) - moved(-1)) / 2,
-                                 (np.asarray(of) * step).sum(),
-                                 rtol=1e-3, atol=1e-8)
+  args = [jax.tree.map(double, t) for t in (
+      p, normal(2, 5, 16, seed=2), normal(2, 5, 9, seed=3))]
+  with jax.enable_x64(True):
+    got, pull = jax.vjp(lambda *a: handler(*a), *jax.tree.map(
+        jnp.asarray, args))
+    g = normal(*got.shape, seed=4).astype(np.float64)
+    grads = jax.tree.map(np.asarray, pull(jnp.asarray(g)))
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, formula(*args), rtol=1e-9, atol=1e-9)
+  places = [*((0, leaf) for leaf in p if leaf not in INTEGERS),
+            (1, None), (2, None)]
+  for i, leaf in places:
+    grad = grads[i] if leaf is None else grads[i][leaf]
+    step = 1e-5 * normal(*np.shape(grad), seed=5)
+    np.testing.assert_allclose(
+        difference(formula, args, (i, leaf), step, g), (grad * step).sum(),
+        rtol=1e-5, atol=1e-11, err_msg=leaf)
 
 
 def test_prompts_drop_out_in_training_alone_and_per_example():

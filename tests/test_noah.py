@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import DEPTH, WIDTH, features, random_adapter
+from tests.test_train import kill_after, make_job, run
 from ttc_jax import methods, parallel, train, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
 from ttc_jax.methods import lora, noah, vpt_deep, vpt_shallow
 from ttc_jax.tasks import Split
-from tests.test_train import kill_after, make_job, run
 
 GENOMES = [((2, 1, 3), (0, 2, 0), (3, 0, 1)), ((0, 0, 0),) * 3,
            ((3, 2, 4),) * 3, ((0, 1, 0), (1, 0, 0), (0, 0, 2))]

@@ -7,8 +7,8 @@ import pytest
 from ttc_jax import config as config_lib
 from ttc_jax import main, presets, report
 from ttc_jax.backbones import vit as vit_lib
-from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import UserError
+from ttc_jax.runs import plan as jobs
 from ttc_jax.vtab import rows as vtab
 
 

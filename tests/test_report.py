@@ -12,6 +12,7 @@ from ttc_jax import report
 from ttc_jax.errors import UserError
 from ttc_jax.report import formats, published, tables
 from ttc_jax.report import rows as rows_lib
+from ttc_jax.runs.workdir import WorkDir
 from ttc_jax.vtab import rows as vtab
 
 
@@ -339,19 +340,25 @@ def test_of_equal_scales_too_the_smaller_is_best():
   assert best["scale"] == 0.5
 
 
-def test_a_line_cut_short_is_skipped_and_the_next_row_is_whole(tmp_path):
-  path = str(tmp_path / "results.jsonl")
-  report.append(path, {"run": 1})
-  with open(path, "a") as f:
-    f.write('{"run": 2, "tes')
-  report.append(path, {"run": 3})
-  assert report.read(path) == [{"run": 1}, {"run": 3}]
-  with open(path) as f:
-    assert json.loads(f.read().split("\n")[2]) == {"run": 3}
+def test_a_damaged_line_of_a_results_file_is_left_out_aloud(tmp_path, caplog):
+  path = tmp_path / "results.jsonl"
+  whole = ROWS[0], ROWS[2]
+  path.write_bytes(json.dumps(whole[0]).encode() + b'\n{"run": "a\xff"}\n'
+                   b'{"run": 2, "tes\n[1]\n'
+                   + json.dumps(whole[1]).encode() + b'\n{"run": "cut')
+  assert report.read(str(path)) == report.collect([str(path)]) == [*whole]
+  assert [f":{n} is damaged" in caplog.text for n in range(1, 7)] == [
+      False, True, True, True, False, False]
 
 
-def test_no_file_is_no_row(tmp_path):
-  assert report.read(str(tmp_path / "results.jsonl")) == []
+def test_a_damaged_row_of_a_work_directory_costs_that_row(tmp_path, caplog):
+  place = WorkDir(tmp_path)
+  for r in ROWS:
+    place.write_row(r)
+  (place.folder(ROWS[1]["run"]) / "row.json").write_bytes(b'{"run": "\xff"}')
+  assert {r["run"] for r in report.collect([str(tmp_path)])} == {
+      r["run"] for r in ROWS} - {ROWS[1]["run"]}
+  assert "is damaged and left out" in caplog.text
 
 
 def test_merged_work_directories_are_one_table():
@@ -385,6 +392,6 @@ def test_a_work_directory_without_a_row_is_an_error(tmp_path):
     report.collect([str(tmp_path / "none")])
   with pytest.raises(UserError, match="no finished run in"):
     report.collect([str(tmp_path)])
-  (tmp_path / "results.jsonl").write_text('{"run": "x"}\n')
+  WorkDir(tmp_path).write_row({"run": "x"})
   with pytest.raises(UserError, match="row of x has no 'task'"):
     report.collect([str(tmp_path)])

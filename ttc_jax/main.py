@@ -10,14 +10,12 @@ import os
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from ttc_jax import checkpoint, cli, compilation, interrupt, report
 from ttc_jax.errors import Stopped, UserError
 from ttc_jax.runs.session import Session
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configuration, FILE[:key=value,...]", lock_config=True)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where results go; default: a folder of checkpoints/runs "
     "named after the configuration")
@@ -48,7 +46,7 @@ def main(argv: list[str]) -> int:
     session.run_all()
   except Stopped as stop:
     print(f"{stop}; start the same command again to go on", file=sys.stderr)
-    return 0
+    return interrupt.exit_code()
   _conclude(session)
   for name, why in [*session.missing.items(), *session.failed.items()]:
     print(f"failed: {name}: {why}", file=sys.stderr)
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _conclude(session: Session) -> None:
   """Writes and prints the tables."""
-  workdir, rows = session.workdir, list(session.done.values())
+  workdir, rows = session.workdir, session.rows()
   if rows:
     text = report.summary(rows, [*session.tasks, *session.missing])
     if session.config.plots:

@@ -2,57 +2,84 @@
 adapters that a search finds.
 
 A supernet has prompts, LoRA on q and v and an adapter after the MLP in every
-block, each as large as its largest choice. While it is trained on train800,
-every step draws a subnet: the first so many prompts, ranks and hidden units of
-each block. Then an evolutionary search on val200 finds the best subnet within
-a budget of parameters, and that one is trained from its start on all that a
-run trains on. (The authors' search draws depths too; here 0 is a size.)
+block, each as large as its largest choice. It is trained on the training split
+without the validation split; each step draws a subnet, which has the first
+prompts, ranks and hidden units of each block. Then an evolutionary search on
+the validation split finds the best subnet within a budget of parameters. That
+one is trained from its initial values on everything that the run trains on.
+(The authors' search draws depths too; here 0 is a size.)
 
-Under protocol=val the winner's accuracy on val200 is optimistic: the search
-looked at it. Under protocol=final nothing looks at the test set.
+Under protocol=val the winner's validation accuracy is optimistic: the search
+has used that split. Under protocol=final nothing uses the test set.
 """
+from collections.abc import Callable
 import functools
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zlib
 
 from absl import logging
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from ttc_jax import evaluate, files, parallel
+from ttc_jax import evaluate, files, parallel, trees
 from ttc_jax.errors import UserError
-from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options
+from ttc_jax.methods import (
+  TUNE_ADAPTER,
+  Context,
+  Method,
+  Stage,
+  lora,
+  options,
+  vpt_shallow,
+)
 from ttc_jax.methods import adapter as adapter_lib
-from ttc_jax.methods import lora, vpt_shallow
+from ttc_jax.taps import Handler
 
 OPTIONS = ("noah",)
-MODULES = ("prompts", "rank", "width")
-# Where a subnet's size is felt.
+
+
+class Sizes(NamedTuple):
+  """Sizes of a block's modules: prompts, LoRA's rank, the adapter's width."""
+  prompts: int
+  rank: int
+  width: int
+
+
+MODULES = Sizes._fields
+# The sites where a handler reads a module's size.
 SITES = {"scores": "prompts", "q": "rank", "v": "rank", "fc2": "width"}
 
-# (prompts, rank, width) of every block.
-Genome = tuple[tuple[int, int, int], ...]
+Genome = tuple[Sizes, ...]  # a subnet: the sizes of every block
 
 
-# --- What acts at the sites ---------------------------------------------------
+# --- Handlers -----------------------------------------------------------------
 
 def _first(p, h):
-  """Zeroes the hidden units that a subnet lacks; all stay where none is."""
+  """Zeroes the hidden units from number `size` on; without a size, none."""
   if "size" not in p:
     return h
   return jnp.where(jnp.arange(h.shape[-1]) < p["size"], h, 0)
 
 
-def low_rank(p, y, x):
+def low_rank(p: dict[str, jax.Array], y: jax.Array,
+             x: jax.Array) -> jax.Array:
+  """Returns y + (x a) b, with the first `size` ranks."""
   return y + _first(p, x @ p["a"].astype(y.dtype)) @ p["b"].astype(y.dtype)
 
 
-def bottleneck(p, y, x):
-  """y + up(act(down(y))); nothing, not even a bias, where the size is 0."""
+def bottleneck(p: dict[str, jax.Array], y: jax.Array,
+               x: jax.Array) -> jax.Array:
+  """Returns y + up(act(down(y))) with the first `size` hidden units.
+
+  A size of 0 returns y: not even the bias of `up` is added.
+  """
   del x
-  cast = lambda name: p[name].astype(y.dtype)
+  def cast(name):
+    return p[name].astype(y.dtype)
   h = adapter_lib.ACTIVATIONS["quick_gelu"](
       y @ cast("down") + cast("down_bias"))
   change = _first(p, h) @ cast("up") + cast("up_bias")
@@ -61,8 +88,9 @@ def bottleneck(p, y, x):
 
 # Cached, since compiled functions are found by their handlers.
 @functools.cache
-def exchange(first: int):
-  """The handler that puts a block's prompts in place of the last block's."""
+def exchange(first: int) -> Handler:
+  """Returns the handler that replaces the last block's prompts by the block's.
+  """
   def handler(p, y, x):
     del x
     rest = y[:, first + (len(p["before"]) if "before" in p else 0):]
@@ -72,8 +100,8 @@ def exchange(first: int):
 
 
 @functools.cache
-def hide(first: int):
-  """The handler that keeps attention from the prompts that a subnet lacks."""
+def hide(first: int) -> Handler:
+  """Returns the handler that masks attention to prompts from `size` on."""
   def handler(p, y, x):
     del x
     at = jnp.arange(y.shape[-1]) - first
@@ -82,7 +110,8 @@ def hide(first: int):
   return handler
 
 
-def handlers(backbone):
+def handlers(backbone: nn.Module) -> tuple[tuple[str, Handler], ...]:
+  """Returns the handlers of supernet and subnets."""
   first = backbone.prefix
   return (("tokens", exchange(first)), ("input", exchange(first)),
           ("scores", hide(first)), ("q", low_rank), ("v", low_rank),
@@ -92,12 +121,15 @@ def handlers(backbone):
 
 # --- Networks of given sizes --------------------------------------------------
 
-def network(backbone, seed, genome):
-  """The adapter and the buffers of exactly these sizes."""
+def network(backbone: nn.Module, seed: int,
+            genome: Genome) -> tuple[trees.Tree, trees.Tree]:
+  """Returns the adapter and the buffers of a network of exactly these sizes."""
   rng = np.random.default_rng(seed)
   sites = backbone.sites
-  adapter = {site: {} for site in ("tokens", "input", "q", "v", "fc2")}
-  buffers, before = {"input": {}}, 0
+  adapter: dict[str, Any] = {
+      site: {} for site in ("tokens", "input", "q", "v", "fc2")}
+  buffers: dict[str, Any] = {"input": {}}
+  before = 0
   for i, (prompts, rank, width) in enumerate(genome):
     block, site = str(i), "input" if i else "tokens"
     if prompts:
@@ -107,7 +139,8 @@ def network(backbone, seed, genome):
     before = prompts
     if rank:
       for name in ("q", "v"):
-        adapter[name][block] = lora.init(rng, sites[name][i], rank)
+        adapter[name][block] = lora.init(
+            rng, sites[name][i].inputs, sites[name][i].width, rank)
     if width:
       adapter["fc2"][block] = adapter_lib.init(rng, sites["fc2"][i].width,
                                                width)
@@ -116,8 +149,12 @@ def network(backbone, seed, genome):
           {k: v for k, v in buffers.items() if v})
 
 
-def sized(buffers, genome, slots):
-  """The supernet's buffers with the sizes of a subnet, as on one device."""
+def sized(buffers: trees.Tree, genome: Genome, slots: int) -> trees.Tree:
+  """Returns the supernet's buffers with a subnet's sizes, not replicated.
+
+  Args:
+    slots: how many prompts the supernet has in each block.
+  """
   out = {site: {b: dict(p) for b, p in blocks.items()}
          for site, blocks in buffers.items()}
   for i, sizes in enumerate(genome):
@@ -129,8 +166,8 @@ def sized(buffers, genome, slots):
   return out
 
 
-def sample(buffers, key):
-  """A training step's subnet: a choice for every module of every block."""
+def sample(buffers: trees.Tree, key: jax.Array) -> trees.Tree:
+  """Draws a training step's subnet: a size for every module of every block."""
   def draw(site, block, p):
     if "choices" not in p:
       return p
@@ -142,7 +179,14 @@ def sample(buffers, key):
 
 
 class Space(NamedTuple):
-  """The subnets: choices of every module, and the most parameters."""
+  """The subnets that the search draws from.
+
+  Attributes:
+    choices: {module: sizes, ascending}.
+    budget: the largest number of parameters.
+    depth: L, number of blocks.
+    width: D of the backbone.
+  """
   choices: dict[str, tuple[int, ...]]
   budget: int
   depth: int
@@ -150,44 +194,56 @@ class Space(NamedTuple):
 
   @property
   def smallest(self) -> Genome:
-    return (tuple(min(self.choices[m]) for m in MODULES),) * self.depth
+    return (Sizes(*(min(self.choices[m]) for m in MODULES)),) * self.depth
 
   @property
   def largest(self) -> Genome:
-    return (tuple(max(self.choices[m]) for m in MODULES),) * self.depth
+    return (Sizes(*(max(self.choices[m]) for m in MODULES)),) * self.depth
 
   def count(self, genome: Genome) -> int:
-    """Parameters: P D + 2 r 2 D + w (2 D + 1) + D a block."""
+    """Number of parameters: P D + 2 r 2 D + w (2 D + 1) + D a block."""
     D = self.width
     return sum(p * D + 4 * r * D + (w and w * (2 * D + 1) + D)
                for p, r, w in genome)
 
-  def fit(self, rng, genome: Genome) -> Genome:
+  def fit(self, rng: np.random.Generator, genome: Genome) -> Genome:
     """Makes random modules smaller until the budget holds."""
-    sizes = [list(block) for block in genome]
-    while self.count(sizes) > self.budget:
-      i, m = rng.integers(self.depth), rng.integers(len(MODULES))
-      smaller = [s for s in self.choices[MODULES[m]] if s < sizes[i][m]]
+    sizes = list(genome)
+    while self.count(tuple(sizes)) > self.budget:
+      i = rng.integers(self.depth)
+      module = MODULES[rng.integers(len(MODULES))]
+      smaller = [s for s in self.choices[module]
+                 if s < getattr(sizes[i], module)]
       if smaller:
-        sizes[i][m] = smaller[-1]
-    return tuple(map(tuple, sizes))
+        sizes[i] = sizes[i]._replace(**{module: smaller[-1]})
+    return tuple(sizes)
 
-  def draw(self, rng) -> Genome:
-    return tuple(tuple(int(rng.choice(self.choices[m])) for m in MODULES)
+  def draw(self, rng: np.random.Generator) -> Genome:
+    """Draws every size at random."""
+    return tuple(Sizes(*(int(rng.choice(self.choices[m])) for m in MODULES))
                  for _ in range(self.depth))
 
-  def mutate(self, rng, genome: Genome, rate: float) -> Genome:
-    new = self.draw(rng)
-    return tuple(tuple(b if rng.random() < rate else a for a, b in zip(*pair))
-                 for pair in zip(genome, new))
+  def mutate(self, rng: np.random.Generator, genome: Genome,
+             rate: float) -> Genome:
+    """Draws each size anew with probability `rate`."""
+    return _mix(rng, genome, self.draw(rng), rate)
 
   @staticmethod
-  def cross(rng, one: Genome, two: Genome) -> Genome:
-    return tuple(tuple(b if rng.random() < 0.5 else a for a, b in zip(*pair))
-                 for pair in zip(one, two))
+  def cross(rng: np.random.Generator, one: Genome, two: Genome) -> Genome:
+    """Takes each size from one of two parents."""
+    return _mix(rng, one, two, 0.5)
 
 
-def prepare_supernet(context, *, space):
+def _mix(rng, one, two, rate):
+  """Returns `one` with each size taken from `two` with probability `rate`."""
+  return tuple(Sizes(*(b if rng.random() < rate else a
+                       for a, b in zip(*pair, strict=True)))
+               for pair in zip(one, two, strict=True))
+
+
+def prepare_supernet(context: Context, *,
+                     space: Space) -> tuple[trees.Tree, trees.Tree]:
+  """Returns the largest network, with the choices of every size."""
   backbone = context.model.backbone
   adapter, buffers = network(backbone, context.seed, space.largest)
   buffers = sized(buffers, space.largest, space.largest[0][0])
@@ -199,15 +255,24 @@ def prepare_supernet(context, *, space):
 
 # --- The search ---------------------------------------------------------------
 
-def search(space: Space, c, seed: int, score, on_generation) -> Genome:
-  """Evolution within the budget: the best by `score`, then the smallest.
+def search(space: Space, c: ml_collections.ConfigDict, seed: int,
+           score: Callable[[Genome], float],
+           on_generation: Callable[..., None]) -> Genome:
+  """Returns the best subnet within the budget: the highest score, then the
+  fewest parameters.
 
-  Each generation keeps the `parents` best of all so far, mutates and crosses
-  them, and fills up with random ones; none is scored twice. It depends on the
-  seed and the scores alone, so a search with the scores of an interrupted one
-  at hand goes the same way.
+  Each generation mutates and crosses the best `c.parents` of all before it,
+  and is filled up with random ones; no subnet is scored twice. The search
+  depends on the seed and the scores alone: it repeats exactly.
+
+  Args:
+    c: `config.noah`.
+    score: `(genome) -> accuracy`.
+    on_generation: called as `(number, best, scores, population)`.
   """
-  rng, scores, population = np.random.default_rng(seed), {}, []
+  rng = np.random.default_rng(seed)
+  scores: dict[Genome, float] = {}
+  population: list[Genome] = []
 
   def add(draw, count, tries=1000):
     for _ in range(tries):
@@ -215,19 +280,22 @@ def search(space: Space, c, seed: int, score, on_generation) -> Genome:
         return
       genome = space.fit(rng, draw())
       if genome not in scores:
-        scores[genome] = None
+        scores[genome] = float("nan")  # scored with its generation
         population.append(genome)
         count -= 1
 
   def ranked():
     return sorted(scores, key=lambda g: (-scores[g], space.count(g), g))
 
+  def breed(parents):
+    def pick():
+      return parents[rng.integers(len(parents))]
+    add(lambda: space.mutate(rng, pick(), c.mutation_rate), c.mutations)
+    add(lambda: space.cross(rng, pick(), pick()), c.crossovers)
+
   for generation in range(c.generations):
     if generation:
-      parents = ranked()[:c.parents]
-      pick = lambda: parents[rng.integers(len(parents))]
-      add(lambda: space.mutate(rng, pick(), c.mutation_rate), c.mutations)
-      add(lambda: space.cross(rng, pick(), pick()), c.crossovers)
+      breed(ranked()[:c.parents])
     add(lambda: space.draw(rng), c.population - len(population))
     for genome in population:
       scores[genome] = score(genome)
@@ -238,7 +306,10 @@ def search(space: Space, c, seed: int, score, on_generation) -> Genome:
 
 
 def _scores(path):
-  """{genome: accuracy} of an interrupted search; damaged, it starts anew."""
+  """Returns {genome: accuracy} of an interrupted search.
+
+  Empty, with a warning, for a damaged file: the search then starts again.
+  """
   try:
     with open(path, encoding="utf-8") as f:
       return dict(json.load(f))
@@ -249,9 +320,16 @@ def _scores(path):
     return {}
 
 
-def prepare_winner(context, *, space, config):
-  """Searches, then makes the winner anew; the search goes on where it was."""
-  path = context.directory + "-search.json"
+def prepare_winner(
+    context: Context, *, space: Space,
+    config: ml_collections.ConfigDict) -> tuple[trees.Tree, trees.Tree]:
+  """Searches, and returns the winner with its initial values.
+
+  The scores are kept beside the stage's states: an interrupted search goes on.
+  """
+  if context.val is None:
+    raise ValueError("the search needs the validation split")
+  val, path = context.val, context.directory + "-search.json"
   known = _scores(path)
 
   def score(genome):
@@ -261,7 +339,7 @@ def prepare_winner(context, *, space, config):
           parallel.unreplicate(context.buffers), genome,
           space.largest[0][0]))
       known[name] = evaluate.top1(context.model, context.params, buffers,
-                                  *context.val)
+                                  *val)
     return known[name]
 
   def on_generation(generation, best, scores, population):
@@ -280,7 +358,9 @@ def prepare_winner(context, *, space, config):
   return network(context.model.backbone, context.seed, best)
 
 
-def make(config, backbone) -> Method:
+def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
+  """Reads `config.noah`; a budget of 0 is the mean of the smallest and the
+  largest subnet's parameters."""
   vpt_shallow.check_takes_prompts(backbone)
   c = config.noah
   for name in MODULES:
@@ -308,6 +388,7 @@ def make(config, backbone) -> Method:
              sample=sample),
        Stage("winner", TUNE_ADAPTER, functools.partial(
            prepare_winner, space=space, config=c))),
-      options=options(config, OPTIONS), handlers=handlers(backbone),
-      cannot_merge="prompts are tokens, and the adapter's activation is no "
-      "linear map")
+      options=options(config, OPTIONS, noah={"budget": space.budget}),
+      handlers=handlers(backbone),
+      cannot_merge="prompts are tokens, and the adapter's activation is not "
+      "linear")

@@ -105,7 +105,7 @@ def settings(config) -> list[dict[str, float]]:
   if "scale" in methods.options_of(config.method):
     keys.append("scale")
   grid = {k: sorted(config.grid[k]) for k in keys if config.grid[k]}
-  return [dict(zip(grid, values))
+  return [dict(zip(grid, values, strict=True))
           for values in itertools.product(*grid.values())]
 
 
