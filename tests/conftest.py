@@ -1,5 +1,4 @@
-"""Two fake CPU devices and one empty cache for all tests, and a tiny problem.
-"""
+"""Two fake CPU devices, one empty cache for all tests, and a tiny problem."""
 import atexit
 import functools
 import importlib.util
@@ -7,15 +6,15 @@ import os
 import shutil
 import tempfile
 
-# Of images and compiled programs; the processes that tests start share it.
+# Images and compiled programs; processes that tests start use it too.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"],
                 ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Several fake devices on few cores: programs in flight at once can wait for
-# each other's collectives for ever.
+# With several fake devices on few cores, programs that run at the same time
+# can wait for each other's collectives for ever.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
-# Programs run but once or twice, so that LLVM's time for them is not worth it.
+# Most programs run once or twice: optimising them takes longer than it saves.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_force_host_platform_device_count=2"
                            " --xla_backend_optimization_level=0")
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 
-# Tests that differ in little compile much alike.
+# Tests of the same shapes compile the same programs.
 jax.config.update("jax_compilation_cache_dir", os.path.join(
     os.environ["XDG_CACHE_HOME"], "of_tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -49,7 +48,7 @@ def vit():
 
 @pytest.fixture
 def params(vit):
-  """Random parameters, norms and biases included, none at a special value."""
+  """Random parameters, norms and biases too; no value is 0 or 1."""
   tree = {"backbone": backbones.shapes(vit), "adapter": {},
           "head": jax.eval_shape(lambda: init_head(WIDTH, CLASSES, 0))}
   return random_tree(tree, np.random.default_rng(1))
@@ -62,7 +61,7 @@ def model(vit):
 
 @pytest.fixture
 def split():
-  """37 images: no multiple of any batch or device count."""
+  """37 images: not a multiple of any batch size or number of devices."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (37, SIZE, SIZE, 3), dtype=np.uint8)
   return Split(images, rng.integers(0, CLASSES, 37).astype(np.int32))
@@ -76,7 +75,7 @@ def config():
 
 
 def features(model, params, images, buffers, **kwargs):
-  """In one program: run eagerly, every operation is one that is compiled."""
+  """Features in one program; eagerly, each operation would be compiled."""
   fn = functools.partial(model.features, **kwargs)
   return jax.jit(fn)(params, images, buffers)
 
@@ -86,15 +85,14 @@ def numpy_tree(tree):
 
 
 def random_adapter(adapter, seed=7):
-  """The adapter with values that do something."""
+  """The adapter with random values, so that it changes the features."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
       lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), adapter)
 
 
 def import_transformers():
-  """Hugging Face's, which imports the torchvision that timm needs if it is
-  there."""
+  """Returns transformers, which imports torchvision where that is installed."""
   if importlib.util.find_spec("torchvision"):
     import_timm()
   pytest.importorskip("torch")

@@ -1,4 +1,6 @@
-"""Random parameters, for tests and for tools: conftest.py sets up fake devices.
+"""Random parameters, for tests and tools.
+
+They are not in conftest.py because that one sets up fake devices.
 """
 import numpy as np
 
@@ -6,8 +8,10 @@ from ttc_jax import backbones, trees
 
 
 def random_tree(shapes, rng):
-  """Arrays of those shapes, near what training gives and none at a special
-  value."""
+  """Returns random arrays of the shapes of a tree.
+
+  They are of the size that training gives; no value is special (0 or 1).
+  """
   def draw(name, leaf):
     fan_in = max(1, leaf.size // leaf.shape[-1])
     spread = (0.1 if len(leaf.shape) == 1 else
@@ -19,7 +23,10 @@ def random_tree(shapes, rng):
 
 
 def random_params(module, seed=1):
-  """Of a backbone: 0 where DINOv3 and CLIP have no bias."""
+  """Returns random parameters of a backbone.
+
+  Biases that DINOv3 and CLIP lack are 0.
+  """
   lacking = tuple(name for field, name in (
       ("rope", "/key/bias"), ("pre_norm", "embedding/bias"))
                   if module.fields.get(field))

@@ -1,8 +1,9 @@
 import pytest
 
 from ttc_jax import config as config_lib
-from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import UserError
+from ttc_jax.methods import Method
+from ttc_jax.runs import plan as jobs
 
 KNOWN = dict(task=("all",), lr=0.1, size=224, method="ttc", runlocal=False)
 
@@ -142,8 +143,9 @@ def test_a_run_is_named_by_its_values_not_by_where_they_came_from():
   def name(lr, per_task):
     c = config_lib.default()
     c.lr, c.per_task = lr, per_task
-    return jobs.Run("dtd", "ttc", jobs.variants(c, "dtd")["ttc"], "final", 0,
-                    "digest").name
+    c = jobs.variants(c, "dtd")["ttc"]
+    method = Method((), "ttc", {"scale": c.scale})
+    return jobs.Run("dtd", "ttc", c, method, "final", 0, "digest").name
   plain = name(0.5, {})
   assert plain == name(0.1, {"dtd": dict(lr=0.5), "svhn": dict(lr=0.7)})
   assert plain != name(0.5, {"dtd": dict(scale=0.5)})

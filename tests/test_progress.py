@@ -1,8 +1,8 @@
 import io
-import json
 import sys
 
 from ttc_jax.runs.progress import Progress
+from ttc_jax.runs.workdir import WorkDir
 
 
 def update(progress):
@@ -14,12 +14,12 @@ def update(progress):
 
 
 def test_quiet_without_a_terminal_and_the_curve_is_written(tmp_path, capfd):
-  path = tmp_path / "metrics.jsonl"
-  with Progress("run", str(path)) as progress:
+  workdir = WorkDir(tmp_path)
+  with Progress("run", lambda records: workdir.write_curve(
+      "run", records)) as progress:
     update(progress)
   assert capfd.readouterr() == ("", "")
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  assert [(r["stage"], r["epoch"]) for r in lines] == [
+  assert [(r["stage"], r["epoch"]) for r in workdir.curve("run")] == [
       ("align", 1), ("align", 2)]
 
 
@@ -29,10 +29,10 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_sees_stage_epoch_loss_accuracy_and_time_left(
-    tmp_path, monkeypatch):
+    monkeypatch):
   terminal = Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)
-  with Progress("run", str(tmp_path / "metrics.jsonl")) as progress:
+  with Progress("run", lambda records: None) as progress:
     update(progress)
   seen = terminal.getvalue()
   for part in ("align 2/2", "2/4", "loss=0.500", "images/s=12", "val=70.0"):

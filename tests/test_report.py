@@ -10,7 +10,8 @@ from scipy import stats
 
 from ttc_jax import report
 from ttc_jax.errors import UserError
-from ttc_jax.report import formats, published, rows as rows_lib, tables
+from ttc_jax.report import formats, published, tables
+from ttc_jax.report import rows as rows_lib
 from ttc_jax.vtab import rows as vtab
 
 
@@ -110,6 +111,27 @@ def test_a_planned_task_without_a_run_is_a_hole():
   assert "| eurosat |" in report.summary(rows, ["eurosat"])
 
 
+def test_further_test_sets_have_columns_and_enter_no_mean():
+  def tests(first, hard):
+    return {"test": {"top1": first, "count": 9},
+            "hard": {"top1": hard, "count": 3}}
+  rows = [row("a", "ttc", 0, 50.0, tests=tests(50.0, 10.0)),
+          row("a", "ttc", 1, 60.0, tests=tests(60.0, 30.0)),
+          row("b", "ttc", 0, 70.0, tests={"new": {"top1": 70.0, "count": 2}}),
+          row("b", "ttc", 1, 70.0)]
+  table = tables.make(rows, "final")
+  assert [c.title for c in table.columns] == ["a", "a/hard", "b", "mean of 2"]
+  line, = table.lines
+  assert [s.mean for s in line.scores] == [55.0, 20.0, 70.0, 62.5]
+  assert line.scores[1].seeds == (10.0, 30.0) and line.seeds == (2, 2)
+  back = [(r["task"], r["test"], float(r["top1"])) for r in csv.DictReader(
+      io.StringIO(formats.csv(table)))]
+  assert back == [("a", "test", 50.0), ("a", "hard", 10.0), ("a", "test", 60.0),
+                  ("a", "hard", 30.0), ("b", "new", 70.0), ("b", "test", 70.0)]
+  found, = json.loads(formats.json(table))
+  assert found["top1"]["a/hard"]["mean"] == 20.0
+
+
 def test_one_task_has_no_mean():
   table = tables.make([row("a", "ttc", 0, 1.0)], "final")
   assert [c.title for c in table.columns] == ["a"]
@@ -179,7 +201,7 @@ def test_published_means_come_out_of_their_numbers(known):
 
 def test_differences_are_ours_minus_theirs():
   ssf = dict(zip(vtab.ROWS, next(
-      p.top1 for p in published.ROWS if p.name == "SSF")))
+      p.top1 for p in published.ROWS if p.name == "SSF"), strict=True))
   rows = vtab_rows(top1={t: x + 2.0 for t, x in ssf.items()})
   table = tables.make(rows, "final", compare=True)
   lines = {x.name: x for x in table.lines}
@@ -219,7 +241,8 @@ def test_stated_means_stand_under_what_they_are_of():
   table = tables.make(rows, "final", compare=True)
   titles = [c.title for c in table.columns]
   ttc = next(x for x in table.lines if x.name == "TTC (published)")
-  assert {t: s.mean for t, s in zip(titles, ttc.scores) if s} == {
+  assert {t: s.mean for t, s in zip(titles, ttc.scores, strict=True)
+          if s} == {
       "Specialized": 86.7, "Structured": 61.5, "mean of 19": 74.8}
   assert ttc.beside == ["ttc"]  # not the variant with random channels
 

@@ -8,7 +8,8 @@ import pytest
 from tests.test_report import row
 from ttc_jax import files
 from ttc_jax.errors import UserError
-from ttc_jax.report import __main__ as command_line, status
+from ttc_jax.report import __main__ as command_line
+from ttc_jax.report import status
 
 VARIANTS = {
     "ttc": {"settings": 2, "seeds": [0, 1], "protocol": "select", "epochs": 3},

@@ -316,13 +316,13 @@ def steps(name, config, module, tmp_path):
   rng = np.random.default_rng(0)
   data = Split(rng.integers(0, 256, (16, 40, 40, 3), dtype=np.uint8),
                rng.integers(0, 3, 16).astype(np.int32))
+  config.update(dict(batch_size=8, epochs=1, warmup_epochs=0.0, lr=1e-2,
+                     weight_decay=0.0, eval_every=1, save_seconds=1e9))
   method = methods.load(name, config, module)
   job = train.Job(
-      identity={"test": name}, model=model_lib.Model(module, "half"),
-      method=method, plan=train.Plan(8, 0.0, False, 1.0, False), train=data,
-      val=data, holdout=None, classes=3, seed=0, epochs=1, warmup_epochs=0.0,
-      lr=1e-2, weight_decay=0.0, eval_every=1, save_seconds=1e9,
-      report=lambda *_: None)
+      identity={"test": name}, config=config,
+      model=model_lib.Model(module, "half"), method=method, train=data,
+      val=data, holdout=None, classes=3, seed=0, report=lambda *_: None)
   base = random_params(module)
   return base, data, method, train.run(
       job, parallel.replicate(base), str(tmp_path))

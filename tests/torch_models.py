@@ -1,19 +1,21 @@
-"""PyTorch's own models, which ours are compared with."""
+"""PyTorch's own models, with which ours are compared."""
+import importlib
+
 import pytest
 
-_KEPT = []  # a library's operators vanish with it
+_KEPT = []  # operators vanish with the library object that defined them
 
 
 def import_timm():
-  """timm; where it is not installed the test is skipped.
+  """Returns timm; skips the test where it is not installed.
 
-  timm imports torchvision, and torchvision as PyPI has it is built for CUDA:
-  beside a CPU build of PyTorch its operators do not load, and it fails to
-  describe them. No model here calls any, so that they have names is enough.
+  timm imports torchvision. PyPI's torchvision is built for CUDA: beside a CPU
+  build of PyTorch its operators do not load, and its import fails when it
+  describes them. No model here calls them, so it is enough to give them names.
   """
   torch = pytest.importorskip("torch")
   try:
-    import torchvision
+    importlib.import_module("torchvision")
   except ImportError:
     pytest.skip("timm is not installed")
   except RuntimeError:
@@ -22,5 +24,5 @@ def import_timm():
     for name in ("nms", "qnms"):
       library.define(f"{name}(Tensor dets, Tensor scores, "
                      "float iou_threshold) -> Tensor")
-    import torchvision
+    importlib.import_module("torchvision")
   return pytest.importorskip("timm")

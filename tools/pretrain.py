@@ -1,9 +1,10 @@
-"""Trains the small ViT that `checkpoints/` carries: distillation on CIFAR-10.
+"""Trains the small ViT of `checkpoints/` by distillation on CIFAR-10.
 
-A student learns every output token of a pretrained ViT teacher on random
-crops of the 50,000 CIFAR-10 training images, and their labels. Teacher and
+The student learns every output token of a pretrained ViT teacher on random
+crops of the 50,000 CIFAR-10 training images, and the labels. Teacher and
 student see the same crop, each at its own size, with the same grid of
-tokens. The run saves its state every `--save_every` steps and resumes from it.
+tokens. The state is saved every `--save_every` steps; the same command resumes
+from it.
 
   python tools/pretrain.py --images=cifar10_train.tar.xz \
       --teacher=vit_s14.safetensors --out=checkpoints/vit_ti16_64.safetensors
@@ -23,8 +24,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from ttc_jax import augment, backbones, files
-from ttc_jax import weights
+from ttc_jax import augment, backbones, files, weights
 from ttc_jax.tasks.images import normalise
 
 _IMAGES = flags.DEFINE_string(

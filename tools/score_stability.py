@@ -1,27 +1,27 @@
-"""How far a score of channels depends on the images that it is taken over.
+"""Measures how far scores of channels depend on the images.
 
-For finished LayerNorm runs of a work directory: each score on two random
-halves of the training set, their rank correlation, and how many of the top K
-channels the halves have in common (by chance: K / D).
+For the finished LayerNorm runs of a work directory: computes each score over
+two random halves of the training set, and prints their rank correlation and
+the share of the top K channels that both halves have (by chance: K / D).
 
   python tools/score_stability.py --workdir=DIR --task=digits [--data=DIR]
 """
 import json
-import os
 
 from absl import app, flags
 import numpy as np
 from scipy.stats import spearmanr
 
-from ttc_jax import importance, predict, report, tasks
+from ttc_jax import importance, predict, tasks
+from ttc_jax.runs.workdir import WorkDir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "of runs", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory", required=True)
 _TASK = flags.DEFINE_string("task", None, "one of its tasks", required=True)
 _DATA = flags.DEFINE_string("data", None, "folder of tasks")
 
 
 def halves(score, tuned, split, seed=0):
-  """The scores (L, D) at "fc2" over two disjoint halves of a split."""
+  """Returns the scores (L, D) at "fc2" over two disjoint halves of a split."""
   order = np.random.default_rng(seed).permutation(len(split.labels))
   return [importance.score(
       score, tuned.model, tuned.params, tuned.buffers,
@@ -31,13 +31,12 @@ def halves(score, tuned, split, seed=0):
 
 def main(argv):
   del argv
-  rows = report.read(os.path.join(_WORKDIR.value, "results.jsonl"))
-  for row in rows:
+  workdir = WorkDir(_WORKDIR.value)
+  for row in workdir.rows():
     if (row["task"], row["variant"], row["protocol"]) != (
         _TASK.value, "layernorm", "final"):
       continue
-    tuned = predict.load(
-        os.path.join(_WORKDIR.value, "runs", row["run"], "bundle"))
+    tuned = predict.load(workdir.bundle(row["run"]))
     split = tasks.load(_TASK.value, size=row["image_size"],
                        data=_DATA.value).split("trainval")
     D = tuned.model.backbone.width
@@ -46,11 +45,12 @@ def main(argv):
       one, two = halves(score, tuned, split)
       common = [np.intersect1d(importance.top_k(a, K),
                                importance.top_k(b, K)).size / K
-                for a, b in zip(one, two)]
+                for a, b in zip(one, two, strict=True)]
       print(json.dumps({
           "task": row["task"], "seed": row["seed"], "score": score,
           "rank_correlation": round(float(np.mean(
-              [spearmanr(a, b)[0] for a, b in zip(one, two)])), 2),
+              [spearmanr(a, b)[0]
+               for a, b in zip(one, two, strict=True)])), 2),
           "common_top_k": round(float(np.mean(common)), 2),
           "chance": K / D,
           "negative": round(float(np.mean(np.less(one, 0))), 2)}), flush=True)

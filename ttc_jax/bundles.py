@@ -63,25 +63,32 @@ _OPTIONAL: dict[str, Any] = {
     "test_top1": (int, float), "val_top1": (int, float)}
 
 
+def temporary(path: str) -> str:
+  """Returns the folder in which `save` writes a bundle before it is renamed.
+
+  The name is always the same, so that the next `save` overwrites what a killed
+  process left.
+  """
+  folder, name = os.path.split(os.path.abspath(path))
+  return os.path.join(folder, f".{name}.ttc_jax.tmp")
+
+
 def save(path: str, bundle: Bundle) -> None:
   """Writes a bundle to the folder `path`, replacing one that is there."""
   path = os.path.abspath(path)
-  folder, name = os.path.split(path)
-  # Its name is nobody else's, and the same again: what a killed process left
-  # is written over.
-  temporary = os.path.join(folder, f".{name}.ttc_jax.tmp")
+  written = temporary(path)
   with explain_disk_errors(path):
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(written, ignore_errors=True)
     try:
       with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(temporary, args=ocp.args.Composite(
+        writer.save(written, args=ocp.args.Composite(
             arrays=ocp.args.StandardSave(fill(
                 {"tuned": bundle.tuned, "buffers": bundle.buffers})),
             meta=ocp.args.JsonSave(bundle.meta)))
       shutil.rmtree(path, ignore_errors=True)
-      os.replace(temporary, path)
+      os.replace(written, path)
     finally:
-      shutil.rmtree(temporary, ignore_errors=True)
+      shutil.rmtree(written, ignore_errors=True)
 
 
 def pack(path: str, bundle: Bundle) -> None:

@@ -45,6 +45,15 @@ def digest_arrays(flat: Mapping[str, Any]) -> str:
   return hashed.hexdigest()
 
 
+def digest_parts(arrays: Mapping[str, Flat]) -> str:
+  """Returns `digest_arrays` of {part: {name: array}}."""
+  return digest_arrays({f"{part}/{name}": x for part, flat in arrays.items()
+                        for name, x in flat.items()})
+
+
+_DIGEST = "sha256_of_arrays"  # of a stage's state, beside its records
+
+
 class Saved(NamedTuple):
   """A stage after `epoch` epochs.
 
@@ -78,9 +87,10 @@ class StageStore:
             max_to_keep=1, enable_async_checkpointing=False))
 
   def save(self, saved: Saved) -> None:
+    meta = {**saved.meta, _DIGEST: digest_parts(saved.arrays)}
     args = ocp.args.Composite(
         arrays=ocp.args.StandardSave(fill(saved.arrays)),
-        meta=ocp.args.JsonSave(saved.meta))
+        meta=ocp.args.JsonSave(meta))
     with explain_disk_errors(self.path):
       self._manager.save(saved.epoch, args=args, force=True)
 
@@ -96,7 +106,10 @@ class StageStore:
                               meta=ocp.args.JsonRestore())
     try:
       got = self._manager.restore(epoch, args=args)
-      return Saved(epoch, unfill(got.arrays), got.meta)
+      arrays, meta = unfill(got.arrays), dict(got.meta)
+      if meta.pop(_DIGEST, None) != digest_parts(arrays):
+        raise ValueError("the arrays are not those that were saved")
+      return Saved(epoch, arrays, meta)
     except (OSError, MemoryError) as e:
       if not isinstance(e, FileNotFoundError):  # it may be whole all the same
         raise UserError(

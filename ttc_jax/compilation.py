@@ -1,4 +1,4 @@
-"""Compiled programs: the cache that outlives a process, and their number."""
+"""Compiled programs: the cache on disk, and how many were compiled."""
 import collections
 import contextlib
 import hashlib
@@ -13,16 +13,24 @@ import jax
 
 from ttc_jax import files
 
-_PROGRAM = "/jax/core/compile/backend_compile_duration"  # got, either way
+# Events of jax.monitoring. The first also covers programs from the cache.
+_PROGRAM = "/jax/core/compile/backend_compile_duration"
 _CACHED = "/jax/compilation_cache/cache_hits"
-_seen = collections.Counter()
+_seen: collections.Counter[str] = collections.Counter()
+_seconds: list[float] = []
 
 
 class Count(NamedTuple):
-  """Of programs that this process needed: all, and those not in the cache."""
+  """Programs of this process.
+
+  Attributes:
+    programs: number of programs, compiled or read from the cache.
+    compiled: number of those that were not in the cache.
+    seconds: time spent on compiling and reading.
+  """
   programs: int
   compiled: int
-  seconds: float  # to compile or to read them
+  seconds: float
 
   def __str__(self):
     return (f"{self.programs} compiled programs in {self.seconds:.0f} s: "
@@ -31,23 +39,24 @@ class Count(NamedTuple):
 
 
 def count() -> Count:
-  """Since the first call of `start`."""
+  """Counts the programs since the first call of `start`."""
   return Count(_seen[_PROGRAM], _seen[_PROGRAM] - _seen[_CACHED],
-               _seen["seconds"])
+               sum(_seconds))
 
 
 def start(cache: str) -> None:
-  """Begins to count, and keeps programs in the folder `cache`.
+  """Starts to count programs, and to keep them in a folder.
+
+  A folder that was configured in JAX itself takes precedence.
 
   Args:
-    cache: "" for $XDG_CACHE_HOME/ttc_jax/programs, by default
+    cache: the folder; "" for $XDG_CACHE_HOME/ttc_jax/programs, by default
       ~/.cache/ttc_jax/programs; "none" for no cache.
   """
   if not _seen["started"]:
     _seen["started"] = 1
     jax.monitoring.register_event_listener(_on_event)
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
-  # Who has chosen a folder for JAX keeps it.
   if cache == "none" or jax.config.jax_compilation_cache_dir:
     return
   folder = os.path.join(files.cache_folder("programs", cache), _host())
@@ -60,13 +69,16 @@ def start(cache: str) -> None:
     return
   jax.config.update("jax_compilation_cache_dir", folder)
   warnings.showwarning = _mending(folder, warnings.showwarning)
-  # The small ones too: together they take as long as a large one.
+  # Small programs too: together they take as long as a large one.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _mending(folder, show):
-  """JAX warns of a damaged entry and leaves it there: off with them all."""
+  """Returns a `warnings.showwarning` that empties a damaged cache.
+
+  JAX itself warns of a damaged entry in every process and leaves it there.
+  """
   def on_warning(message, *args, **kwargs):
     if "reading persistent compilation cache" not in str(message):
       return show(message, *args, **kwargs)
@@ -79,13 +91,17 @@ def _mending(folder, show):
 
 
 def _host() -> str:
-  """Home folders are shared, but a program may use what one CPU alone has."""
+  """Returns a name for this kind of CPU.
+
+  Hosts share home folders, but a program runs only on a CPU with the
+  instructions that it uses.
+  """
   what = platform.machine() + platform.processor()
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as f:
       what += next((line for line in f if line.startswith(
           ("flags", "Features"))), "")
-  except OSError:  # no Linux
+  except OSError:  # not Linux
     pass
   return hashlib.sha256(what.encode()).hexdigest()[:8]
 
@@ -94,7 +110,7 @@ def _on_event(event, **_):
   _seen[event] += 1
 
 
-def _on_duration(event, seconds, **_):
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
   if event == _PROGRAM:
     _seen[event] += 1
-    _seen["seconds"] += seconds
+    _seconds.append(duration_secs)

@@ -15,7 +15,7 @@ OPTIMISERS = ("adamw", "sgd")
 # Loaded once for all runs.
 SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "window",
           "dtype", "matmul_precision", "image_size", "resample", "cache",
-          "cache_gib", "plots", "compilation_cache")
+          "cache_gib", "plots", "compilation_cache", "keep_stages")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -103,6 +103,7 @@ def default() -> ml_collections.ConfigDict:
 
   c.eval_every = 5            # epochs between validations
   c.save_seconds = 30.0       # least time between two saves within a stage
+  c.keep_stages = False       # else deleted when a task's runs are done
   c.limit = 0                 # images of each split, 0: all
   c.plots = False             # accuracy against parameters, beside the table
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
@@ -162,6 +163,14 @@ def run_locally(config: ml_collections.ConfigDict) -> None:
       backbone="vit_ti16", weights="random", image_size=32, limit=64,
       epochs=2, warmup_epochs=1.0, batch_size=16, seeds=(0,), eval_every=1,
       grid={key: values[:1] for key, values in config.grid.items()}))
+
+
+def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns a copy in which every value is settled that no file decides."""
+  config = config.copy_and_resolve_references()
+  if config.warmup_epochs is None:
+    config.warmup_epochs = 0.1 * config.epochs
+  return config
 
 
 def check(config: ml_collections.ConfigDict) -> None:

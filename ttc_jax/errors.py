@@ -1,38 +1,48 @@
-"""The one error a user can mend: a sentence that names the fix."""
+"""Errors that a user can correct: one sentence that names the fix."""
+from collections.abc import Iterable
 import difflib
 import unicodedata
-from collections.abc import Iterable
 
 
 class UserError(Exception):
-  """Bad input. `str(error)` is one sentence: what, where, what was expected.
+  """Bad input: a flag, a configuration, a file.
 
-  The command lines print it without a traceback and exit with code 2. It is
-  no ValueError: libraries that wrap those would bury the sentence.
+  `str(error)` is one sentence: what is wrong, where, and what was expected.
+  The command lines print it without a traceback and exit with code 2. This is
+  not a ValueError, because libraries wrap those in messages of their own.
   """
 
 
 class DataError(UserError):
-  """A file of a task's images is missing or damaged; other tasks can go on."""
+  """A file of a task's images is missing or damaged; other tasks go on."""
 
 
 class RunError(RuntimeError):
-  """A run that started well and cannot go on: it diverged.
+  """A run cannot go on after a correct start: it diverged.
 
   The command lines print it without a traceback and exit with code 1.
   """
 
 
 class Stopped(Exception):
-  """The process was asked to end, and what can be saved is saved."""
+  """The process was asked to end; everything finished is saved."""
 
 
 class Busy(Exception):
-  """Another process does this already."""
+  """Another process holds a lock."""
 
 
 def check_known(kind: str, name: str, known: Iterable[str]) -> str:
-  """Returns `name` if it is one of `known`, else raises with the nearest."""
+  """Returns `name` if it is known.
+
+  Args:
+    kind: what is named, for the message: "method", "task", ...
+    name: the user's input.
+    known: all names.
+
+  Raises:
+    UserError: `name` is unknown; the message has the nearest known names.
+  """
   known = sorted(known)
   if name in known:
     return name

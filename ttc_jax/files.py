@@ -2,23 +2,34 @@
 from collections.abc import Iterator
 import contextlib
 import errno
+import importlib.util
 import os
 from typing import BinaryIO
 import uuid
 
-try:
-  import fcntl
-except ImportError:  # Windows: one process at a time, atomic renaming has to do
-  fcntl = None
-
 from ttc_jax.errors import Busy, UserError
 
+# Windows has no locks of this kind: run one process at a time there.
+fcntl = (importlib.import_module("fcntl") if importlib.util.find_spec("fcntl")
+         else None)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def expand(path: str) -> str:
+  """Returns the path with a leading `~` or `~user` expanded."""
+  return os.path.expanduser(path)
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-  """A file to write, renamed to `path` when the block ends well."""
+  """Opens a temporary file and renames it to `path` at the end of the block.
+
+  After an error, `path` is as it was before and the temporary file is gone.
+
+  Example:
+    with replacing("scores.npz") as file:
+      np.savez(file, scores=scores)
+  """
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"
   try:
     with open(temporary, "xb") as file:
@@ -33,12 +44,12 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
 
 def new(path: str) -> str:
-  """The absolute path of what is to be written. Nothing is made yet.
+  """Returns the absolute path of an output, `~` expanded; creates nothing.
 
   Raises:
-    UserError: something is there already, or nothing can be written there.
+    UserError: the path exists already, or cannot be written.
   """
-  path = os.path.abspath(os.path.expanduser(path))
+  path = os.path.abspath(expand(path))
   if os.path.lexists(path):
     raise UserError(f"'{path}' exists and is not overwritten: delete "
                     "it, or give another --out")
@@ -55,16 +66,24 @@ def new(path: str) -> str:
 
 
 def cache_folder(name: str, chosen: str | None = None) -> str:
-  """Where what can be made again is kept: the folder that the user chose, else
-  $XDG_CACHE_HOME/ttc_jax/NAME, by default ~/.cache/ttc_jax/NAME."""
+  """Returns the folder of a cache, which may be deleted at any time.
+
+  Args:
+    name: "programs", "images", ...
+    chosen: the folder that the user chose, if any.
+
+  Returns:
+    `chosen`, else $XDG_CACHE_HOME/ttc_jax/NAME, by default
+    ~/.cache/ttc_jax/NAME.
+  """
   if chosen:
-    return os.path.expanduser(chosen)
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return expand(chosen)
+  home = os.environ.get("XDG_CACHE_HOME") or expand("~/.cache")
   return os.path.join(home, "ttc_jax", name)
 
 
 def is_locked(path: str) -> bool:
-  """Whether some process holds the lock."""
+  """Tells whether a process holds the lock of `lock`."""
   if not fcntl or not os.path.exists(path):
     return False
   descriptor = os.open(path, os.O_RDONLY)
@@ -78,25 +97,31 @@ def is_locked(path: str) -> bool:
 
 
 def size(path: str) -> int:
-  """Bytes of the files in a folder."""
+  """Returns the bytes of all files in a folder and its subfolders."""
   return sum(os.path.getsize(os.path.join(folder, name))
              for folder, _, names in os.walk(path) for name in names)
 
 
 def write_text(path: str, text: str) -> None:
-  """Writes a UTF-8 text file."""
+  """Writes a UTF-8 text file as a whole."""
   with replacing(path) as file:
     file.write(text.encode())
 
 
 @contextlib.contextmanager
 def lock(path: str, wait: bool = False) -> Iterator[None]:
-  """Holds a lock, which the system frees when the process ends in any way.
+  """Holds a lock file during the block.
 
-  Between hosts it needs a file system with locks, such as NFS 4.
+  The system releases the lock when the process ends in any way. Hosts that
+  share a folder need a file system with locks, such as NFS 4.
+
+  Args:
+    path: the lock file; it and its folder are created.
+    wait: wait for another process that holds the lock.
 
   Raises:
     Busy: another process holds it, and `wait` is off.
+    UserError: the file system has no locks.
   """
   os.makedirs(os.path.dirname(path), exist_ok=True)
   descriptor = os.open(path, os.O_CREAT | os.O_RDWR)

@@ -1,13 +1,14 @@
-"""Pictures of finished runs and of tables, as PNG and SVG."""
-from collections.abc import Sequence
-import json
+"""Draws finished runs and tables as PNG and SVG."""
+from collections.abc import Mapping, Sequence
 import os
+from typing import Any
 
 import numpy as np
 
 from ttc_jax import files, report
 from ttc_jax.errors import UserError
 from ttc_jax.report import tables
+from ttc_jax.runs.workdir import WorkDir
 
 try:
   import matplotlib
@@ -15,33 +16,42 @@ except ImportError as e:
   raise UserError("plots need matplotlib: pip install -e '.[plots]', or "
                   "leave config.plots off") from e
 matplotlib.use("Agg")
-# After the choice of the backend.
-from matplotlib import pyplot as plt, ticker
+# pyplot reads the backend when it is imported.
+from matplotlib import pyplot as plt
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
 matplotlib.rcParams.update({
-    "svg.hashsalt": "ttc_jax",  # the same runs give the same file
+    "svg.hashsalt": "ttc_jax",  # the same rows give the same bytes
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
 _MARKERS = "osD^vP*X"
 
 
-def write(rows: Sequence[report.Row], workdir: str) -> list[str]:
-  """Writes all that the rows give into a work directory; returns the files."""
+def write(rows: Sequence[report.Row], workdir: WorkDir) -> list[str]:
+  """Writes the pictures of a work directory's rows; returns their paths.
+
+  accuracy.*: accuracy by tuned parameters, if there are final runs.
+  search.*: NOAH's searches, if there were any.
+  """
   written = []
   final = [r for r in rows if r["protocol"] == "final"]
   if final:
     written += save(accuracy_against_parameters(final),
-                     os.path.join(workdir, "accuracy"))
+                     os.fspath(workdir.path / "accuracy"))
   curves = {r["run"]: found for r in final or rows
             if (found := _search(workdir, r))}
   if curves:
-    written += save(search(curves), os.path.join(workdir, "search"))
+    written += save(search(curves), os.fspath(workdir.path / "search"))
   return written
 
 
-def accuracy_against_parameters(rows: Sequence[report.Row]):
-  """Mean test accuracy of each variant, with the deviation over seeds, over
-  all its tuned parameters, head included; the mean over tasks."""
+def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:
+  """Draws each variant's test accuracy over its number of tuned parameters.
+
+  Both are means over tasks; the head is included; error bars are the standard
+  deviation over seeds.
+  """
   figure, axes = plt.subplots(figsize=(7, 4.5))
   for i, variant in enumerate(dict.fromkeys(r["variant"] for r in rows)):
     mine = [r for r in rows if r["variant"] == variant]
@@ -63,13 +73,13 @@ def accuracy_against_parameters(rows: Sequence[report.Row]):
   return figure
 
 
-def by_task(table: tables.Table, interval: bool = False):
-  """Dots of each line of a table over its columns, whole groups together.
+def by_task(table: tables.Table, interval: bool = False) -> Figure:
+  """Draws the lines of a table as dots, a place on the x axis per column.
 
-  Error bars are the deviation over seeds, or half of the 95 % interval. What
-  was published for a method is a hollow dot, at the place and in the colour
-  of the first line that it is compared with; the rest of what was published
-  is in the table alone.
+  Error bars are the standard deviation over seeds, or with `interval` half of
+  the 95 % interval. A published line is drawn with hollow dots, at the place
+  and in the colour of the first run line that it is compared with; published
+  lines without such a run are left out.
   """
   places = {x.name: i for i, x in enumerate(table.lines) if x.kind == "run"}
   across = range(len(table.columns))
@@ -108,13 +118,17 @@ def _dots(axes, line, offset, interval, **look):
 
 
 def _mark(i, hollow=False):
-  """The look of the i-th series; a hollow mark is wider than a full one."""
+  """Returns colour and marker of the i-th series."""
   return {"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)],
           **({"markerfacecolor": "none", "markersize": 9} if hollow else {})}
 
 
-def search(curves: dict[str, list[dict]]):
-  """NOAH's searches: best and mean accuracy on val200 by generation."""
+def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+  """Draws NOAH's searches: best and mean accuracy on val200 by generation.
+
+  Args:
+    curves: {run: records of the search}.
+  """
   figure, axes = plt.subplots(figsize=(7, 4.5))
   for i, (run, records) in enumerate(curves.items()):
     at = [r["epoch"] for r in records]
@@ -131,17 +145,12 @@ def search(curves: dict[str, list[dict]]):
 
 
 def _search(workdir, row):
-  """The records of a run's search, if it had one."""
-  path = os.path.join(workdir, "runs", row["run"], "metrics.jsonl")
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding="utf-8") as f:
-    records = map(json.loads, f)
-    return [r for r in records if r["stage"] == "search"]
+  """Returns the records of a run's search; [] if it had none."""
+  return [r for r in workdir.curve(row["run"]) if r["stage"] == "search"]
 
 
-def save(figure, stem: str) -> list[str]:
-  """Writes STEM.png and STEM.svg, and returns their paths."""
+def save(figure: Figure, stem: str) -> list[str]:
+  """Writes STEM.png and STEM.svg, closes the figure; returns the paths."""
   paths = [f"{stem}.png", f"{stem}.svg"]
   for path in paths:
     with files.replacing(path) as temporary:

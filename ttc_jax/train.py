@@ -1,40 +1,85 @@
-"""One run: a method's stages in order, each an optimisation of its leaves."""
+"""One run: a method's stages in order, each an optimisation of its leaves.
+
+`run(job, base, directory)` is what a session calls. Below it, from the inside
+out: `make_loss_fn` (a batch), `make_update_fn` (a step), `make_epoch_fn` (an
+epoch in one dispatch), `StageRun` (the epochs of a stage, saved and resumed).
+"""
+from collections.abc import Callable
 import functools
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
 from ttc_jax import augment, checkpoint, cost, evaluate, interrupt, optim
 from ttc_jax import parallel, trees
 from ttc_jax.errors import RunError
-from ttc_jax.methods import Context, Method
+from ttc_jax.methods import Context, Method, Stage
 from ttc_jax.model import Model, init_head, keep_padding, pad_head
 from ttc_jax.tasks import Split
 
+Record = dict[str, Any]
+
 
 class Plan(NamedTuple):
-  """What is compiled into an epoch; all else is an argument of it."""
+  """Configuration values that are compiled into an epoch.
+
+  Everything else is an argument of the compiled function.
+  """
   batch_size: int
   label_smoothing: float
   flip: bool
   smallest_crop: float
   decay_all: bool
-  optimiser: str = "adamw"
+  optimiser: str
+
+
+def make_plan(config: ml_collections.ConfigDict) -> Plan:
+  """Returns the values of `Plan` that a configuration has."""
+  return Plan(*(config[field] for field in Plan._fields))
 
 
 class Hyper(NamedTuple):
-  """Numbers that runs differ in without another compilation."""
+  """Numbers in which runs differ without another compilation.
+
+  Attributes:
+    warmup, steps: optimiser steps of the stage.
+    classes: of the task; the head's columns beyond are padding.
+  """
   lr: float
   weight_decay: float
   warmup: int
   steps: int
-  classes: int  # those of the head beyond are padding
-  warmup_lr: float = np.float32(0)
-  min_lr: float = np.float32(0)
+  classes: int
+  warmup_lr: float
+  min_lr: float
+
+
+def make_hyper(config: ml_collections.ConfigDict, steps_per_epoch: int,
+               classes: int) -> Hyper:
+  """Returns a stage's numbers, as numpy scalars."""
+  return Hyper(
+      np.float32(config.lr), np.float32(config.weight_decay),
+      np.int32(round(config.warmup_epochs * steps_per_epoch)),
+      np.int32(config.epochs * steps_per_epoch), np.int32(classes),
+      np.float32(config.warmup_lr), np.float32(config.min_lr))
+
+
+class Learner(NamedTuple):
+  """What a step changes: the tuned leaves and the optimiser's state."""
+  tuned: trees.Tree
+  opt_state: trees.Tree
+
+
+class Fixed(NamedTuple):
+  """What a step reads and never changes: frozen leaves, buffers, numbers."""
+  frozen: trees.Tree
+  buffers: trees.Tree
+  hyper: Hyper
 
 
 class State(NamedTuple):
@@ -44,71 +89,115 @@ class State(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What a run ends with; the head is still padded."""
+  """Result of a run; the head is still padded.
+
+  Attributes:
+    history: one record for each epoch of each stage.
+    seconds: spent in epochs, scores and cached features.
+    memory_bytes: of a step on one device; 0 where the backend does not say.
+  """
   state: State
   model: Model
-  history: list[dict[str, Any]]
+  history: list[Record]
   seconds: float
   compile_seconds: float
   images_per_second: float
-  memory_bytes: int  # of a step, on a device; 0 where nobody says
+  memory_bytes: int
 
 
-def loss_fn(params, model, plan, buffers, hyper, images, labels, key):
-  """Mean cross-entropy of a batch, with label smoothing and augmentation."""
-  crop_key, flip_key, path_key = jax.random.split(key, 3)
-  if plan.smallest_crop < 1:
-    images = augment.random_crop(
-        images, crop_key, images.shape[1], plan.smallest_crop)
-  if plan.flip:
-    images = augment.random_flip(images, flip_key)
-  logits = model.logits(params, images, buffers, key=path_key)
-  targets = jax.nn.one_hot(labels, logits.shape[-1])
-  if plan.label_smoothing:  # over the task's classes, not the padding
-    known = jnp.arange(logits.shape[-1]) < hyper.classes
-    targets = ((1 - plan.label_smoothing) * targets
-               + plan.label_smoothing * known / hyper.classes)
-  return optax.softmax_cross_entropy(logits, targets).mean()
+class Job(NamedTuple):
+  """One run with everything settled.
 
-
-def make_update_fn(model, rules, plan):
-  """`update_fn(tuned, opt_state, frozen, ...)`: one step on one device.
-
-  Only the tuned leaves go round; the gradients of the others are computed by
-  nobody, since nothing reads them.
+  Attributes:
+    identity: JSON of all that decides the result; names the stages' states.
+    config: of the run; `warmup_epochs` is a number.
+    model: without handlers.
+    val: None where the validation images are trained on.
+    holdout: (train, val), for stages that must not see the latter.
+    report: called as `report(stage, epoch, epochs, record)` after each epoch.
   """
-  def update_fn(tuned, opt_state, frozen, buffers, hyper, images, labels,
-                key):
-    params = trees.join(tuned, frozen)
-    names = trees.label(params, rules)
+  identity: dict[str, Any]
+  config: ml_collections.ConfigDict
+  model: Model
+  method: Method
+  train: Split
+  val: Split | None
+  holdout: tuple[Split, Split] | None
+  classes: int
+  seed: int
+  report: Callable[[str, int, int, Record], None]
+
+
+# --- A batch, a step, an epoch ------------------------------------------------
+
+def make_loss_fn(model: Model, plan: Plan) -> Callable:
+  """Returns `loss_fn(params, fixed, batch, key)`.
+
+  It is the mean cross-entropy of a batch (images, labels), with augmentation
+  and label smoothing (Szegedy et al., 2016) as the plan says.
+  """
+  def loss_fn(params, fixed, batch, key):
+    images, labels = batch
+    crop_key, flip_key, path_key = jax.random.split(key, 3)
+    if plan.smallest_crop < 1:
+      images = augment.random_crop(
+          images, crop_key, images.shape[1], plan.smallest_crop)
+    if plan.flip:
+      images = augment.random_flip(images, flip_key)
+    logits = model.logits(params, images, fixed.buffers, key=path_key)
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    if plan.label_smoothing:  # over the task's classes, not the padding
+      classes = fixed.hyper.classes
+      known = jnp.arange(logits.shape[-1]) < classes
+      targets = ((1 - plan.label_smoothing) * targets
+                 + plan.label_smoothing * known / classes)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+  return loss_fn
+
+
+def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
+  """Returns `update_fn(learner, fixed, batch, key) -> (learner, loss)`.
+
+  It is one optimiser step on one device; gradients are averaged over devices.
+  Only tuned leaves are carried: XLA removes the unused gradients of frozen
+  leaves.
+  """
+  loss_fn = make_loss_fn(model, plan)
+
+  def update_fn(learner, fixed, batch, key):
+    hyper = fixed.hyper
+    params = trees.join(learner.tuned, fixed.frozen)
+    labels = trees.label(params, rules)
     tx = optim.make_tx(
-        names, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup,
-                                   hyper.warmup_lr, hyper.min_lr),
+        labels, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup,
+                                    hyper.warmup_lr, hyper.min_lr),
         hyper.weight_decay, plan.decay_all, plan.optimiser)
     if model.sample is not None:
-      buffers = model.sample(buffers, key)
+      fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
     key = jax.random.fold_in(key, parallel.device_index())
-    loss, grads = jax.value_and_grad(loss_fn)(
-        params, model, plan, buffers, hyper, images, labels, key)
-    grads = parallel.pmean(grads)
-    updates, opt_state = tx.update(grads, opt_state, params)
+    loss, grads = jax.value_and_grad(loss_fn)(params, fixed, batch, key)
+    updates, opt_state = tx.update(
+        parallel.pmean(grads), learner.opt_state, params)
     params = optax.apply_updates(params, updates)
     params["head"] = keep_padding(params["head"], hyper.classes)
-    tuned, _ = trees.split(params, names, "tune")
-    return tuned, opt_state, parallel.pmean(loss)
+    tuned, _ = trees.split(params, labels, "tune")
+    return Learner(tuned, opt_state), parallel.pmean(loss)
   return update_fn
 
 
-@functools.lru_cache(maxsize=None)
-def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan):
-  """The pmapped epoch: shuffling and all its steps in one dispatch.
+@functools.cache
+def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
+  """Returns the pmapped epoch: shuffling and all its steps in one dispatch.
 
-  The training set (uint8, or features) lies whole on every device; the last
-  N mod B images of an epoch's order are left out, others each epoch.
+  `epoch_fn(learner, fixed, data, key, epoch) -> (learner, losses)`: `data` is
+  the whole training set (images uint8 or features, labels), on every device;
+  `losses` has one value a step, NaN where a tuned leaf is not finite at the
+  end. The last N mod B images of an epoch's order are left out, others in each
+  epoch. The learner is donated.
   """
   update_fn = make_update_fn(model, rules, plan)
 
-  def epoch_fn(tuned, opt_state, frozen, buffers, data, hyper, key, epoch):
+  def epoch_fn(learner, fixed, data, key, epoch):
     images, labels = data
     key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
     shuffle_key, steps_key = jax.random.split(key)
@@ -118,25 +207,36 @@ def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan):
         steps, len(parallel.devices()), -1)
     order = order[:, parallel.device_index()]
 
-    def step(carry, inputs):
+    def step(learner, inputs):
       rows, i = inputs
-      *carry, loss = update_fn(
-          *carry, frozen, buffers, hyper, images[rows], labels[rows],
-          jax.random.fold_in(steps_key, i))
-      return tuple(carry), loss
-    (tuned, opt_state), losses = jax.lax.scan(
-        step, (tuned, opt_state), (order, jnp.arange(steps)))
+      return update_fn(learner, fixed, (images[rows], labels[rows]),
+                       jax.random.fold_in(steps_key, i))
+    learner, losses = jax.lax.scan(
+        step, learner, (order, jnp.arange(steps)))
     # The last step's loss is older than its parameters.
-    finite = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tuned)])
-    return tuned, opt_state, jnp.where(finite.all(), losses, jnp.nan)
-  return parallel.pmap(epoch_fn, donate=(0, 1))
+    finite = jnp.array(
+        [jnp.isfinite(x).all() for x in jax.tree.leaves(learner.tuned)])
+    return learner, jnp.where(finite.all(), losses, jnp.nan)
+  return parallel.pmap(epoch_fn, donate=(0,))
 
 
-_COMPILED = {}
+@functools.cache
+def make_init_fn(rules: trees.Rules, optimiser: str) -> Callable:
+  """Returns the pmapped `init_fn(tuned, frozen) -> opt_state`."""
+  def init_fn(tuned, frozen):
+    params = trees.join(tuned, frozen)
+    return optim.make_tx(
+        trees.label(params, rules), lambda step: 0.0, 0.0,
+        optimiser=optimiser).init(params)
+  return parallel.pmap(init_fn)
 
 
-def compiled_epoch_fn(model, rules, plan, args):
-  """Returns (the compiled epoch, seconds spent compiling it, 0 if known)."""
+_COMPILED: dict[tuple, Any] = {}
+
+
+def compiled_epoch_fn(model: Model, rules: trees.Rules, plan: Plan,
+                      args: tuple) -> tuple[Any, float]:
+  """Returns (the compiled epoch, seconds spent on compiling it; 0 if known)."""
   avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
   key = (model, rules, plan, str(avals))
   if key in _COMPILED:
@@ -146,280 +246,307 @@ def compiled_epoch_fn(model, rules, plan, args):
   return _COMPILED[key], time.perf_counter() - start
 
 
-class Job(NamedTuple):
-  """One run, everything settled.
+# --- A run --------------------------------------------------------------------
 
-  Attributes:
-    identity: JSON of all that decides the result, for the stages' names.
-    model: without handlers.
-    val: None where the validation images are trained on.
-    holdout: train800 and val200, where a stage must not see the latter.
-    report: called as `report(stage, epoch, epochs, record)` after each epoch.
+def stage_keys(job: Job) -> list[str]:
+  """Names of the states of a job's stages.
+
+  Each depends on everything that decides the result up to the end of the
+  stage, so jobs that begin alike share their first stages.
   """
-  identity: dict[str, Any]
-  model: Model
-  method: Method
-  plan: Plan
-  train: Split
-  val: Split | None
-  holdout: tuple[Split, Split] | None
-  classes: int
-  seed: int
-  epochs: int
-  warmup_epochs: float
-  lr: float
-  weight_decay: float
-  eval_every: int
-  save_seconds: float
-  report: Any
-  warmup_lr: float = 0.0
-  min_lr: float = 0.0
+  def key(stages):
+    return checkpoint.digest([job.identity, [
+        (s.name, s.rules,
+         (job.method.name, job.method.options) if s.prepare else None)
+        for s in stages]])
+  stages = job.method.stages
+  return [key(stages[:i + 1]) for i in range(len(stages))]
 
 
 def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
-  """Runs the stages of a method, resuming what `directory` has of them.
+  """Runs the stages of a method; resumes from what `directory` has of them.
 
   Args:
     base: pretrained backbone parameters, on every device.
-    directory: where the states of stages are kept.
+    directory: folder of the stages' states.
 
   Raises:
     RunError: the loss, a parameter or a score is not finite.
     UserError: a state cannot be saved or read.
-    Busy: another process is at one of the stages.
+    Busy: another process trains one of the stages.
     Stopped: this process was asked to end; the last epoch is saved.
   """
   head = pad_head(
       init_head(job.model.backbone.width, job.classes, job.seed))
   params = {"backbone": base, "adapter": {},
             "head": parallel.replicate(head)}
-  state, history, total = State(params, {}), [], _Clock()
-  for index, stage in enumerate(job.method.stages):
-    key = checkpoint.digest([job.identity, [
-        (s.name, s.rules,
-         (job.method.name, job.method.options) if s.prepare else None)
-        for s in job.method.stages[:index + 1]]])
+  state, history, total = State(params, {}), [], Clock()
+  for index, key in enumerate(stage_keys(job)):
     with checkpoint.StageStore(f"{directory}/{key}") as store:
-      state, records, clock = _run_stage(job, index, stage, state, store)
-    history += [{"stage": stage.name, **r} for r in records]
+      stage_run = StageRun(job, index, store)
+      state, records, clock = stage_run.run(state)
+    history += [{"stage": stage_run.stage.name, **r} for r in records]
     total = total.plus(clock)
-  return Outcome(state, _with_handlers(job, state), history,
+  return Outcome(state, with_handlers(job, state), history,
                  total.prepare_seconds + total.seconds, total.compile_seconds,
                  total.images / total.seconds, total.memory_bytes)
 
 
-class _Clock(NamedTuple):
-  """Seconds: of epochs; of scores and cached features before them."""
+class Clock(NamedTuple):
+  """Time and images of a stage.
+
+  Attributes:
+    seconds: of the epochs, without compilation.
+    prepare_seconds: of scores and cached features before them.
+    images: trained on, epoch by epoch.
+    memory_bytes: of a step on one device.
+  """
   seconds: float = 0.0
   prepare_seconds: float = 0.0
   compile_seconds: float = 0.0
   images: int = 0
   memory_bytes: int = 0
 
-  def plus(self, other):
-    sums = _Clock(*(a + b for a, b in zip(self, other)))
+  def plus(self, other: "Clock") -> "Clock":
+    """Returns the sums, and the larger memory."""
+    sums = Clock(*(a + b for a, b in zip(self, other, strict=True)))
     return sums._replace(
         memory_bytes=max(self.memory_bytes, other.memory_bytes))
 
 
-def _with_handlers(job, state):
-  """Without an adapter the handlers are left out, and compilations shared."""
+def with_handlers(job: Job, state: State) -> Model:
+  """Returns the job's model with the method's handlers.
+
+  Without an adapter they are left out, so that compilations are shared.
+  """
   handlers = job.method.handlers if state.params["adapter"] else ()
   return job.model._replace(handlers=handlers)
 
 
-class _Inputs(NamedTuple):
-  """What a stage trains on; a head alone trains on the backbone's features."""
+# --- A stage ------------------------------------------------------------------
+
+class Inputs(NamedTuple):
+  """What a stage trains on.
+
+  A head alone trains on the backbone's features: then `model` has no backbone.
+
+  Attributes:
+    data: (images or features, labels), on every device.
+  """
   model: Model
   params: trees.Tree
   buffers: trees.Tree
-  data: trees.Tree       # (images or features, labels), on every device
+  data: trees.Tree
   val: Split | None
 
 
-class _Progress(NamedTuple):
+class Progress(NamedTuple):
   """What changes from epoch to epoch."""
-  tuned: trees.Tree
-  opt_state: trees.Tree
-  records: list[dict[str, Any]]
-  clock: _Clock
+  learner: Learner
+  records: list[Record]
+  clock: Clock
 
 
-def _run_stage(job, index, stage, state, store):
-  """Returns (state, records of the epochs, clock)."""
-  begin = time.perf_counter()
-  saved, log = store.load(), []
-  state = _prepare(job, stage, state, saved, store.path, log)
-  for record in saved.meta["records"] if saved else ():
-    _report(job, stage, record)
-  if saved and saved.epoch == job.epochs:
-    return state, saved.meta["records"], _Clock(*saved.meta["clock"])
-  inputs = _inputs(job, stage, state)
-  names = trees.label(inputs.params, stage.rules)
-  tuned, frozen = trees.split(inputs.params, names, "tune")
-  now = _start(job, stage, tuned, frozen, saved,
-               time.perf_counter() - begin, log)
-  fixed = _fixed(job, index)
-  last_save = time.perf_counter()
-  for epoch in range(saved.epoch if saved else 0, job.epochs):
-    with interrupt.held():  # an epoch that has begun ends, and is saved
-      now, losses = _epoch(job, stage, inputs, frozen, fixed, epoch, now)
-      _check_finite(job, stage, epoch, losses, store)
-      now = _record(job, inputs, frozen, epoch + 1, losses, now)
-      _report(job, stage, now.records[-1])
-      last, asked = epoch + 1 == job.epochs, interrupt.asked()
-      if (last or asked
-          or time.perf_counter() - last_save >= job.save_seconds):
-        store.save(_saved(epoch + 1, state.buffers, now, last))
-        last_save = time.perf_counter()
-    if asked:  # a request that came after the look waits for the next save
-      interrupt.check()
-  params = {**state.params, **trees.join(now.tuned, frozen)}
-  return State(params, state.buffers), now.records, now.clock
+class StageRun:
+  """One stage of a job: prepared or resumed, trained, saved.
 
-
-def _report(job, stage, record):
-  """Of an epoch, or of what a `prepare` logged under a name of its own."""
-  job.report(record.get("stage", stage.name), record["epoch"],
-             record.get("epochs", job.epochs), record)
-
-
-def _train_split(job, stage):
-  return job.holdout[0] if stage.holdout else job.train
-
-
-def _start(job, stage, tuned, frozen, saved, seconds, log):
-  opt_state = _make_init_fn(stage.rules, job.plan.optimiser)(tuned, frozen)
-  # The epoch donates its inputs; the base weights must survive it.
-  now = _Progress(jax.tree.map(jnp.copy, tuned), opt_state, log,
-                  _Clock(prepare_seconds=seconds))
-  if not saved:
-    return now
-  flat = saved.arrays["opt_state"]
-  leaves, treedef = jax.tree.flatten(opt_state)
-  arrays = [flat[f"{i:04d}"] for i in range(len(leaves))]
-  opt_state = jax.tree.unflatten(treedef, parallel.replicate(arrays))
-  return now._replace(opt_state=opt_state, records=saved.meta["records"],
-                      clock=_Clock(*saved.meta["clock"]))
-
-
-def _fixed(job, index):
-  """The hyper-parameters and the key of a stage, on every device."""
-  split = _train_split(job, job.method.stages[index])
-  steps = len(split.labels) // job.plan.batch_size
-  hyper = Hyper(np.float32(job.lr), np.float32(job.weight_decay),
-                np.int32(round(job.warmup_epochs * steps)),
-                np.int32(job.epochs * steps), np.int32(job.classes),
-                np.float32(job.warmup_lr), np.float32(job.min_lr))
-  key = jax.random.fold_in(jax.random.key(job.seed), index)
-  return parallel.replicate((hyper, jax.random.key_data(key)))
-
-
-def _epoch(job, stage, inputs, frozen, fixed, epoch, now):
-  """Dispatches an epoch and waits for its losses."""
-  args = (now.tuned, now.opt_state, frozen, inputs.buffers, inputs.data,
-          *fixed, parallel.replicate(np.int32(epoch)))
-  fn, compile_seconds = compiled_epoch_fn(
-      inputs.model, stage.rules, job.plan, args)
-  begin = time.perf_counter()
-  tuned, opt_state, losses = fn(*args)
-  losses = np.asarray(losses[0])
-  clock = now.clock.plus(_Clock(
-      time.perf_counter() - begin, 0.0, compile_seconds,
-      len(losses) * job.plan.batch_size, cost.step_bytes(fn) or 0))
-  return now._replace(tuned=tuned, opt_state=opt_state, clock=clock), losses
-
-
-def _check_finite(job, stage, epoch, losses, store):
-  bad = losses[~np.isfinite(losses)]
-  if not bad.size:
-    return
-  kept = store.latest_epoch()
-  kept = (f"the state after epoch {kept} is kept in '{store.path}'" if kept
-          else "no epoch of this stage had been saved")
-  raise RunError(
-      f"training diverged in stage '{stage.name}', epoch {epoch + 1} of "
-      f"{job.epochs}: the loss or a parameter became {bad[0]}; lower config.lr "
-      f"(now {job.lr:g}); {kept}")
-
-
-def _record(job, inputs, frozen, done, losses, now):
-  """Adds the epoch's record, with the validation accuracy where it is due."""
-  record = {"epoch": done, "loss": float(losses.mean()),
-            "images_per_second": now.clock.images / now.clock.seconds}
-  if inputs.val and (done % job.eval_every == 0 or done == job.epochs):
-    record["val_top1"] = evaluate.top1(
-        inputs.model, trees.join(now.tuned, frozen), inputs.buffers,
-        *inputs.val)
-  return now._replace(records=[*now.records, record])
-
-
-def _saved(done, buffers, now, finished):
-  leaves = [] if finished else jax.tree.leaves(now.opt_state)
-  opt_state = {f"{i:04d}": x
-               for i, x in enumerate(parallel.unreplicate(leaves))}
-  arrays = {
-      "tuned": trees.flatten(parallel.unreplicate(now.tuned)),
-      "buffers": trees.flatten(parallel.unreplicate(buffers)),
-      "opt_state": opt_state}
-  return checkpoint.Saved(done, arrays, {
-      "records": now.records, "clock": list(now.clock)})
-
-
-def _prepare(job, stage, state, saved, directory, log):
-  """The state that the stage starts from."""
-  if saved:
-    arrays = {k: parallel.replicate(trees.unflatten(v) if k == "buffers"
-                                    else v)
-              for k, v in saved.arrays.items() if k != "opt_state"}
-    params = state.params
-    if stage.prepare:  # which replaces the adapter that there was
-      params = {**params, "adapter": {}}
-    return State(checkpoint.overlay(params, arrays["tuned"]),
-                 arrays["buffers"])
-  if not stage.prepare:
-    return state
-  def keep(record):
-    log.append(record)
-    _report(job, stage, record)
-  adapter, buffers = stage.prepare(Context(
-      _with_handlers(job, state), state.params, state.buffers,
-      job.train.images, job.train.labels, job.seed,
-      job.holdout and job.holdout[1], directory, keep))
-  params = {**state.params, "adapter": parallel.replicate(adapter)}
-  return State(params, parallel.replicate(buffers))
-
-
-def _inputs(job, stage, state):
-  """What the stage trains on.
-
-  Where nothing is tuned or random below some block, the frozen part runs once
-  and the rest trains on what it gave: the same numbers, sooner.
+  Args:
+    index: of the stage in the method.
+    store: of the stage's states, held by this process.
   """
-  model, params, buffers = _with_handlers(job, state), *state
-  start = frozen_blocks(model.backbone, params, stage.rules)
-  random = (job.plan.flip or job.plan.smallest_crop < 1
-            or model.backbone.drop_path > 0 or stage.sample)
-  model = model._replace(sample=stage.sample)
-  train, val = _train_split(job, stage), job.val
-  if start and not random and _fits(model, params, buffers, start, train):
-    def cached(split):
-      return split and Split(evaluate.inputs(
-          model, params, buffers, split.images, start), split.labels)
-    train, val = cached(train), cached(val)
-    model = model._replace(start=start)
-    if start > model.backbone.depth:  # the features
-      model = Model(None, "none")
-      params, buffers = {"head": params["head"]}, {}
-  data = parallel.replicate((np.asarray(train.images), train.labels))
-  return _Inputs(model, params, buffers, data, val)
+
+  def __init__(self, job: Job, index: int, store: checkpoint.StageStore):
+    self.job, self.index, self.store = job, index, store
+    self.stage: Stage = job.method.stages[index]
+    self.plan, self.epochs = make_plan(job.config), job.config.epochs
+
+  def run(self, state: State) -> tuple[State, list[Record], Clock]:
+    """Returns (state after the stage, records of its epochs, clock)."""
+    begin = time.perf_counter()
+    saved = self.store.load()
+    state, log = (self._resumed(state, saved), []) if saved else (
+        self._prepared(state))
+    for record in saved.meta["records"] if saved else ():
+      self._report(record)
+    if saved and saved.epoch == self.epochs:
+      return state, saved.meta["records"], Clock(**saved.meta["clock"])
+    inputs = self._inputs(state)
+    tuned, frozen = trees.split(
+        inputs.params, trees.label(inputs.params, self.stage.rules), "tune")
+    progress = self._start(tuned, frozen, saved, log)
+    if not saved:
+      progress = progress._replace(
+          clock=Clock(prepare_seconds=time.perf_counter() - begin))
+    done = saved.epoch if saved else 0
+    progress = self._train(inputs, frozen, progress, done, state.buffers)
+    params = {**state.params, **trees.join(progress.learner.tuned, frozen)}
+    return State(params, state.buffers), progress.records, progress.clock
+
+  def _train(self, inputs, frozen, progress, done, buffers):
+    """Trains the epochs that are left, saving now and then."""
+    config, last_save = self.job.config, time.perf_counter()
+    fixed, key = self._fixed(inputs, frozen)
+    for epoch in range(done, self.epochs):
+      with interrupt.held():  # an epoch that has begun ends, and is saved
+        progress, losses = self._epoch(inputs, fixed, key, epoch, progress)
+        self._check_finite(epoch, losses)
+        progress = self._record(inputs, frozen, epoch + 1, losses, progress)
+        self._report(progress.records[-1])
+        last, asked = epoch + 1 == self.epochs, interrupt.asked()
+        if (last or asked
+            or time.perf_counter() - last_save >= config.save_seconds):
+          self.store.save(_saved(epoch + 1, buffers, progress, last))
+          last_save = time.perf_counter()
+      if asked:  # a request that came after the look waits for the next save
+        interrupt.check()
+    return progress
+
+  def _report(self, record):
+    """Reports an epoch, or what a `prepare` logged under its own name."""
+    self.job.report(record.get("stage", self.stage.name), record["epoch"],
+                    record.get("epochs", self.epochs), record)
+
+  @property
+  def _split(self) -> Split:
+    """The images that this stage trains on."""
+    job = self.job
+    return job.holdout[0] if self.stage.holdout and job.holdout else job.train
+
+  # --- Before the first epoch -------------------------------------------------
+
+  def _resumed(self, state, saved):
+    """State of the stage as it was saved."""
+    buffers = parallel.replicate(trees.unflatten(saved.arrays["buffers"]))
+    params = state.params
+    if self.stage.prepare:  # which replaces the adapter that there was
+      params = {**params, "adapter": {}}
+    tuned = parallel.replicate(saved.arrays["tuned"])
+    return State(checkpoint.overlay(params, tuned), buffers)
+
+  def _prepared(self, state):
+    """(state that the stage starts from, records that `prepare` logged)."""
+    job, log = self.job, []
+    if not self.stage.prepare:
+      return state, log
+
+    def keep(record):
+      log.append(record)
+      self._report(record)
+    adapter, buffers = self.stage.prepare(Context(
+        with_handlers(job, state), state.params, state.buffers,
+        job.train.images, job.train.labels, job.seed,
+        job.holdout and job.holdout[1], self.store.path, keep))
+    params = {**state.params, "adapter": parallel.replicate(adapter)}
+    return State(params, parallel.replicate(buffers)), log
+
+  def _inputs(self, state):
+    """What the stage trains on.
+
+    Where nothing is tuned or random below some block, the frozen part runs
+    once and the rest trains on what it gave: the same numbers, sooner.
+    """
+    plan, stage = self.plan, self.stage
+    model, params, buffers = with_handlers(self.job, state), *state
+    start = frozen_blocks(model.backbone, params, stage.rules)
+    random = (plan.flip or plan.smallest_crop < 1
+              or model.backbone.drop_path > 0 or stage.sample)
+    model = model._replace(sample=stage.sample)
+    train, val = self._split, self.job.val
+    if start and not random and _fits(model, params, buffers, start, train):
+      def cached(split):
+        return split and Split(evaluate.inputs(
+            model, params, buffers, split.images, start), split.labels)
+      train, val = cached(train), cached(val)
+      if start > model.backbone.depth:  # the features
+        model = Model(None, "none")
+        params, buffers = {"head": params["head"]}, {}
+      else:
+        model = model._replace(start=start)
+    data = parallel.replicate((np.asarray(train.images), train.labels))
+    return Inputs(model, params, buffers, data, val)
+
+  def _start(self, tuned, frozen, saved, log):
+    """The stage before the first epoch that is left."""
+    opt_state = make_init_fn(self.stage.rules, self.plan.optimiser)(
+        tuned, frozen)
+    # The epoch donates its inputs; the base weights must survive it.
+    learner = Learner(jax.tree.map(jnp.copy, tuned), opt_state)
+    if not saved:
+      return Progress(learner, log, Clock())
+    arrays = parallel.replicate(saved.arrays["opt_state"])
+    opt_state = trees.map_with_names(lambda name, _: arrays[name], opt_state)
+    return Progress(learner._replace(opt_state=opt_state),
+                    saved.meta["records"], Clock(**saved.meta["clock"]))
+
+  def _fixed(self, inputs, frozen):
+    """(what every step reads, the stage's key), on every device."""
+    job = self.job
+    hyper = make_hyper(
+        job.config, len(self._split.labels) // self.plan.batch_size,
+        job.classes)
+    key = jax.random.fold_in(jax.random.key(job.seed), self.index)
+    hyper, key = parallel.replicate((hyper, jax.random.key_data(key)))
+    return Fixed(frozen, inputs.buffers, hyper), key
+
+  # --- An epoch ---------------------------------------------------------------
+
+  def _epoch(self, inputs, fixed, key, epoch, progress):
+    """Dispatches an epoch and waits for its losses."""
+    args = (progress.learner, fixed, inputs.data, key,
+            parallel.replicate(np.int32(epoch)))
+    fn, compile_seconds = compiled_epoch_fn(
+        inputs.model, self.stage.rules, self.plan, args)
+    begin = time.perf_counter()
+    learner, losses = fn(*args)
+    losses = np.asarray(losses[0])
+    clock = progress.clock.plus(Clock(
+        time.perf_counter() - begin, 0.0, compile_seconds,
+        len(losses) * self.plan.batch_size, cost.step_bytes(fn) or 0))
+    return progress._replace(learner=learner, clock=clock), losses
+
+  def _check_finite(self, epoch, losses):
+    bad = losses[~np.isfinite(losses)]
+    if not bad.size:
+      return
+    kept = self.store.latest_epoch()
+    kept = (f"the state after epoch {kept} is kept in '{self.store.path}'"
+            if kept else "no epoch of this stage had been saved")
+    raise RunError(
+        f"training diverged in stage '{self.stage.name}', epoch {epoch + 1} "
+        f"of {self.epochs}: the loss or a parameter became {bad[0]}; lower "
+        f"config.lr (now {self.job.config.lr:g}); {kept}")
+
+  def _record(self, inputs, frozen, done, losses, progress):
+    """Adds the epoch's record, with the validation accuracy where it is due."""
+    clock = progress.clock
+    record = {"epoch": done, "loss": float(losses.mean()),
+              "images_per_second": clock.images / clock.seconds}
+    due = done % self.job.config.eval_every == 0 or done == self.epochs
+    if inputs.val and due:
+      params = trees.join(progress.learner.tuned, frozen)
+      record["val_top1"] = evaluate.top1(
+          inputs.model, params, inputs.buffers, inputs.val.images,
+          inputs.val.labels)
+    return progress._replace(records=[*progress.records, record])
 
 
-def frozen_blocks(backbone, params: trees.Tree, rules: trees.Rules) -> int:
-  """How many of the first blocks hold nothing that is tuned.
+def _saved(done, buffers, progress, finished):
+  """What is kept of a stage; the optimiser's state until it is finished."""
+  opt_state = {} if finished else trees.flatten(progress.learner.opt_state)
+  arrays = {"tuned": trees.flatten(progress.learner.tuned),
+            "buffers": trees.flatten(buffers), "opt_state": opt_state}
+  return checkpoint.Saved(done, parallel.unreplicate(arrays), {
+      "records": progress.records, "clock": progress.clock._asdict()})
 
-  L + 1, one more than there are, if the final norm is frozen too and only the
-  head is tuned; 0 if the embedding is tuned.
+
+# --- Cached inputs ------------------------------------------------------------
+
+def frozen_blocks(backbone: Any, params: trees.Tree,
+                  rules: trees.Rules) -> int:
+  """Returns how many of the first blocks hold no tuned leaf.
+
+  L + 1, one more than the depth, where only the head is tuned; 0 where the
+  embedding is tuned.
   """
   lowest = backbone.depth + 1
   for name, label in trees.flatten(trees.label(params, rules)).items():
@@ -447,14 +574,3 @@ def _fits(model, params, buffers, start, split):
           params, image, buffers, start), *one, image)
   return (len(split.labels) * tokens.size * tokens.dtype.itemsize
           <= _CACHE_BYTES)
-
-
-@functools.lru_cache(maxsize=None)
-def _make_init_fn(rules, optimiser="adamw"):
-  """`(tuned, frozen) -> opt_state`, on every device."""
-  def init_fn(tuned, frozen):
-    params = trees.join(tuned, frozen)
-    return optim.make_tx(
-        trees.label(params, rules), lambda step: 0.0, 0.0,
-        optimiser=optimiser).init(params)
-  return parallel.pmap(init_fn)

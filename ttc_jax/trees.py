@@ -1,7 +1,7 @@
-"""Names for the leaves of a pytree: "a/b/c", split and join by label."""
+"""Names of the leaves of a pytree ("a/b/c"); splitting it by label."""
+from collections.abc import Callable, Iterable, Mapping
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,14 +30,18 @@ def _key(entry):
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-  """Returns {"a/b/c": leaf}, in the tree's own order."""
-  pairs = zip(jax.tree.leaves(names(tree)), jax.tree.leaves(tree))
-  return dict(pairs)
+  """Returns {"a/b/c": leaf} in the order of `jax.tree.leaves`.
+
+  Example:
+    flatten({"norm": {"scale": x}})  # {"norm/scale": x}
+  """
+  return dict(zip(jax.tree.leaves(names(tree)), jax.tree.leaves(tree),
+                  strict=True))
 
 
 def unflatten(flat: Mapping[str, Any]) -> Tree:
-  """The inverse of `flatten`, for trees of dictionaries."""
-  tree = {}
+  """Inverts `flatten` for trees of dictionaries."""
+  tree: dict[str, Any] = {}
   for name, leaf in flat.items():
     *parents, last = name.split("/")
     node = tree
@@ -48,16 +52,25 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 
 
 def label(tree: Tree, rules: Iterable[tuple[str, str]]) -> Tree:
-  """Labels every leaf by the first rule `(pattern, label)` that matches all
-  of its name.
+  """Labels every leaf by the first rule that matches its whole name.
+
+  Args:
+    tree: a pytree.
+    rules: pairs (regular expression, label).
+
+  Returns:
+    The tree with every leaf replaced by its label.
 
   Raises:
-    ValueError: a leaf that no rule matches, named.
+    ValueError: no rule matches a leaf; the message names it.
+
+  Example:
+    label(params, [(r"head/.*", "tune"), (r".*", "freeze")])
   """
-  rules = [(re.compile(pattern), label) for pattern, label in rules]
+  compiled = [(re.compile(pattern), label) for pattern, label in rules]
 
   def first_match(name, _):
-    for pattern, label in rules:
+    for pattern, label in compiled:
       if pattern.fullmatch(name):
         return label
     raise ValueError(f"no rule matches '{name}'; add one, or end with r'.*'")
@@ -65,19 +78,30 @@ def label(tree: Tree, rules: Iterable[tuple[str, str]]) -> Tree:
 
 
 def split(tree: Tree, labels: Tree, wanted: str) -> tuple[Tree, Tree]:
-  """Splits into (leaves with that label, the others); None fills the gaps."""
+  """Splits a tree into the leaves labelled `wanted` and the others.
+
+  Args:
+    tree: a pytree.
+    labels: the tree that `label` returns.
+    wanted: the label of the first part.
+
+  Returns:
+    Two trees of the same structure, with None in place of the leaves that
+    the other one has.
+  """
   def keep(condition):
     return jax.tree.map(
-        lambda x, l: x if (l == wanted) == condition else None, tree, labels)
+        lambda x, label: x if (label == wanted) == condition else None,
+        tree, labels)
   return keep(True), keep(False)
 
 
 def join(tree: Tree, other: Tree) -> Tree:
-  """The inverse of `split`."""
+  """Inverts `split`: takes each leaf from the tree that has it."""
   return jax.tree.map(lambda a, b: b if a is None else a, tree, other,
                       is_leaf=lambda x: x is None)
 
 
 def count(tree: Tree) -> int:
-  """Number of scalars in the tree."""
+  """Counts the scalars in a tree of arrays or shapes."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

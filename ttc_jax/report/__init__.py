@@ -1,21 +1,29 @@
-"""results.jsonl -> rows -> tables.
+"""Tables of finished runs.
 
-  rows.py       reading, merging and choosing rows
+  rows.py       reads, merges and selects rows
   tables.py     rows -> numbers: columns, lines, means, intervals
-  formats.py    those as text, Markdown, LaTeX, CSV, JSON
-  published.py  the numbers that papers printed
-  status.py     how far a work directory is
+  formats.py    a table as text, Markdown, LaTeX, CSV or JSON
+  published.py  numbers from the papers
+  status.py     progress of a work directory
   __main__.py   the command line
 
-Here: the summary that `ttc_jax.main` prints.
+This file has the summary that `ttc_jax.main` prints.
 """
 from collections.abc import Sequence
 
 import numpy as np
 
 from ttc_jax.report import formats, tables
-from ttc_jax.report.rows import Row, append, best, by_seed
-from ttc_jax.report.rows import chosen, collect, protocols, read
+from ttc_jax.report.rows import (
+  Row,
+  append,
+  best,
+  by_seed,
+  chosen,
+  collect,
+  protocols,
+  read,
+)
 from ttc_jax.report.tables import Score
 
 __all__ = ["Row", "append", "best", "by_seed", "chosen", "collect", "costs",
@@ -23,10 +31,11 @@ __all__ = ["Row", "append", "best", "by_seed", "chosen", "collect", "costs",
 
 
 def summary(rows: Sequence[Row], planned: Sequence[str] = ()) -> str:
-  """All that one needs to read beside the numbers, in Markdown.
+  """Returns the tables of all protocols and of costs, in Markdown.
 
   Args:
-    planned: tasks that have a column even if no run of theirs is finished.
+    rows: rows of one work directory.
+    planned: tasks that have a column even without a finished run.
   """
   parts = []
   for protocol in protocols(rows):
@@ -40,11 +49,11 @@ def summary(rows: Sequence[Row], planned: Sequence[str] = ()) -> str:
 
 
 def costs(rows: Sequence[Row]) -> str:
-  """The Markdown table of what the variants of final runs cost.
+  """Returns a Markdown table of the costs of final runs, a line per variant.
 
-  Tuned parameters; FLOPs of an image at inference, after merging where that
-  is exact; images/s; memory of a training step; size of a bundle. Over tasks
-  and seeds the mean, but of memory and size the largest.
+  Columns: tuned parameters; FLOPs of an image at inference, before and after
+  merging; images/s; memory of a training step (MiB); size of a bundle (KiB).
+  Memory and size are the largest over tasks and seeds, the others the mean.
   """
   lines = [["", "mean", "module", "norm", "head", "MFLOPs", "merged",
             "train images/s", "test images/s", "step MiB", "bundle KiB"]]

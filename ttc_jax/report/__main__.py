@@ -1,4 +1,4 @@
-"""Tables of one or several work directories, at any time.
+"""Prints tables of one or several work directories, at any time.
 
   python -m ttc_jax.report WORKDIR... --published --format=latex
   python -m ttc_jax.report WORKDIR... --watch
@@ -18,7 +18,7 @@ from ttc_jax.report import formats, status, tables
 
 
 def watch(workdirs: Sequence[str], every: float) -> None:
-  """Prints how far they are; on a terminal again and again, until Ctrl-C."""
+  """Prints the progress; on a terminal repeatedly, until Ctrl-C."""
   try:
     while True:
       shown = "\n\n".join(f"{path}\n\n{status.text(status.gather(path))}"
@@ -34,7 +34,7 @@ def watch(workdirs: Sequence[str], every: float) -> None:
 
 
 def show(workdirs: Sequence[str]) -> None:
-  """Prints the table and writes what was asked for into --out."""
+  """Prints the table; with --out, writes the files too."""
   rows = report.collect(workdirs)
   planned = [task for workdir in workdirs
              for task in status.planned(workdir)]
@@ -52,22 +52,22 @@ def show(workdirs: Sequence[str]) -> None:
   if _OUT.value:
     try:
       os.makedirs(_OUT.value, exist_ok=True)
-      write(table, text, form.suffix)
+      write(table, text, _OUT.value, form.suffix)
     except OSError as e:
       raise UserError(f"--out='{_OUT.value}' cannot be written: "
                       f"{e.strerror}") from e
   print(text, end="")
 
 
-def write(table: tables.Table, text: str, suffix: str) -> None:
-  """The table, and the picture if it was asked for."""
-  path = os.path.join(_OUT.value, f"table.{suffix}")
+def write(table: tables.Table, text: str, folder: str, suffix: str) -> None:
+  """Writes the table and, with --plot, the pictures into a folder."""
+  path = os.path.join(folder, f"table.{suffix}")
   files.write_text(path, text)
   written = [path]
   if _PLOT.value:
     from ttc_jax import plots  # an extra
     written += plots.save(plots.by_task(table, _INTERVAL.value),
-                          os.path.join(_OUT.value, "tasks"))
+                          os.path.join(folder, "tasks"))
   for path in written:
     print(f"written: {path}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""A table as text, Markdown, LaTeX, CSV or JSON."""
+"""Writes a table as text, Markdown, LaTeX, CSV or JSON."""
 from collections.abc import Callable, Sequence
 import csv as csv_lib
 import io
@@ -11,16 +11,16 @@ from ttc_jax.report.tables import PARTS, Line, Score, Table, extent
 _LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}",
           "^": r"\textasciicircum{}", "<": r"\textless{}",
           ">": r"\textgreater{}",
-          # After a line's end these two would be its arguments.
+          # After "\\\\" LaTeX would read these two as its arguments.
           "[": "{[}", "*": "{*}", **{c: f"\\{c}" for c in "_%&#${}"}}
 
 
 class Format(NamedTuple):
-  """How a table is written.
+  """A format of tables.
 
   Attributes:
-    suffix: of a file's name, without the dot.
-    write: (table, interval) -> str; of `interval` see `number`.
+    suffix: file name suffix, without the dot.
+    write: `(table, interval) -> str`; `number` explains `interval`.
   """
   suffix: str
   write: Callable[[Table, bool], str]
@@ -30,11 +30,12 @@ class Format(NamedTuple):
 
 def number(score: Score | None, interval: bool = False,
            signed: bool = False) -> str:
-  """"52.0 ± 2.8", or "-".
+  """Formats a score as "52.0 ± 2.8"; "-" for None.
 
   Args:
-    interval: what follows ± is half of the 95 % interval of the mean, else
-      the sample standard deviation over seeds.
+    interval: ± is half of the 95 % interval of the mean; otherwise it is the
+      sample standard deviation over seeds.
+    signed: writes "+" before positive numbers, for differences.
   """
   if score is None:
     return "-"
@@ -45,7 +46,7 @@ def number(score: Score | None, interval: bool = False,
 
 
 def count(numbers: tuple[int, int] | str | None) -> str:
-  """"1,930 to 8,299", "0" or, as published, "0.11M"; empty for None."""
+  """Formats counts as "1,930 to 8,299", "0" or, as published, "0.11M"."""
   if numbers is None or isinstance(numbers, str):
     return numbers or ""
   low, high = numbers
@@ -53,17 +54,17 @@ def count(numbers: tuple[int, int] | str | None) -> str:
 
 
 def counts(rows: Sequence[rows_lib.Row]) -> list[str]:
-  """The cells module, norm and head of some rows."""
+  """Returns the cells of module, norm and head for some rows."""
   return [count(extent(r[f"{part}_params"] for r in rows)) for part in PARTS]
 
 
 def header(table: Table) -> list[str]:
-  """The titles of the columns."""
+  """Returns the cells of the header."""
   return ["", *(c.title for c in table.columns), *PARTS, "seeds"]
 
 
 def cells(line: Line, interval: bool = False) -> list[str]:
-  """What stands under the header; of `interval` see `number`."""
+  """Returns the cells of a line; `number` explains `interval`."""
   return [line.name, *(number(s, interval, line.kind == "difference")
                        for s in line.scores),
           *(count(line.params.get(part)) for part in PARTS),
@@ -71,7 +72,7 @@ def cells(line: Line, interval: bool = False) -> list[str]:
 
 
 def notes(table: Table, interval: bool = False) -> list[str]:
-  """What one needs to know under a table, a sentence each."""
+  """Returns the notes under a table, one sentence each."""
   ours = [s for line in table.lines if line.kind == "run" for s in line.scores]
   found = []
   if any(s and s.deviation is not None for s in ours):
@@ -84,17 +85,20 @@ def notes(table: Table, interval: bool = False) -> list[str]:
 
 
 def align(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-  """Pads every column to its width: the first to the left, the others to the
-  right."""
-  widths = [max(map(len, column)) for column in zip(*lines)]
+  """Pads cells to the width of their column.
+
+  The first column is aligned left, the others right.
+  """
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return [[c.rjust(w) if i else c.ljust(w)
-           for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
+           for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+          for line in lines]
 
 
 # --- Formats ------------------------------------------------------------------
 
 def text(table: Table, interval: bool = False) -> str:
-  """Columns apart by two blanks."""
+  """Writes plain text; two blanks separate columns."""
   lines = align([header(table), *(cells(x, interval) for x in table.lines)])
   return _paragraphs(
       table.what + ".", "\n".join("  ".join(x).rstrip() for x in lines),
@@ -102,7 +106,7 @@ def text(table: Table, interval: bool = False) -> str:
 
 
 def markdown(table: Table, interval: bool = False) -> str:
-  """With pipes, aligned in the source too."""
+  """Writes Markdown, aligned in the source too."""
   return _paragraphs(
       table.what + ".",
       pipes([header(table), *(cells(x, interval) for x in table.lines)]),
@@ -110,7 +114,7 @@ def markdown(table: Table, interval: bool = False) -> str:
 
 
 def pipes(lines: Sequence[Sequence[str]]) -> str:
-  """A Markdown table, its first line the header."""
+  """Writes a Markdown table; the first line is the header."""
   first, *rest = ("| " + " | ".join(x) + " |" for x in align(lines))
   dashes = [len(c) for c in align(lines)[0]]
   rule = "|" + "|".join("-" * (n + 1) + ":" if i else "-" * (n + 2)
@@ -119,7 +123,7 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 
 
 def latex(table: Table, interval: bool = False) -> str:
-  """To \\input: needs booktabs and graphicx, as its first line says."""
+  r"""Writes LaTeX for \input; its first line names the packages it needs."""
   blocks = [[x for x in table.lines if x.kind == kind]
             for kind in ("run", "published", "difference")]
   rules = ["\\midrule\n" + "".join(
@@ -136,7 +140,7 @@ def latex(table: Table, interval: bool = False) -> str:
 
 
 def _headings(table):
-  """The groups above their tasks, where there are several."""
+  """Returns the line of group names above the tasks, if there are several."""
   of_groups = [c.heading for c in table.columns if c.heading]
   if len(set(of_groups)) < 2:
     return ""
@@ -151,7 +155,7 @@ def _headings(table):
 
 
 def _latex_line(line):
-  """A lone minus or a sign becomes a dash or a sign of mathematics."""
+  """Writes a line; "-" becomes a dash, "+1.0" and "-1.0" mathematics."""
   out = []
   for i, cell in enumerate(line):
     if i and cell == "-":
@@ -168,32 +172,40 @@ def _escape(text_: str) -> str:
 
 
 def csv(table: Table, interval: bool = False) -> str:
-  """Tidy: a line per variant, task and seed, full precision; a published
-  number has no seed."""
-  del interval  # of means, which are not here
+  """Writes tidy CSV, in full precision.
+
+  One line per variant, task, test set and seed; published numbers have no
+  seed. `interval` is unused: there are no means.
+  """
+  del interval
   out = io.StringIO()
   writer = csv_lib.writer(out, lineterminator="\n")
-  writer.writerow(["kind", "variant", "method", "protocol", "task", "group",
-                   "seed", "top1", "lr", "weight_decay",
+  writer.writerow(["kind", "variant", "method", "protocol", "task", "test",
+                   "group", "seed", "top1", "lr", "weight_decay",
                    *(f"{part}_params" for part in PARTS), "backbone", "run"])
   for line in table.lines:
     for r in line.rows:
-      writer.writerow([
-          "run", r["variant"], r["method"], r["protocol"], r["task"],
-          r["group"], r["seed"], r[rows_lib.SCORE[r["protocol"]]], r["lr"],
-          r["weight_decay"], *(r[f"{part}_params"] for part in PARTS),
-          r["backbone"], r["run"]])
+      tests = ({"val": r["val_top1"]} if r["protocol"] == "val"
+               else rows_lib.test_sets(r))
+      for test, top1 in tests.items():
+        writer.writerow([
+            "run", r["variant"], r["method"], r["protocol"], r["task"], test,
+            r["group"], r["seed"], top1, r["lr"], r["weight_decay"],
+            *(r[f"{part}_params"] for part in PARTS), r["backbone"], r["run"]])
     if line.kind == "published":
-      for column, score in zip(table.columns, line.scores):
+      for column, score in zip(table.columns, line.scores, strict=True):
         if column.heading and score:
           writer.writerow(["published", line.name, "", table.protocol,
-                           column.title, column.heading, "",
+                           column.title, "", column.heading, "",
                            round(score.mean, 2), *[""] * 7])
   return out.getvalue()
 
 
 def json(table: Table, interval: bool = False) -> str:
-  """A list of objects, one a line of the table; both kinds of spread."""
+  """Writes a JSON list with one object per line of the table.
+
+  `interval` is unused: every score has its deviation and its interval.
+  """
   del interval
   return json_lib.dumps([_object(table, x) for x in table.lines],
                         indent=2) + "\n"
@@ -203,7 +215,7 @@ def _object(table: Table, line: Line) -> dict[str, Any]:
   scores = {
       c.title: s and {"mean": s.mean, "deviation": s.deviation,
                       "interval": s.interval, "seeds": list(s.seeds)}
-      for c, s in zip(table.columns, line.scores)}
+      for c, s in zip(table.columns, line.scores, strict=True)}
   return {"name": line.name, "kind": line.kind, "protocol": table.protocol,
           "top1": scores,
           **{f"{part}_params": line.params.get(part) for part in PARTS},

@@ -1,7 +1,7 @@
-"""Published top-1 on VTAB-1K, ViT-B/16 pretrained on ImageNet-21k, 224 px.
+"""Published top-1 on VTAB-1K: ViT-B/16 pretrained on ImageNet-21k, 224 px.
 
-Numbers alone; where they were printed stands beside each. Means are taken anew
-from them. Printed means that come without their 19 numbers are `stated`.
+Each row names its source. Means are computed from the 19 numbers; `stated`
+holds printed means whose 19 numbers were not printed.
 """
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +16,14 @@ _TTC = ("the text of Zhao et al., 2023, arXiv 2303.07910: means alone; "
 
 
 class Published(NamedTuple):
-  """A printed row.
+  """A published row of Table 1.
 
   Attributes:
-    method, options: which of our runs may stand beside it.
+    method, options: the runs that the row is compared with.
     params: tuned parameters without the head, as printed.
     top1: percent, in the order of vtab.ROWS.
     stated: {"mean" or a group: percent}.
+    source: where it was printed.
   """
   name: str
   method: str
@@ -33,13 +34,13 @@ class Published(NamedTuple):
   source: str = _BENCHMARK
 
   def is_of(self, row: Mapping[str, Any]) -> bool:
-    """Whether a run's row is of this method, set as published."""
+    """Returns True if a run has this method with the published options."""
     return row["method"] == self.method and _within(
         self.options, row["options"])
 
   def mean(self, groups: Sequence[Sequence[str]]) -> float | None:
-    """The mean of the groups' means; None if it was not published."""
-    top1 = dict(zip(vtab.ROWS, self.top1))
+    """Returns the mean of the groups' means; None if it is not published."""
+    top1 = dict(zip(vtab.ROWS, self.top1, strict=False))  # or none at all
     names = [[vtab.canonical(t) for t in group] for group in groups]
     if all(t in top1 for group in names for t in group):
       means = [sum(top1[t] for t in group) / len(group) for group in names]
@@ -48,8 +49,8 @@ class Published(NamedTuple):
 
 
 def sources(rows: Iterable[Published]) -> list[str]:
-  """Sentences that say where the rows come from and how to read them."""
-  by_source = {}
+  """Returns sentences on where the rows come from and how to read them."""
+  by_source: dict[str, list[str]] = {}
   for row in rows:
     by_source.setdefault(row.source, []).append(row.name)
   return [
@@ -70,7 +71,7 @@ def _within(wanted, options):
 
 
 def _known_set(groups):
-  """The name of the average in `stated`, None if it is none of them."""
+  """Returns the key in `stated` of an average over groups, or None."""
   if len(groups) > 1:
     return None
   sets = {"mean": set(vtab.ROWS)}
@@ -92,7 +93,7 @@ ROWS = (
         "BitFit", "bias", "0.10M",
         (72.8, 87.0, 59.2, 97.5, 85.3, 59.9, 51.4, 78.7, 91.6, 72.9, 69.8,
          61.5, 55.6, 32.4, 55.9, 66.6, 40.0, 15.7, 25.1)),
-    # One a block, says the count.
+    # The parameter count implies one adapter per block (Pfeiffer's).
     Published(
         "Adapter", "adapter", "0.16M",
         (69.2, 90.1, 68.0, 98.8, 89.9, 82.8, 54.3, 84.0, 94.9, 81.9, 75.5,

@@ -1,6 +1,6 @@
-"""The rows of finished runs: results.jsonl, of one work directory or several.
+"""Rows of finished runs: read, merged from work directories, selected.
 
-Only `append` writes; all else may be called while runs go on.
+Only `append` writes; every other function may be called while runs go on.
 """
 from collections.abc import Mapping, Sequence
 import json
@@ -16,7 +16,7 @@ from ttc_jax.errors import UserError
 Row = dict[str, Any]
 SCORE = {"val": "val_top1", "final": "test_top1"}
 
-# What a variant is, whatever its task, seed and tuned setting.
+# The facts of a variant that its task, seed and tuned setting do not change.
 _OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
                  "image_size", "normalisation", "dtype", "epochs",
                  "batch_size")
@@ -27,7 +27,7 @@ _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
 
 
 def read(path: str) -> list[Row]:
-  """Reads the rows of a results file; a line cut short is left out, aloud."""
+  """Reads the rows of a results file; warns of lines that are cut short."""
   if not os.path.exists(path):
     return []
   rows = []
@@ -38,7 +38,7 @@ def read(path: str) -> list[Row]:
         row["run"]  # every row names its run
         rows.append(row)
       except (json.JSONDecodeError, KeyError, TypeError):
-        if not line.endswith("\n"):  # perhaps just being written
+        if not line.endswith("\n"):  # it may be in the middle of a write
           continue
         logging.warning("%s:%d is not a whole row; its run will be done "
                         "again", path, number)
@@ -46,14 +46,14 @@ def read(path: str) -> list[Row]:
 
 
 def append(path: str, row: Row) -> None:
-  """Adds a row and waits until the disk has it; processes take turns."""
+  """Appends a row, under a lock, and waits until it is on the disk."""
   line = json.dumps(row).encode() + b"\n"
   folder, name = os.path.split(path)
   with files.lock(os.path.join(folder, f".{name}.lock"), wait=True), open(
       path, "ab+") as f:
     if f.tell():
       f.seek(-1, os.SEEK_END)
-      if f.read(1) != b"\n":  # the line before was cut short
+      if f.read(1) != b"\n":  # the previous line was cut short
         line = b"\n" + line
     f.write(line)
     f.flush()
@@ -61,7 +61,7 @@ def append(path: str, row: Row) -> None:
 
 
 def collect(workdirs: Sequence[str]) -> list[Row]:
-  """The rows of work directories, merged (see `merge`).
+  """Returns the rows of several work directories, merged (see `merge`).
 
   Raises:
     UserError: a directory is missing or has no finished run.
@@ -75,10 +75,10 @@ def collect(workdirs: Sequence[str]) -> list[Row]:
 
 
 def of(workdir: str) -> list[Row]:
-  """The rows of a work directory, perhaps none yet.
+  """Returns the rows of a work directory; an empty list before the first.
 
   Raises:
-    UserError: there is no such directory, or a row is none of ours.
+    UserError: the directory is missing, or a row lacks a key.
   """
   if not os.path.isdir(workdir):
     raise UserError(f"no work directory '{workdir}': give what main's "
@@ -93,13 +93,15 @@ def of(workdir: str) -> list[Row]:
 
 
 def merge(found: Mapping[str, Sequence[Row]]) -> list[Row]:
-  """The rows of {work directory: rows} as those of one.
+  """Merges the rows of {work directory: rows}.
 
-  The same row in several is one row. A variant that differs between
-  directories (another backbone, say), or that has runs of the same task and
-  seed in several, is several: "variant (work directory)".
+  A row that several directories hold is kept once. A variant is split into
+  "variant (work directory)" if its facts differ between directories (another
+  backbone, for example), or if two directories have runs of the same task and
+  seed.
   """
-  seen, placed = {}, []
+  seen: dict[str, list[Row]] = {}
+  placed: list[tuple[str, Row]] = []
   for workdir, rows in found.items():
     for row in rows:
       known = seen.setdefault(row["run"], [])
@@ -112,8 +114,9 @@ def merge(found: Mapping[str, Sequence[Row]]) -> list[Row]:
 
 
 def _apart(placed):
-  """The variants that are not the same in all work directories."""
-  homes, facts = {}, {}
+  """Returns the variants that must be split by work directory."""
+  homes: dict[tuple, set[str]] = {}
+  facts: dict[tuple, dict[str, set[str]]] = {}
   for workdir, row in placed:
     variant, task = row["variant"], row["task"]
     homes.setdefault((variant, task, row["protocol"], row["seed"]),
@@ -127,18 +130,19 @@ def _apart(placed):
 
 
 def protocols(rows: Sequence[Row]) -> list[str]:
-  """Those that there are, the test set's first."""
+  """Returns the protocols of the rows, "final" first."""
   return [p for p in ("final", "val") if any(r["protocol"] == p for r in rows)]
 
 
 def chosen(rows: Sequence[Row], protocol: str) -> list[Row]:
-  """The row of each task, variant and seed that a table shows.
+  """Selects one row for each task, variant and seed.
 
-  Of several settings tried on val200 the best; of several final runs, after
-  the data or the order of the seeds was changed, the latest.
+  Protocol "val": the setting with the best accuracy on val200. Protocol
+  "final": the latest row; there are several if the data or the order of the
+  seeds was changed.
 
   Raises:
-    UserError: there is none of that protocol.
+    UserError: no row has that protocol.
   """
   mine = [r for r in rows if r["protocol"] == protocol]
   if not mine:
@@ -147,9 +151,11 @@ def chosen(rows: Sequence[Row], protocol: str) -> list[Row]:
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-  """Per task, variant and seed the best val200 row; ties go to the smaller
-  learning rate, then weight decay, then scale."""
-  best_of = {}
+  """Returns the best val200 row of each task, variant and seed.
+
+  Ties go to the smaller learning rate, then weight decay, then scale.
+  """
+  best_of: dict[tuple, Row] = {}
   for row in sorted(rows, key=lambda r: (
       -r["val_top1"], r["lr"], r["weight_decay"], r.get("scale") or 0)):
     best_of.setdefault(_key(row), row)
@@ -157,7 +163,7 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _latest(rows):
-  latest = {}
+  latest: dict[tuple, Row] = {}
   for row in rows:
     if _key(row) in latest:
       logging.warning("%s is left out: a later run has its task, variant and "
@@ -171,10 +177,20 @@ def _key(row):
 
 
 def by_seed(rows: Sequence[Row], variant: str) -> list[float]:
-  """A variant's mean test accuracy over all tasks of the rows, for each seed
-  that has every one of them."""
-  tasks, scores = {r["task"] for r in rows}, {}
+  """Returns a variant's test accuracy for each seed, in percent.
+
+  It is the mean over all tasks of `rows`; seeds that lack a task are left out.
+  """
+  tasks = {r["task"] for r in rows}
+  scores: dict[int, dict[str, float]] = {}
   for r in [r for r in rows if r["variant"] == variant]:
     scores.setdefault(r["seed"], {})[r["task"]] = r["test_top1"]
   return [float(np.mean(list(s.values()))) for s in scores.values()
           if len(s) == len(tasks)]
+
+
+def test_sets(row: Row) -> dict[str, float]:
+  """Returns {test set: top-1 in percent}; the first one is `test_top1`."""
+  return {name: found["top1"]
+          for name, found in (row.get("tests") or {}).items()} or {
+              "test": row["test_top1"]}

@@ -1,8 +1,9 @@
-"""How far a work directory is; it may be at work, and is only read.
+"""Progress of a work directory, which is only read.
 
-What to expect is in plan.json, which `ttc_jax.main` writes: {"tasks": {task:
-{variant: {"settings": n, "seeds": [n], "protocol": "select" | "val" | "final",
-"epochs": n}}}, "missing": {task: sentence}}. Without it, what there is is all.
+The plan, which `ttc_jax.main` writes, says which runs to expect: {"tasks":
+{task: {variant: {"settings": n, "seeds": [n], "protocol": "select" | "val" |
+"final", "epochs": n}}}, "missing": {task: sentence}}. Without a plan, the runs
+that exist are reported.
 """
 from collections.abc import Mapping, Sequence
 import json
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttc_jax import files
-from ttc_jax.report import formats, rows as rows_lib
+from ttc_jax.report import formats
+from ttc_jax.report import rows as rows_lib
 from ttc_jax.report.rows import Row
 
 Pair = tuple[str, str]  # (task, variant)
@@ -21,12 +23,13 @@ _RUN = re.compile(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+")
 
 
 class Running(NamedTuple):
-  """A run at work.
+  """A run that a process works on.
 
   Attributes:
-    record: the last of its learning curve, empty before there is one.
-    epochs: of each stage; None if unknown, or if what goes on is no training
-      (a search).
+    run: its name.
+    pair: its task and variant; None if the name does not tell.
+    record: the last record of its learning curve; empty before the first.
+    epochs: epochs of each stage; None if unknown, or during a search.
   """
   run: str
   pair: Pair | None
@@ -35,13 +38,15 @@ class Running(NamedTuple):
 
 
 class Status(NamedTuple):
-  """What a work directory holds, beside what it should.
+  """The runs of a work directory, finished and expected.
 
   Attributes:
-    expected: {pair: runs}; empty without a plan.
-    done, failed: {pair: {run: row}}, {pair: {run: failure}}.
-    missing: {task: sentence}: its data is not there.
-    seconds_left: at one run at a time; None if nothing tells.
+    expected: {pair: number of runs}; empty without a plan.
+    done: {pair: {run: row}}.
+    running: runs that a process works on.
+    failed: {pair: {run: failure}}.
+    missing: {task: why its data cannot be read}.
+    seconds_left: estimate for one run at a time; None if unknown.
   """
   expected: dict[Pair, int]
   done: dict[Pair, dict[str, Row]]
@@ -52,10 +57,10 @@ class Status(NamedTuple):
 
 
 def gather(workdir: str) -> Status:
-  """Looks at a work directory.
+  """Reads the status of a work directory.
 
   Raises:
-    UserError: there is no such directory.
+    UserError: the directory does not exist.
   """
   rows = rows_lib.of(workdir)
   finished = {r["run"] for r in rows}
@@ -65,9 +70,9 @@ def gather(workdir: str) -> Status:
   expected = _expected(plan)
   done = _by_pair([r for r in rows if _is_planned(r, plan)])
   failed = _by_pair(failures.values())
-  pairs = dict.fromkeys([*expected, *done, *failed])
+  pairs = list(dict.fromkeys([*expected, *done, *failed]))
   running = _running(workdir, plan, pairs, finished)
-  at_work = {r.run for r in running}  # again, after it failed
+  at_work = {r.run for r in running}  # some failed before
   failed = {pair: {run: f for run, f in of.items() if run not in at_work}
             for pair, of in failed.items()}
   return Status(expected, done, running, failed, plan.get("missing", {}),
@@ -75,7 +80,7 @@ def gather(workdir: str) -> Status:
 
 
 def text(status: Status) -> str:
-  """A table of tasks and variants, the runs at work, the failures, a sum."""
+  """Formats a table of tasks and variants, running and failed runs, a sum."""
   at_work = [r.pair for r in status.running]
   pairs = list(dict.fromkeys([*status.expected, *status.done, *status.failed,
                               *filter(None, at_work)]))
@@ -94,7 +99,7 @@ def text(status: Status) -> str:
 
 
 def _cell(status, pair, at_work):
-  """"3/5, 1 running, 1 failed"."""
+  """Formats a cell as "3/5, 1 running, 1 failed"."""
   task, _ = pair
   if task in status.missing:
     return "missing"
@@ -135,17 +140,17 @@ def _sum(status):
 
 
 def duration(seconds: float) -> str:
-  """"2 h 05 min", "4 min", "30 s"."""
+  """Formats a duration as "2 h 05 min", "4 min" or "30 s"."""
   if seconds < 59.5:
     return f"{seconds:.0f} s"
   hours, minutes = divmod(round(seconds / 60), 60)
   return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
-# --- What there is ------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------
 
 def planned(workdir: str) -> list[str]:
-  """The tasks of the plan, with those whose data is missing; [] without."""
+  """Returns the tasks of the plan, missing ones too; [] without a plan."""
   plan = _json(os.path.join(workdir, "plan.json"))
   return list(dict.fromkeys([*plan.get("tasks", ()), *plan.get("missing", ())]))
 
@@ -154,12 +159,12 @@ def _json(path):
   try:
     with open(path, encoding="utf-8") as f:
       return json.load(f)
-  except (OSError, json.JSONDecodeError):  # none, or just being written
+  except (OSError, json.JSONDecodeError):  # absent
     return {}
 
 
 def _lines(path):
-  """The whole objects of a JSON-lines file; the last may be being written."""
+  """Reads a JSON-lines file; skips lines that are not whole."""
   found = []
   if os.path.exists(path):
     with open(path, encoding="utf-8") as f:
@@ -172,7 +177,7 @@ def _lines(path):
 
 
 def _expected(plan):
-  """{pair: runs}: with `select` every setting on val200 and then the seeds."""
+  """Returns {pair: number of runs}; `select` runs every setting, then seeds."""
   return {(task, label): len(v["seeds"]) + (
       v["settings"] if v["protocol"] == "select" else 0)
           for task, of_task in plan.get("tasks", {}).items()
@@ -180,7 +185,7 @@ def _expected(plan):
 
 
 def _is_planned(row, plan):
-  """Not a run of seeds or tasks that an earlier start asked for."""
+  """Returns False for seeds and tasks that only an earlier start had."""
   if not plan:
     return True
   variant = plan["tasks"].get(row["task"], {}).get(row["variant"])
@@ -192,14 +197,14 @@ def _is_planned(row, plan):
 
 
 def _by_pair(objects):
-  found = {}
+  found: dict[Pair, dict[str, Any]] = {}
   for x in objects:
     found.setdefault((x["task"], x["variant"]), {})[x["run"]] = x
   return found
 
 
 def _running(workdir, plan, pairs: Sequence[Pair], finished):
-  """The runs without a row that some process holds."""
+  """Returns the unfinished runs that a process holds."""
   folder = os.path.join(workdir, "runs")
   by_stem = {f"{task.replace('/', '-')}-{variant}": (task, variant)
              for task, variant in pairs}
@@ -220,8 +225,8 @@ def _running(workdir, plan, pairs: Sequence[Pair], finished):
 
 
 def _seconds_left(expected, done, failed):
-  """By the mean time of a variant's finished runs, else of all."""
-  times = {}
+  """Estimates by the mean time of a variant's finished runs, else of all."""
+  times: dict[str, list[float]] = {}
   for (_, variant), rows in done.items():
     times.setdefault(variant, []).extend(
         r["seconds_train"] + (r["seconds_test"] or 0) for r in rows.values())

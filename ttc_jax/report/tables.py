@@ -1,11 +1,13 @@
-"""Rows -> a table of numbers: variants down, tasks across, then the means."""
+"""Turns rows into a table: a line per variant, a column per task, then means.
+"""
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
-from ttc_jax.report import published, rows as rows_lib
+from ttc_jax.report import published
+from ttc_jax.report import rows as rows_lib
 from ttc_jax.report.rows import Row
 from ttc_jax.vtab import rows as vtab
 
@@ -18,11 +20,11 @@ _WHAT = {
 
 
 class Score(NamedTuple):
-  """Accuracies in percent.
+  """Accuracy of one cell, in percent.
 
   Attributes:
-    mean: over seeds of each task, then over what the column averages.
-    seeds: the same for each seed that has all that the column averages.
+    mean: mean over the seeds of each task, then over the column's tasks.
+    seeds: the mean over the column's tasks for each seed that has them all.
   """
   mean: float
   seeds: tuple[float, ...] = ()
@@ -34,22 +36,25 @@ class Score(NamedTuple):
 
   @property
   def interval(self) -> float | None:
-    """Half of the two-sided 95 % interval of the mean over seeds.
+    """Half of the two-sided 95 % confidence interval of the mean over seeds.
 
     t s / sqrt(n), with Student's t of n - 1 degrees of freedom from
     `scipy.special.stdtrit`; None with fewer than two seeds.
     """
-    n = len(self.seeds)
-    if n < 2:
+    n, deviation = len(self.seeds), self.deviation
+    if deviation is None:
       return None
-    return self.deviation * float(special.stdtrit(n - 1, 0.975)) / n ** 0.5
+    return deviation * float(special.stdtrit(n - 1, 0.975)) / n ** 0.5
 
 
 class Column(NamedTuple):
-  """A mean of groups' means; of a task, of one group with one task.
+  """A column: one test set of a task, or a mean over tasks.
 
   Attributes:
-    heading: the group of a task, None of what averages several.
+    groups: the cell is the mean of these groups' means; the column of one
+      task has one group of one name. A name is a task, or "task/test set" for
+      every test set after the first.
+    heading: the group of a task; None for means.
   """
   title: str
   groups: tuple[tuple[str, ...], ...]
@@ -57,15 +62,15 @@ class Column(NamedTuple):
 
 
 class Line(NamedTuple):
-  """What stands beside one name.
+  """A line of the table.
 
   Attributes:
-    kind: "run", "published", or "difference", of a run's and a published one.
-    scores: one a column; None where something is missing.
+    kind: "run", "published", or "difference" (a run minus a published line).
+    scores: one score per column; None where a run is missing.
     params: {part: (smallest, largest) number over tasks}, or as published.
-    seeds: the smallest and the largest number of seeds that a task has.
-    rows: that it was made of.
-    beside: names of the runs' lines that a published one is compared with.
+    seeds: the smallest and the largest number of seeds of a task.
+    rows: the rows that the line was made from.
+    beside: names of the run lines that a published line is compared with.
   """
   name: str
   kind: str
@@ -77,11 +82,12 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-  """Columns, lines and what to say about them.
+  """Columns, lines and notes.
 
   Attributes:
-    what: the numbers are, without a full stop.
-    sources: sentences on what was run, and where the rest was printed.
+    what: says what the numbers are, without a full stop.
+    sources: sentences on what was run, and on where published numbers are
+      from.
   """
   what: str
   columns: list[Column]
@@ -92,39 +98,63 @@ class Table(NamedTuple):
 
 def make(rows: Sequence[Row], protocol: str, compare: bool = False,
          planned: Sequence[str] = ()) -> Table:
-  """The table of one protocol.
+  """Returns the table of one protocol.
+
+  Tasks with several test sets have a column for each: the task's own shows
+  the first, "task/test set" the others. Only the first enters the means.
 
   Args:
-    planned: tasks that have a column even if no run of theirs is finished.
-    compare: adds the published rows and how far the runs are from them; a
-      published mean is over the tasks of this table.
+    rows: rows of one or several work directories.
+    protocol: "final" (test sets) or "val" (val200).
+    compare: adds the published rows, and the differences of the runs from
+      them; a published mean is over the tasks of this table.
+    planned: tasks that have a column even without a finished run.
 
   Raises:
-    UserError: no row of that protocol.
+    UserError: no row has that protocol.
   """
   shown = rows_lib.chosen(rows, protocol)
   across = columns({t: _group(t) for t in planned} |
-                   {r["task"]: r["group"] for r in shown})
+                   {r["task"]: r["group"] for r in shown}, _more_tests(shown))
   lines = [line(variant, [r for r in shown if r["variant"] == variant], across)
            for variant in dict.fromkeys(r["variant"] for r in shown)]
   table = Table(_WHAT[protocol], across, lines, protocol, _bases(shown))
   return _compared(table) if compare else table
 
 
-def columns(groups: Mapping[str, str]) -> list[Column]:
-  """Of {task: group}: VTAB's order within a group, then that of the rows."""
+def columns(groups: Mapping[str, str],
+            more_tests: Mapping[str, Sequence[str]] | None = None
+            ) -> list[Column]:
+  """Returns the columns, in VTAB's order, then in the order of the rows.
+
+  Args:
+    groups: {task: group}.
+    more_tests: {task: names of its test sets after the first}.
+  """
   order = {name: i for i, name in enumerate(vtab.ROWS)}
   tasks = sorted(groups, key=lambda t: (
       GROUPS.index(groups[t]), order.get(vtab.canonical(t), len(order))))
   parts = {g: tuple(t for t in tasks if groups[t] == g) for g in GROUPS}
   parts = {g: part for g, part in parts.items() if part}
-  found = [Column(t, ((t,),), groups[t]) for t in tasks]
+  found = [Column(name, ((name,),), groups[t]) for t in tasks
+           for name in (t, *(f"{t}/{test}"
+                             for test in (more_tests or {}).get(t, ())))]
   if len(parts) > 1:
     found += [Column(g, (part,)) for g, part in parts.items() if len(part) > 1]
   if len(tasks) > 1:
     found.append(Column(f"mean of {len(tasks)}", (tuple(tasks),)))
   if len(parts) > 1:
     found.append(Column("mean of groups", tuple(parts.values())))
+  return found
+
+
+def _more_tests(rows):
+  """Returns {task: names of its test sets after the first}."""
+  found: dict[str, dict[str, None]] = {}
+  for r in rows:
+    if r["protocol"] == "final":
+      found.setdefault(r["task"], {}).update(
+          dict.fromkeys([*rows_lib.test_sets(r)][1:]))
   return found
 
 
@@ -135,20 +165,21 @@ def _group(task):
 
 def mean(groups: Sequence[Sequence[str]],
          top1: Mapping[str, float]) -> float | None:
-  """The mean of the groups' means; None where a task is missing."""
+  """Returns the mean of the groups' means; None if a task is missing."""
   if any(task not in top1 for group in groups for task in group):
     return None
   return float(np.mean([np.mean([top1[t] for t in g]) for g in groups]))
 
 
 def line(name: str, rows: Sequence[Row], across: Sequence[Column]) -> Line:
-  """A variant's."""
-  by_task, by_seed = {}, {}
+  """Returns the line of a variant."""
+  by_key: dict[str, list[float]] = {}
+  by_seed: dict[int, dict[str, float]] = {}
   for r in rows:
-    top1 = r[rows_lib.SCORE[r["protocol"]]]
-    by_task.setdefault(r["task"], []).append(top1)
-    by_seed.setdefault(r["seed"], {})[r["task"]] = top1
-  means = {task: np.mean(top1) for task, top1 in by_task.items()}
+    for key, top1 in _accuracies(r).items():
+      by_key.setdefault(key, []).append(top1)
+      by_seed.setdefault(r["seed"], {})[key] = top1
+  means = {key: float(np.mean(top1)) for key, top1 in by_key.items()}
 
   def score(groups):
     seeds = [mean(groups, top1) for top1 in by_seed.values()]
@@ -158,17 +189,27 @@ def line(name: str, rows: Sequence[Row], across: Sequence[Column]) -> Line:
   return Line(
       name, "run", [score(c.groups) for c in across],
       {part: extent(r[f"{part}_params"] for r in rows) for part in PARTS},
-      extent(map(len, by_task.values())), rows)
+      extent(len(by_key[t]) for t in {r["task"] for r in rows}), rows)
+
+
+def _accuracies(row):
+  """Returns {task or "task/test set": top-1 in percent} of a row."""
+  task = row["task"]
+  found = {task: row[rows_lib.SCORE[row["protocol"]]]}
+  if row["protocol"] == "final":
+    _, *more = rows_lib.test_sets(row).items()
+    found |= {f"{task}/{name}": top1 for name, top1 in more}
+  return found
 
 
 def extent(numbers: Iterable[int]) -> tuple[int, int]:
-  """The smallest and the largest."""
+  """Returns (smallest, largest)."""
   numbers = list(numbers)
   return min(numbers), max(numbers)
 
 
 def _bases(rows):
-  """What the runs started from."""
+  """Returns the sentence on the backbones and weights of the runs."""
   bases = dict.fromkeys(
       f"{r['backbone']} at {r['image_size']} px, weights {r['weights']} "
       f"(sha256 {r['weights_sha256'][:12]})" for r in rows)
@@ -194,7 +235,7 @@ def _compared(table):
     sources.append(known)
     differences += [
         Line(f"{ours.name} - {known.name}", "difference",
-             [_minus(*pair) for pair in zip(ours.scores, scores)])
+             [_minus(*pair) for pair in zip(ours.scores, scores, strict=True)])
         for ours in same]
   return table._replace(
       lines=[*table.lines, *theirs, *differences],

@@ -1,35 +1,40 @@
-"""A bar on a terminal, and the learning curve in metrics.jsonl."""
-import json
+"""A bar on a terminal, and the learning curve of a run."""
+from collections.abc import Callable, Sequence
 import sys
 from typing import Any
 
 import tqdm
 
-from ttc_jax import files
+Record = dict[str, Any]
 
 
 class Progress:
   """Shows stage, epoch, loss, validation accuracy, images/s and time left.
 
-  Quiet when stderr is no terminal. The file is written whole at each epoch,
-  so that a resumed run's curve has no epoch twice.
+  It is quiet where stderr is no terminal. The curve is written as a whole at
+  each epoch, so a resumed run's curve has no epoch twice.
+
+  Args:
+    title: of the bar until the first epoch.
+    write: takes all records of the curve so far.
   """
 
-  def __init__(self, title: str, path: str):
-    self._path, self._records = path, []
+  def __init__(self, title: str, write: Callable[[Sequence[Record]], None]):
+    self._write = write
+    self._records: list[Record] = []
     self._bar = tqdm.tqdm(
         desc=title, unit="epoch", leave=False,
         disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
   def expect(self, epochs: int) -> None:
-    """Tells how many epochs all stages have together."""
+    """Sets how many epochs all stages have together."""
     self._bar.reset(epochs)
 
   def update(self, stage: str, epoch: int, epochs: int,
-             record: dict[str, Any]) -> None:
+             record: Record) -> None:
+    """Adds a record to the curve and shows it."""
     self._records.append({"stage": stage, **record})
-    files.write_text(self._path, "".join(
-        json.dumps(r) + "\n" for r in self._records))
+    self._write(self._records)
     values = {}
     if "loss" in record:
       values = {"loss": f"{record['loss']:.3f}",
@@ -41,8 +46,8 @@ class Progress:
     self._bar.update("loss" in record)  # what precedes a stage is no epoch
     self._bar.refresh()
 
-  def __enter__(self):
+  def __enter__(self) -> "Progress":
     return self
 
-  def __exit__(self, *exc):
+  def __exit__(self, *exc) -> None:
     self._bar.close()

@@ -1,0 +1,125 @@
+"""What runs start from: the backbone with its weights, and the tasks."""
+import os
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from ttc_jax import backbones, methods, parallel, tasks, trees
+from ttc_jax.errors import UserError
+from ttc_jax.runs import plan
+from ttc_jax.vtab import rows as vtab
+from ttc_jax.weights import sources
+
+
+class Base(NamedTuple):
+  """The pretrained backbone that all runs start from.
+
+  Attributes:
+    params: on every device.
+    file, source: name of the weights file, and where it is.
+  """
+  backbone: Any
+  params: trees.Tree
+  file: str
+  source: str
+  sha256: str
+
+
+def load_base(config) -> Base:
+  """Reads the weights and puts them on every device."""
+  fields = {"dtype": jnp.dtype(config.dtype)}
+  for field in ("gelu", "window"):
+    if config[field]:
+      fields[field] = config[field]
+  if config.matmul_precision:
+    jax.config.update(
+        "jax_default_matmul_precision", config.matmul_precision)
+  if not config.weights:
+    raise UserError(
+        f"{config.backbone} needs pretrained weights: add weights=FILE (.npz "
+        "or .safetensors), or weights=random to try the machinery")
+  if config.weights == "random":
+    module = backbones.make(config.backbone, config.image_size, **fields)
+    params, sha256 = backbones.init(module), "random"
+  else:
+    module, params = backbones.load(
+        config.backbone, config.weights, config.image_size, **fields)
+    sha256 = sources.sha256(sources.locate(config.weights))
+  return Base(module, parallel.replicate(params),
+              os.path.basename(config.weights), _found(config.weights), sha256)
+
+
+def _found(weights):
+  """The source of weights, valid from any folder."""
+  return os.path.abspath(weights) if os.path.exists(weights) else weights
+
+
+def load_task(config, name: str) -> tasks.Task:
+  """A task with every split checked, nothing decoded yet."""
+  return tasks.load(
+      name, size=config.image_size, data=config.data or None,
+      resample=config.resample, cache=config.cache or None,
+      cache_gib=config.cache_gib)
+
+
+def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
+  """Returns ({name: task}, {name: why its data cannot be read}).
+
+  Raises:
+    UserError: an unknown name, or no task can be read.
+  """
+  loaded, missing, last = {}, {}, None
+  known = {*vtab.ROWS, *tasks.names(config.data or None)}
+  for name in plan.task_names(config):
+    try:
+      task = load_task(config, name)
+      _ = task.labels["train"]  # the first look into the files
+      loaded[name] = task
+    except UserError as error:
+      if name not in known:
+        raise
+      missing[name], last = str(error), error
+  if last and not loaded:
+    raise UserError(f"none of {len(missing)} tasks can be read; the last: "
+                    f"{last}" if len(missing) > 1 else str(last)) from last
+  return loaded, missing
+
+
+def load_method(config, base: Base) -> methods.Method:
+  """Returns the method of a variant, its options resolved for the backbone."""
+  config = config.copy_and_resolve_references()
+  config.k = config.k or base.backbone.default_k
+  return methods.load(config.method, config, base.backbone)
+
+
+def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
+  """Checks, before any long work, that backbone, tasks and values fit.
+
+  Raises:
+    UserError: with the value to change.
+  """
+  for name, task in loaded.items():
+    for variant in plan.variants(config, name).values():
+      load_method(variant, base)
+      _check_batch_size(variant, task)
+  apart = plan.tasks_set_apart(config)
+  general = [name for name in loaded
+             if not {name, vtab.canonical(name)} & apart.keys()]
+  if apart and general:
+    logging.warning("config.per_task has nothing for %s: the general settings "
+                    "are used there", ", ".join(general))
+
+
+def _check_batch_size(config, task):
+  devices = len(parallel.devices())
+  if config.batch_size % devices:
+    raise UserError(f"config.batch_size {config.batch_size} does not divide "
+                    f"among the {devices} devices")
+  count = len(task.labels["train"])
+  count = min(count, config.limit or count)
+  if count < config.batch_size:
+    raise UserError(
+        f"config.batch_size is {config.batch_size}, but task '{task.name}' "
+        f"has {count} training images; lower it")

@@ -1,0 +1,67 @@
+"""A run -> a job for `train.run`: splits decoded, everything settled."""
+from collections.abc import Callable
+
+import numpy as np
+
+from ttc_jax import parallel, tasks, train
+from ttc_jax.model import Model
+from ttc_jax.runs.inputs import Base
+from ttc_jax.runs.plan import Run, common_keys
+
+
+def split_names(run_protocol: str, method) -> tuple[str, ...]:
+  """Returns the roles of the splits that a run reads, its test sets apart.
+
+  Args:
+    run_protocol: "val" or "final".
+    method: whose stages may hold out the validation images.
+  """
+  names = ("trainval",) if run_protocol == "final" else ("train", "val")
+  if any(stage.holdout for stage in method.stages):
+    names = (*names, "train", "val")
+  return tuple(dict.fromkeys(names))
+
+
+def limited(split: tasks.Split, limit: int) -> tasks.Split:
+  """Returns the first `limit` examples of a split; 0: all."""
+  if not limit:
+    return split
+  return tasks.Split(split.images[:limit], split.labels[:limit])
+
+
+def make_job(run: Run, base: Base, task: tasks.Task,
+             report: Callable) -> train.Job:
+  """Settles everything about a run and decodes the images that it needs.
+
+  A corrupt test image is found here, before the training, unless the test set
+  is so large that it streams.
+
+  Raises:
+    DataError: an image that cannot be read.
+  """
+  c, final = run.config, run.protocol == "final"
+  splits = {name: limited(task.split(name), c.limit)
+            for name in split_names(run.protocol, run.method)}
+  if final:
+    for name in task.tests:
+      task.split(name)
+  in_memory = {name: _in_memory(split) for name, split in splits.items()
+               if name != "val"}
+  # The method's options enter with the stage that first uses them.
+  identity = {
+      "task": run.task, "data": run.data, "protocol": run.protocol,
+      "seed": run.seed, "config": common_keys(c), "weights": base.sha256,
+      "devices": len(parallel.devices()), "classes": len(task.classes)}
+  return train.Job(
+      identity=identity, config=c,
+      model=Model(base.backbone.clone(drop_path=c.drop_path), c.normalisation),
+      method=run.method,
+      train=in_memory["trainval" if final else "train"],
+      val=None if final else splits["val"],
+      holdout=(in_memory["train"], splits["val"])
+      if any(s.holdout for s in run.method.stages) else None,
+      classes=len(task.classes), seed=run.seed, report=report)
+
+
+def _in_memory(split):
+  return tasks.Split(np.ascontiguousarray(split.images[:]), split.labels)

@@ -1,0 +1,132 @@
+"""A finished run -> its test accuracy, its bundle and its row."""
+import datetime
+import functools
+import platform
+import time
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+
+from ttc_jax import bundles, cost, evaluate, files, methods, optim, parallel
+from ttc_jax import tasks, train, trees
+from ttc_jax.model import trim_head
+from ttc_jax.runs.inputs import Base
+from ttc_jax.runs.job import limited
+from ttc_jax.runs.plan import Run
+from ttc_jax.runs.workdir import Row
+
+# Values of a row that are the run's configuration.
+_OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype", "optimiser",
+              "warmup_lr", "min_lr", "decay_all", "drop_path",
+              "label_smoothing", "lr", "weight_decay", "epochs",
+              "warmup_epochs", "batch_size", "limit")
+
+
+def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
+           outcome: train.Outcome, bundle: str) -> Row:
+  """Tests a trained run, saves its bundle and returns its row.
+
+  Args:
+    bundle: path of the bundle to write.
+  """
+  params = outcome.state.params
+  params = params | {"head": trim_head(params["head"], job.classes)}
+  tuned = tuned_leaves(job.method, params)
+  row = (_facts(run, base, task, job) | _accuracy(run, job, task, outcome)
+         | {f"{part}_params": n for part, n in optim.counts(tuned).items()}
+         | _costs(job, outcome, params))
+  meta = row | {
+      "classes": list(task.classes), "resample": run.config.resample,
+      "weights_source": base.source, "fields": base.backbone.fields}
+  bundles.save(bundle, bundles.Bundle(
+      trees.flatten(tuned),
+      trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta))
+  return row | {"bundle_bytes": files.size(bundle), "finished": _now()}
+
+
+def tuned_leaves(method: methods.Method, params: trees.Tree) -> trees.Tree:
+  """Returns the leaves that any stage tunes, as numpy; None fills the gaps."""
+  labels = trees.label(params, methods.tuned_rules(method))
+  tuned, _ = trees.split(params, labels, "tune")
+  return parallel.unreplicate(tuned)
+
+
+def _facts(run, base, task, job):
+  """What the run was, before its numbers."""
+  c, options = run.config, run.method.options
+  return {
+      "task": run.task, "group": task.group, "method": run.method.name,
+      "variant": run.variant, "protocol": run.protocol, "seed": run.seed,
+      "weights": base.file, "weights_sha256": base.sha256,
+      "matmul_precision": c.matmul_precision or "default",
+      "data_digest": task.digest, "options": options,
+      **{key: options.get(key) for key in ("k", "position", "score", "scale")},
+      **{key: c[key] for key in _OF_CONFIG},
+      "stages": [s.name for s in run.method.stages],
+      "train_count": len(job.train.labels),
+      "device": f"{len(parallel.devices())} x "
+                f"{parallel.devices()[0].device_kind}",
+      "versions": versions(), "run": run.name}
+
+
+def _accuracy(run, job, task, outcome):
+  """Accuracies in percent; of every test set, the first one is `test_top1`."""
+  if job.val:
+    return {"val_top1": outcome.history[-1]["val_top1"], "test_top1": None,
+            "test_count": 0, "tests": {}, "seconds_test": None,
+            "test_images_per_second": None}
+  tests, seconds = {}, {}
+  for name in task.tests:
+    split = limited(task.split(name), run.config.limit)
+    tests[name], seconds[name] = _test(split, outcome)
+  first = tests[task.tests[0]]
+  seconds_test = seconds[task.tests[0]]
+  return {"val_top1": None, "test_top1": first["top1"],
+          "test_count": first["count"], "tests": tests,
+          "seconds_test": seconds_test,
+          "test_images_per_second": first["count"] / seconds_test}
+
+
+def _test(split, outcome):
+  """({"top1": percent, "count": images}, seconds)."""
+  arguments = (outcome.model, outcome.state.params, outcome.state.buffers)
+  evaluate.compile_for(*arguments, split.images)
+  begin = time.perf_counter()
+  top1 = evaluate.top1(*arguments, split.images, split.labels)
+  return ({"top1": top1, "count": len(split.labels)},
+          time.perf_counter() - begin)
+
+
+def _costs(job, outcome, params):
+  return {"seconds_train": outcome.seconds,
+          "images_per_second": outcome.images_per_second,
+          "step_memory_bytes": outcome.memory_bytes or None,
+          "compile_seconds": outcome.compile_seconds,
+          **_flops(job, outcome.model, params, outcome.state.buffers)}
+
+
+def _flops(job, model, params, buffers):
+  """Of one image at inference, with the adapter and, if it can be, merged."""
+  params, buffers = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (params, buffers))
+  tuned = cost.flops(model, params, buffers)
+  merged = tuned if job.method.cannot_merge else cost.flops(
+      job.model, params | {"adapter": {}}, {})
+  return {"flops": tuned, "flops_merged": merged}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+  """Returns the versions that a result depends on."""
+  return {"python": platform.python_version(), "jax": jax.__version__,
+          "flax": flax.__version__, "optax": optax.__version__,
+          "numpy": np.__version__}
+
+
+def _now() -> str:
+  """The time in UTC, ISO 8601: sorts as text."""
+  now = datetime.datetime.now(datetime.timezone.utc)
+  return now.isoformat(timespec="microseconds")

@@ -1,0 +1,213 @@
+"""This process's part in the runs of a work directory."""
+from collections.abc import Callable
+import contextlib
+import itertools
+import json
+import threading
+import time
+
+import ml_collections
+
+from ttc_jax import checkpoint, compilation, interrupt, tasks, train
+from ttc_jax.config import resolved
+from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
+from ttc_jax.report import best
+from ttc_jax.runs import inputs, job, plan
+from ttc_jax.runs.progress import Progress
+from ttc_jax.runs.row import finish
+from ttc_jax.runs.workdir import Row, WorkDir
+
+# Keys that may change between two starts on one work directory.
+_FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
+         "save_seconds", "plots", "compilation_cache", "keep_stages")
+# Between looks at what other processes have done: each twice the last.
+_POLL_SECONDS = (1.0, 30.0)
+
+
+class Session:
+  """Runs what a configuration asks for and no other process does.
+
+  Any number of processes may share a work directory: each takes runs that are
+  neither done nor being done, and leaves when none is left.
+
+  Args:
+    workdir: path of the work directory.
+    say: takes a line about each run that this process finishes.
+
+  Attributes:
+    missing: {task: why it is skipped}.
+    done: {run: row}, also of other processes.
+    failed: {run: why}, of the runs that this process tried.
+
+  Raises:
+    UserError: a value, file or directory that cannot be used; nothing is
+      written then.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, workdir: str,
+               say: Callable[[str], None] = print):
+    self.config, self.workdir, self.say = config, WorkDir(workdir), say
+    plan.check_config(config)
+    compilation.start(config.compilation_cache)
+    self.tasks, self.missing = inputs.load_tasks(config)
+    self.base = inputs.load_base(config)
+    inputs.check_runs(config, self.base, self.tasks)
+    self.workdir.adopt(_kept_keys(config, self.base.sha256))
+    self.done: dict[str, Row] = {}
+    self.failed: dict[str, str] = {}
+    self._decoding: dict[str, threading.Thread] = {}
+    self._look()
+    self._variants = {task: plan.variants(config, task) for task in self.tasks}
+    self.workdir.write_plan(
+        {task: {label: plan.expected(c) for label, c in variants.items()}
+         for task, variants in self._variants.items()}, self.missing)
+
+  def _look(self) -> None:
+    """Reads what is done by now."""
+    self.done |= {row["run"]: row for row in self.workdir.rows()}
+
+  def run_all(self) -> None:
+    """Returns when all runs are done or have failed, in whatever process."""
+    pause, longest = _POLL_SECONDS
+    while not all([self._settle_task(*pair) for pair in itertools.zip_longest(
+        self.tasks, list(self.tasks)[1:])]):
+      until = time.monotonic() + pause
+      while time.monotonic() < until:
+        interrupt.check()
+        time.sleep(min(1.0, pause))
+      pause = min(2 * pause, longest)
+      self._look()
+
+  # --- A task -----------------------------------------------------------------
+
+  def _settle_task(self, task: str, next_task: str | None) -> bool:
+    """Runs the task's unclaimed runs. Returns True when all are settled."""
+    while task in self._decoding and self._decoding[task].is_alive():
+      self._decoding[task].join(0.5)
+      interrupt.check()
+    self._decode_ahead(next_task)
+    settled = all([self._settle_variant(task, label, config)
+                   for label, config in self._variants[task].items()])
+    if settled and not self.config.keep_stages and self._is_done(task):
+      self.workdir.delete_stages(
+          run for run, row in self.done.items() if row["task"] == task)
+    return settled
+
+  def _decode_ahead(self, task: str | None) -> None:
+    """Fills the cache with a task's images while the task before it trains.
+
+    Built-in tasks are drawn in no time. An error is left to the run that needs
+    the image.
+    """
+    if (task is None or task in self._decoding or not self.config.data
+        or self._is_done(task)):
+      return
+    def decode():
+      # RuntimeError: of its threads, when the process ends.
+      with contextlib.suppress(UserError, Stopped, RuntimeError):
+        for split in self.tasks[task].splits:
+          self.tasks[task].split(split)
+    self._decoding[task] = threading.Thread(target=decode, daemon=True)
+    self._decoding[task].start()
+
+  def _is_done(self, task: str) -> bool:
+    """Tells whether every variant of a task has the rows that it reports."""
+    rows = [r for r in self.done.values() if r["task"] == task
+            and r["data_digest"] == self.tasks[task].digest]
+    return all(
+        plan.expected(c).reported(r for r in rows if r["variant"] == label)
+        for label, c in self._variants[task].items())
+
+  def _settle_variant(self, task: str, variant: str, config) -> bool:
+    """Runs a variant's unclaimed runs. Returns True when all are settled."""
+    protocol = config.protocol
+    if protocol == "select":
+      config, protocol = self.select(task, variant, config), "final"
+    if config is None:
+      return False
+    return all([self.settle(self.make_run(task, variant, config, protocol, s))
+                for s in config.seeds])
+
+  def select(self, task: str, variant: str, config):
+    """Returns the configuration with the setting that is best on val.
+
+    None while other processes run some settings; a configuration without
+    seeds if all settings have failed.
+    """
+    by_run = {}
+    for setting in plan.settings(config):
+      tried = config.copy_and_resolve_references()
+      tried.update(setting)
+      run = self.make_run(task, variant, tried, "val", config.seeds[0])
+      by_run[run.name] = tried
+      self.settle(run)
+    if not by_run.keys() <= self.done.keys() | self.failed.keys():
+      return None
+    rows = [self.done[name] for name in by_run if name in self.done]
+    if not rows:
+      return ml_collections.ConfigDict({"seeds": ()})
+    return by_run[best(rows)[0]["run"]]
+
+  # --- A run ------------------------------------------------------------------
+
+  def make_run(self, task: str, variant: str, config, protocol: str,
+               seed: int) -> plan.Run:
+    """Returns a run, its configuration and its method's options resolved."""
+    config = resolved(config)
+    return plan.Run(task, variant, config,
+                    inputs.load_method(config, self.base), protocol, seed,
+                    self.tasks[task].digest)
+
+  def settle(self, run: plan.Run) -> bool:
+    """Does a run that no process has done or does.
+
+    Returns:
+      True when the run is done or has failed; False while another process
+      does it.
+    """
+    if run.name in self.done or run.name in self.failed:
+      return True
+    try:
+      with self.workdir.claim(run.name):
+        # The process that held the claim before may have done it.
+        row = self.workdir.row(run.name)
+        if row is None:
+          row = self._do(run)
+          self.workdir.write_row(row)
+          self.say(_line(row))
+        self.done[run.name] = row
+    except Busy:
+      return False
+    except (RunError, DataError) as error:
+      self.failed[run.name] = str(error)
+      self.workdir.write_failure(run.name, run.task, run.variant, str(error))
+    return True
+
+  def _do(self, run: plan.Run) -> Row:
+    interrupt.check()
+    task = self.tasks[run.task]
+    with Progress(run.name, lambda records: self.workdir.write_curve(
+        run.name, records)) as bar:
+      todo = job.make_job(run, self.base, task, bar.update)
+      bar.expect(len(todo.method.stages) * todo.config.epochs)
+      self.workdir.write_stages(run.name, train.stage_keys(todo))
+      outcome = train.run(todo, self.base.params, self.workdir.stages)
+      return finish(run, todo, self.base, task, outcome,
+                    self.workdir.bundle(run.name))
+
+
+def _kept_keys(config, weights_sha256):
+  """JSON of the values that no later start on a work directory may change."""
+  keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
+          if k not in _FREE}
+  keep["weights_sha256"] = weights_sha256
+  if config.protocol == "select":  # on whose rows settings are chosen
+    keep["select_seed"] = config.seeds[0]
+  return keep
+
+
+def _line(row: Row) -> str:
+  accuracy = (f"test {row['test_top1']:.1f} %" if row["val_top1"] is None
+              else f"val {row['val_top1']:.1f} %")
+  return (f"{row['task']}  {row['variant']}  seed {row['seed']}  "
+          f"lr {row['lr']:g}  {accuracy}  {row['seconds_train']:.0f} s")
