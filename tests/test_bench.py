@@ -24,7 +24,8 @@ BATCH = 8
 
 
 def step_flops(model, stage, base):
-  return programs.epoch(model, stage, base, BATCH, 2, 0).flops
+  config = programs.settings(batch_size=BATCH, gelu="exact")
+  return programs.epoch(model, stage, base, config, 2, 0).flops
 
 
 @pytest.mark.parametrize("backbone", [
@@ -104,10 +105,8 @@ def tiny(monkeypatch):
   monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 2, 2, 64))
   monkeypatch.setattr(programs, "_PRODUCTS", {"cpu": (32, 64)})
   monkeypatch.setattr(timing, "TURNS", 2)
-  config = default()
-  config.update(dict(backbone="vit_ti16", image_size=32, batch_size=4,
-                     gelu="exact", score="random"))
-  return config
+  return programs.settings(
+      backbone="vit_ti16", image_size=32, batch_size=4, gelu="exact")
 
 
 def assert_rows(result, names):

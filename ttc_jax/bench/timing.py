@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ttc_jax import parallel
 from ttc_jax.bench import programs as programs_lib
 from ttc_jax.bench.programs import Program
-from ttc_jax.runs import plan
+from ttc_jax.runs import row
 
 TURNS = 6  # each program's seconds are spread over so many turns
 
@@ -110,7 +110,7 @@ def machine() -> dict[str, Any]:
 
 
 def _versions(against):
-  versions = dict(plan.versions())
+  versions = dict(row.versions())
   if against:
     import torch
     versions["torch"] = torch.__version__
