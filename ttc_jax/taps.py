@@ -16,10 +16,11 @@ into y, and continues with the result. Site names, the same in every block:
 
 A handler is `handler(p, y, x) -> y`: what a method computes at a site, where
 `p` has the method's parameters and buffers of that site and block. In training
-`p["key"]` is a random key of the site, block and step.
+`p["key"]` is a random key of the site, block and step. `Shared(site, handler)`
+gives a handler those of another site, so that several sites share parameters.
 """
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import jax
@@ -29,7 +30,18 @@ from ttc_jax.backbones.layers import Tap
 Handler = Callable[[dict[str, jax.Array], jax.Array, jax.Array], jax.Array]
 
 
-def bind(handlers: Mapping[str, Handler], adapter: Mapping[str, Any],
+class Shared(NamedTuple):
+  """A handler with the parameters, buffers and random key of another site.
+
+  Attributes:
+    site: the other site, which a backbone has in the same blocks.
+    handler: what acts at this site.
+  """
+  site: str
+  handler: Handler
+
+
+def bind(handlers: Mapping[str, Handler | Shared], adapter: Mapping[str, Any],
          buffers: Mapping[str, Any], key: jax.Array | None = None) -> Tap:
   """Returns the tap that calls each site's handler with its parameters.
 
@@ -42,13 +54,18 @@ def bind(handlers: Mapping[str, Handler], adapter: Mapping[str, Any],
     key: of the training step; None at inference.
   """
   def tap(site, block, y, x):
+    handler = handlers.get(site)
+    if isinstance(handler, Shared):
+      site, handler = handler
     params = {**_at(adapter, site, block), **_at(buffers, site, block)}
     if not params:
       return y
+    if handler is None:
+      raise ValueError(f"parameters at site {site!r}, which has no handler")
     if key is not None:
       params["key"] = jax.random.fold_in(
           key, zlib.crc32(f"{site}/{block}".encode()))
-    return handlers[site](params, y, x)
+    return handler(params, y, x)
   return tap
 
 

@@ -15,14 +15,16 @@ import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from ttc_jax import trees
-from ttc_jax.errors import check_known
+from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model
 from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
-from ttc_jax.taps import Handler
+from ttc_jax.taps import Handler, Shared
 from ttc_jax.tasks import Split
 
 
@@ -101,7 +103,7 @@ class Method(NamedTuple):
   stages: tuple[Stage, ...]
   name: str = ""
   options: dict[str, Any] = {}
-  handlers: tuple[tuple[str, Handler], ...] = ()
+  handlers: tuple[tuple[str, Handler | Shared], ...] = ()
   merge: Merge | None = None
   cannot_merge: str = ""
 
@@ -173,6 +175,30 @@ def uniform(rng: np.random.Generator, bound: float,
             shape: tuple[int, ...]) -> np.ndarray:
   """Draws float32 values, uniform in [-bound, bound)."""
   return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def dropout(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+  """Zeroes entries of x with probability p["dropout"] in training.
+
+  The others are divided by 1 - p["dropout"]. Returns x at inference, where p
+  has no "key", and for a method without dropout.
+  """
+  if "key" not in p or "dropout" not in p:
+    return x
+  keep = 1 - p["dropout"]
+  kept = jax.random.bernoulli(p["key"], keep, x.shape)
+  return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+def rate(dropout: float) -> dict[str, Any]:
+  """Returns the buffer of a dropout rate; none for 0."""
+  return {"dropout": np.float32(dropout)} if dropout else {}
+
+
+def check_rate(key: str, value: float) -> None:
+  """Raises UserError unless a dropout rate is in [0, 1)."""
+  if not 0 <= value < 1:
+    raise UserError(f"config.{key} is {value}; give 0 to below 1")
 
 
 def load(name: str, config: ml_collections.ConfigDict,

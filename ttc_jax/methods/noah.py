@@ -9,6 +9,15 @@ the validation split finds the best subnet within a budget of parameters. That
 one is trained from its initial values on everything that the run trains on.
 (The authors' search draws depths too; here 0 is a size.)
 
+`noah.released` is the network of the authors' code (ZhangYuanhan-AI/NOAH at
+e9c55f3), which differs from the paper:
+  LoRA      on q, k and v, with one down-projection for the three
+  adapter   after the MLP and its drop-path, which so never drops the adapter
+  prompts   a block without prompts of its own keeps those that enter it
+Still different: their prompts are new tokens beside kept ones where a block
+with prompts follows one without (their search draws no such subnet), and their
+LoRA and adapters start at random (deviation 0.02), here at 0.
+
 Under protocol=val the winner's validation accuracy is optimistic: the search
 has used that split. Under protocol=final nothing uses the test set.
 """
@@ -32,12 +41,15 @@ from ttc_jax.methods import (
   Context,
   Method,
   Stage,
+  check_rate,
+  dropout,
   lora,
   options,
+  rate,
   vpt_shallow,
 )
 from ttc_jax.methods import adapter as adapter_lib
-from ttc_jax.taps import Handler
+from ttc_jax.taps import Handler, Shared
 
 OPTIONS = ("noah",)
 
@@ -50,8 +62,12 @@ class Sizes(NamedTuple):
 
 
 MODULES = Sizes._fields
-# The sites where a handler reads a module's size.
-SITES = {"scores": "prompts", "q": "rank", "v": "rank", "fc2": "width"}
+# The module whose size a handler reads at a site.
+MODULE = {"input": "prompts", "scores": "prompts", "q": "rank", "v": "rank",
+          "fc2": "width", "block": "width"}
+# The sites where sizes are read.
+PAPER = ("scores", "q", "v", "fc2")
+RELEASED = ("input", "scores", "q", "block")
 
 Genome = tuple[Sizes, ...]  # a subnet: the sizes of every block
 
@@ -65,37 +81,55 @@ def _first(p, h):
   return jnp.where(jnp.arange(h.shape[-1]) < p["size"], h, 0)
 
 
-def low_rank(p: dict[str, jax.Array], y: jax.Array,
-             x: jax.Array) -> jax.Array:
-  """Returns y + (x a) b, with the first `size` ranks."""
-  return y + _first(p, x @ p["a"].astype(y.dtype)) @ p["b"].astype(y.dtype)
-
-
-def bottleneck(p: dict[str, jax.Array], y: jax.Array,
-               x: jax.Array) -> jax.Array:
-  """Returns y + up(act(down(y))) with the first `size` hidden units.
-
-  A size of 0 returns y: not even the bias of `up` is added.
-  """
-  del x
-  def cast(name):
-    return p[name].astype(y.dtype)
-  h = adapter_lib.ACTIVATIONS["quick_gelu"](
-      y @ cast("down") + cast("down_bias"))
-  change = _first(p, h) @ cast("up") + cast("up_bias")
-  return y + (jnp.where(p["size"] > 0, change, 0) if "size" in p else change)
-
-
 # Cached, since compiled functions are found by their handlers.
+@functools.cache
+def low_rank(up: str) -> Handler:
+  """Returns `(p, y, x) -> y + (drop(x) a) b` with the first `size` ranks.
+
+  Args:
+    up: the name of b in p.
+  """
+  def handler(p, y, x):
+    h = _first(p, dropout(p, x) @ p["a"].astype(y.dtype))
+    return y + h @ p[up].astype(y.dtype)
+  return handler
+
+
+@functools.cache
+def bottleneck(reads: str) -> Handler:
+  """Returns `(p, y, x) -> y + up(drop(act(down(z))))` with the first `size`
+  hidden units; z is y, or what `reads` says.
+
+  A size of 0 returns y: not even the bias of `up` is added. After it prompts
+  are left out if the pooling reads this site.
+  """
+  def adapt(p, y, x):
+    def cast(name):
+      return p[name].astype(y.dtype)
+    z = adapter_lib.READS[reads](y, x)
+    h = adapter_lib.ACTIVATIONS["quick"](z @ cast("down") + cast("down_bias"))
+    change = _first(p, dropout(p, h)) @ cast("up") + cast("up_bias")
+    return y + (jnp.where(p["size"] > 0, change, 0) if "size" in p else change)
+
+  def handler(p, y, x):
+    y = adapt(p, y, x) if "down" in p else y
+    return vpt_shallow.leave_out(p, y, x) if "keep" in p else y
+  return handler
+
+
 @functools.cache
 def exchange(first: int) -> Handler:
   """Returns the handler that replaces the last block's prompts by the block's.
+
+  With a size at this site, a size of 0 keeps the last block's.
   """
   def handler(p, y, x):
     del x
-    rest = y[:, first + (len(p["before"]) if "before" in p else 0):]
+    end = first + (len(p["before"]) if "before" in p else 0)
     new = [vpt_shallow.prompts(p, y)] if "prompts" in p else []
-    return jnp.concatenate([y[:, :first], *new, rest], axis=1)
+    if new and "size" in p:
+      new = [jnp.where(p["size"] > 0, new[0], y[:, first:end])]
+    return jnp.concatenate([y[:, :first], *new, y[:, end:]], axis=1)
   return handler
 
 
@@ -110,46 +144,71 @@ def hide(first: int) -> Handler:
   return handler
 
 
-def handlers(backbone: nn.Module) -> tuple[tuple[str, Handler], ...]:
+def handlers(backbone: nn.Module, released: bool = False
+             ) -> tuple[tuple[str, Handler | Shared], ...]:
   """Returns the handlers of supernet and subnets."""
   first = backbone.prefix
-  return (("tokens", exchange(first)), ("input", exchange(first)),
-          ("scores", hide(first)), ("q", low_rank), ("v", low_rank),
-          ("fc2", bottleneck),
-          (vpt_shallow.last_site(backbone)[0], vpt_shallow.leave_out))
+  acting: dict[str, Handler | Shared] = {
+      vpt_shallow.last_site(backbone)[0]: vpt_shallow.leave_out,
+      "tokens": exchange(first), "input": exchange(first),
+      "scores": hide(first)}
+  if released:
+    acting |= {"q": low_rank("b_q"), "k": Shared("q", low_rank("b_k")),
+               "v": Shared("q", low_rank("b_v")), "block": bottleneck("branch")}
+  else:
+    acting |= {"q": low_rank("b"), "v": low_rank("b"),
+               "fc2": bottleneck("output")}
+  return tuple(acting.items())
 
 
 # --- Networks of given sizes --------------------------------------------------
 
-def network(backbone: nn.Module, seed: int,
-            genome: Genome) -> tuple[trees.Tree, trees.Tree]:
-  """Returns the adapter and the buffers of a network of exactly these sizes."""
+def network(backbone: nn.Module, seed: int, genome: Genome,
+            released: bool = False,
+            drop: float = 0.0) -> tuple[trees.Tree, trees.Tree]:
+  """Returns the adapter and the buffers of a network of exactly these sizes.
+
+  Args:
+    released: the network of the authors' code, see above.
+    drop: dropout rate of prompts, LoRA's input and the adapter's hidden units.
+  """
   rng = np.random.default_rng(seed)
   sites = backbone.sites
   adapter: dict[str, Any] = {
-      site: {} for site in ("tokens", "input", "q", "v", "fc2")}
+      site: {} for site in ("tokens", "input", "q", "v", "fc2", "block")}
   buffers: dict[str, Any] = {"input": {}}
   before = 0
   for i, (prompts, rank, width) in enumerate(genome):
     block, site = str(i), "input" if i else "tokens"
     if prompts:
       adapter[site][block] = vpt_shallow.init(rng, backbone, prompts)
-    if before:
+    keep = released and not prompts
+    if before and not keep:
       buffers["input"][block] = {"before": np.arange(before)}
-    before = prompts
-    if rank:
+    before = before if keep else prompts
+    if rank and released:
+      adapter["q"][block] = lora.init_shared(
+          rng, sites["q"][i].inputs,
+          {name: sites[name][i].width for name in ("q", "k", "v")}, rank)
+    elif rank:
       for name in ("q", "v"):
         adapter[name][block] = lora.init(
             rng, sites[name][i].inputs, sites[name][i].width, rank)
     if width:
-      adapter["fc2"][block] = adapter_lib.init(rng, sites["fc2"][i].width,
-                                               width)
-  buffers |= vpt_shallow.pooling(backbone, before)
+      adapter["block" if released else "fc2"][block] = adapter_lib.init(
+          rng, sites["fc2"][i].width, width)
+  for site, blocks in adapter.items():
+    for block in blocks if drop else ():
+      buffers.setdefault(site, {}).setdefault(block, {}).update(rate(drop))
+  for site, blocks in vpt_shallow.pooling(backbone, before).items():
+    for block, entry in blocks.items():
+      buffers.setdefault(site, {}).setdefault(block, {}).update(entry)
   return ({k: v for k, v in adapter.items() if v},
           {k: v for k, v in buffers.items() if v})
 
 
-def sized(buffers: trees.Tree, genome: Genome, slots: int) -> trees.Tree:
+def sized(buffers: trees.Tree, genome: Genome, slots: int,
+          released: bool = False) -> trees.Tree:
   """Returns the supernet's buffers with a subnet's sizes, not replicated.
 
   Args:
@@ -157,12 +216,16 @@ def sized(buffers: trees.Tree, genome: Genome, slots: int) -> trees.Tree:
   """
   out = {site: {b: dict(p) for b, p in blocks.items()}
          for site, blocks in buffers.items()}
+  seen = 0  # prompts that the block's attention sees
   for i, sizes in enumerate(genome):
-    for site, module in SITES.items():
+    seen = sizes[0] or (seen if released else 0)
+    for site in RELEASED if released else PAPER:
+      if site == "input" and not i:
+        continue  # the prompts of block 0 are inserted at "tokens"
       entry = out.setdefault(site, {}).setdefault(str(i), {})
-      entry["size"] = np.int32(sizes[MODULES.index(module)])
+      entry["size"] = np.int32(sizes[MODULES.index(MODULE[site])])
       if site == "scores":
-        entry["slots"] = np.arange(slots)
+        entry |= {"slots": np.arange(slots), "size": np.int32(seen)}
   return out
 
 
@@ -171,11 +234,18 @@ def sample(buffers: trees.Tree, key: jax.Array) -> trees.Tree:
   def draw(site, block, p):
     if "choices" not in p:
       return p
-    name = f"{SITES[site]}/{block}".encode()
+    name = f"{MODULE[site]}/{block}".encode()
     return {**p, "size": jax.random.choice(
         jax.random.fold_in(key, zlib.crc32(name)), p["choices"])}
-  return {site: {b: draw(site, b, p) for b, p in blocks.items()}
-          for site, blocks in buffers.items()}
+  drawn = {site: {b: draw(site, b, p) for b, p in blocks.items()}
+           for site, blocks in buffers.items()}
+  if any("choices" in p for p in drawn.get("input", {}).values()):
+    # Released: a block without prompts sees those that enter.
+    seen = jnp.int32(0)
+    for block in sorted(drawn["scores"], key=int):
+      p = drawn["scores"][block]
+      p["size"] = seen = jnp.where(p["size"] > 0, p["size"], seen)
+  return drawn
 
 
 class Space(NamedTuple):
@@ -241,15 +311,15 @@ def _mix(rng, one, two, rate):
                for pair in zip(one, two, strict=True))
 
 
-def prepare_supernet(context: Context, *,
-                     space: Space) -> tuple[trees.Tree, trees.Tree]:
+def prepare_supernet(context: Context, *, space: Space, released: bool,
+                     drop: float) -> tuple[trees.Tree, trees.Tree]:
   """Returns the largest network, with the choices of every size."""
-  backbone = context.model.backbone
-  adapter, buffers = network(backbone, context.seed, space.largest)
-  buffers = sized(buffers, space.largest, space.largest[0][0])
-  for site, module in SITES.items():
-    for entry in buffers.get(site, {}).values():
-      entry["choices"] = np.array(space.choices[module], np.int32)
+  adapter, buffers = network(context.model.backbone, context.seed,
+                             space.largest, released, drop)
+  buffers = sized(buffers, space.largest, space.largest[0].prompts, released)
+  for site in RELEASED if released else PAPER:
+    for entry in buffers[site].values():
+      entry["choices"] = np.array(space.choices[MODULE[site]], np.int32)
   return adapter, buffers
 
 
@@ -337,7 +407,7 @@ def prepare_winner(
     if name not in known:
       buffers = parallel.replicate(sized(
           parallel.unreplicate(context.buffers), genome,
-          space.largest[0][0]))
+          space.largest[0].prompts, config.released))
       known[name] = evaluate.top1(context.model, context.params, buffers,
                                   *val)
     return known[name]
@@ -355,7 +425,8 @@ def prepare_winner(
   finally:  # a request to end may come within a generation
     if known:
       files.write_text(path, json.dumps(known))
-  return network(context.model.backbone, context.seed, best)
+  return network(context.model.backbone, context.seed, best, config.released,
+                 config.dropout)
 
 
 def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
@@ -371,6 +442,7 @@ def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
   for key in ("population", "generations", "parents"):
     if c[key] < 1:
       raise UserError(f"config.noah.{key} is {c[key]}; give 1 or more")
+  check_rate("noah.dropout", c.dropout)
   if not 0 <= c.mutation_rate <= 1:
     raise UserError(f"config.noah.mutation_rate is {c.mutation_rate}; give a "
                     "probability")
@@ -384,11 +456,12 @@ def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
                     "the choices")
   return Method(
       (Stage("supernet", TUNE_ADAPTER,
-             functools.partial(prepare_supernet, space=space), holdout=True,
-             sample=sample),
+             functools.partial(prepare_supernet, space=space,
+                               released=c.released, drop=c.dropout),
+             holdout=True, sample=sample),
        Stage("winner", TUNE_ADAPTER, functools.partial(
            prepare_winner, space=space, config=c))),
       options=options(config, OPTIONS, noah={"budget": space.budget}),
-      handlers=handlers(backbone),
+      handlers=handlers(backbone, c.released),
       cannot_merge="prompts are tokens, and the adapter's activation is not "
       "linear")

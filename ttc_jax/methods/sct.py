@@ -1,9 +1,15 @@
 """SCT (Zhao et al., 2023, arXiv 2309.08513): a K x K map on salient channels.
 
-The K channels of the largest norm, on the model as it was pretrained, get a
-K x K linear map with a bias. (TTC aligns the norms first and scores by the
-loss.) The authors' module starts at random; here it starts at 0, and the model
-unchanged, unless `scale_on_x` scales the channels themselves.
+The K channels with the largest norm in the pretrained model get a K x K linear
+map with a bias. (TTC aligns the norms first, and scores by the loss.) All
+blocks of a ViT are adapted, of a Swin the last half of stage 3 (of Swin-B 9
+blocks) and stage 4, as in the authors' code.
+
+What differs from their code (showlab/SCT at 384cecb): its module starts at
+random (deviation 0.02), here at 0, so that the model starts unchanged unless
+`scale_on_x` scales the channels themselves. Its ViT ignores `scale` and
+`scale_on_x`, which the paper and their Swin have: it computes what
+`config.scale=1.0`, `config.sct.scale_on_x=False` compute here.
 """
 import functools
 
@@ -16,7 +22,7 @@ from ttc_jax import importance, trees
 from ttc_jax.errors import check_known
 from ttc_jax.methods import TUNE_ADAPTER, Context, Method, Stage, options, ttc
 
-OPTIONS = ("k", "scale", "sct")
+OPTIONS = ("k", "blocks", "scale", "sct")
 # The authors' sct_attn, sct_mlp and sct_qkv: the residual stream after MHSA,
 # the MLP's output, q and v. Each is scored where it acts; their script scores
 # sct_mlp on the residual stream after the MLP.
@@ -34,8 +40,10 @@ def adapt_scaled(p: dict[str, jax.Array], y: jax.Array,
 
 
 def prepare(context: Context, *, sites: tuple[str, ...], score: str, k: int,
-            scale: float) -> tuple[trees.Tree, trees.Tree]:
+            blocks: int, scale: float) -> tuple[trees.Tree, trees.Tree]:
   """Returns maps that start at 0, and the K channels with the largest scores.
+
+  Both for every site in the last `blocks` blocks.
   """
   # class_l2 is a score of any feature map; the others are of linear layers.
   scored = sites if score == "class_l2" else tuple(
@@ -44,12 +52,13 @@ def prepare(context: Context, *, sites: tuple[str, ...], score: str, k: int,
       score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
   scores = {s: scores[at] for s, at in zip(sites, scored, strict=True)}
+  last = {s: list(enumerate(scores[s]))[-blocks:] for s in sites}
   adapter = {s: {str(i): {"kernel": np.zeros((k, k), np.float32),
                           "bias": np.zeros(k, np.float32)}
-                 for i in range(len(scores[s]))} for s in sites}
+                 for i, _ in last[s]} for s in sites}
   buffers = {s: {str(i): {"channels": importance.top_k(values, k),
                           "scale": np.float32(scale)}
-                 for i, values in enumerate(scores[s])} for s in sites}
+                 for i, values in last[s]} for s in sites}
   return adapter, buffers
 
 
@@ -70,20 +79,21 @@ def merge_scaled(params: trees.Tree, buffers: trees.Tree,
 
 
 def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
-  """Reads `config.sct`, `config.k` and `config.scale`."""
+  """Reads `config.sct`, `config.k`, `config.blocks` and `config.scale`."""
   c = config.sct
   check_known("sct.position", c.position, POSITIONS)
   check_known("sct.score", c.score, importance.SCORES)
   sites = POSITIONS[c.position]
-  k = ttc.resolve_k(
-      config, backbone, [layer.width for layer in backbone.sites["fc2"]])
+  layers = backbone.sites["fc2"]
+  blocks = ttc.resolve_blocks(config, backbone, len(layers))
+  k = ttc.resolve_k(config, backbone, [x.width for x in layers[-blocks:]])
   stream = c.position == "attention"
   exact = merge_scaled if c.scale_on_x else ttc.merge
   return Method(
       (Stage("sct", TUNE_ADAPTER, functools.partial(
-          prepare, sites=sites, score=c.score, k=k,
+          prepare, sites=sites, score=c.score, k=k, blocks=blocks,
           scale=config.scale)),),
-      options=options(config, OPTIONS, k=k),
+      options=options(config, OPTIONS, k=k, blocks=blocks),
       handlers=tuple((s, adapt_scaled if c.scale_on_x else ttc.adapt)
                      for s in sites),
       merge=None if stream else exact,

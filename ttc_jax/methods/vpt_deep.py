@@ -34,15 +34,15 @@ def replace(first: int) -> Handler:
 
 
 def prepare(context: Context, *, count: int,
-            dropout: float) -> tuple[trees.Tree, trees.Tree]:
+            rate: float) -> tuple[trees.Tree, trees.Tree]:
   """Returns prompts for every block, and their dropout rate."""
   backbone, rng = context.model.backbone, np.random.default_rng(context.seed)
   later = [str(i) for i in range(1, backbone.depth)]
   adapter = {
       "tokens": {"0": vpt_shallow.init(rng, backbone, count)},
       "input": {i: vpt_shallow.init(rng, backbone, count) for i in later}}
-  rate = {"dropout": np.float32(dropout)}
-  buffers = {"tokens": {"0": rate}, "input": {i: rate for i in later}}
+  dropout = {"dropout": np.float32(rate)}
+  buffers = {"tokens": {"0": dropout}, "input": {i: dropout for i in later}}
   return adapter, buffers | vpt_shallow.pooling(backbone, count)
 
 
@@ -52,7 +52,7 @@ def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
   first = backbone.prefix
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(
-          prepare, count=config.vpt.prompts, dropout=config.vpt.dropout)),),
+          prepare, count=config.vpt.prompts, rate=config.vpt.dropout)),),
       options=options(config, OPTIONS),
       handlers=(("tokens", vpt_shallow.insert(first)),
                 ("input", replace(first)),

@@ -19,6 +19,7 @@ from ttc_jax.methods import (
   Context,
   Method,
   Stage,
+  dropout,
   options,
   uniform,
 )
@@ -33,12 +34,7 @@ def prompts(p: dict[str, jax.Array], y: jax.Array) -> jax.Array:
   In training (p has a "key") dropout zeroes entries of each example.
   """
   x = p["prompts"].astype(y.dtype)
-  x = jnp.broadcast_to(x, (y.shape[0], *x.shape))
-  if "key" in p and "dropout" in p:
-    keep = 1 - p["dropout"]
-    kept = jax.random.bernoulli(p["key"], keep, x.shape)
-    x = jnp.where(kept, x / keep, 0).astype(y.dtype)
-  return x
+  return dropout(p, jnp.broadcast_to(x, (y.shape[0], *x.shape)))
 
 
 # Cached, since compiled functions are found by their handlers.
@@ -88,11 +84,11 @@ def pooling(backbone: nn.Module, count: int) -> trees.Tree:
 
 
 def prepare(context: Context, *, count: int,
-            dropout: float) -> tuple[trees.Tree, trees.Tree]:
+            rate: float) -> tuple[trees.Tree, trees.Tree]:
   """Returns prompts at the input, and their dropout rate."""
   backbone, rng = context.model.backbone, np.random.default_rng(context.seed)
   adapter = {"tokens": {"0": init(rng, backbone, count)}}
-  buffers = {"tokens": {"0": {"dropout": np.float32(dropout)}}}
+  buffers = {"tokens": {"0": {"dropout": np.float32(rate)}}}
   return adapter, buffers | pooling(backbone, count)
 
 
@@ -119,7 +115,7 @@ def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
   first = backbone.prefix
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(
-          prepare, count=config.vpt.prompts, dropout=config.vpt.dropout)),),
+          prepare, count=config.vpt.prompts, rate=config.vpt.dropout)),),
       options=options(config, OPTIONS),
       handlers=(("tokens", insert(first)),
                 (last_site(backbone)[0], leave_out)),
