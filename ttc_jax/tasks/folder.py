@@ -28,6 +28,7 @@ LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200",
          "test": "test"}
 _FURTHER = re.compile(r"test_(.+)\.txt")
 _TEST_NAME = re.compile(r"\w[\w.-]*")
+_SHOWN = 20             # numbers of wrong lines in a sentence
 _MAX_CLASSES = 100_000  # a larger label is a slip, and would eat the memory
 
 
@@ -162,19 +163,32 @@ def _decode(path: str, content: bytes) -> str:
 
 def _read_list(path: str, resolve: Callable[[str], tuple[str, str]]
                ) -> Entries:
-  """Reads a list; UserError names file and line."""
-  found, labels = [], []
+  """Reads a list; UserError names file and lines."""
+  found, labels, wrong = [], [], {}
   for number, line in enumerate(_lines(path), start=1):
     try:
       file, label = _parse(line)
       found.append(resolve(file))
+      labels.append(label)
     except ValueError as error:
-      raise errors.UserError(f"{path}:{number}: {error}") from None
-    labels.append(label)
+      wrong[number] = str(error)
+  if wrong:
+    raise errors.UserError(_wrong_lines(path, wrong))
   array = np.array(labels, np.int32)
   array.setflags(write=False)
   return Entries([name for name, _ in found], [file for _, file in found],
                  array)
+
+
+def _wrong_lines(path: str, wrong: dict[int, str]) -> str:
+  first, *others = wrong
+  sentence = f"{path}:{first}: {wrong[first]}"
+  if not others:
+    return sentence
+  numbers = ", ".join(map(str, others[:_SHOWN]))
+  dots = ", ..." if len(others) > _SHOWN else ""
+  return (f"{sentence}; {len(others)} more lines of this list are wrong: "
+          f"{numbers}{dots}")
 
 
 def _parse(line: str) -> tuple[str, int]:

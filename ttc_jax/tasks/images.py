@@ -33,12 +33,12 @@ RESAMPLES = {"bicubic": Image.Resampling.BICUBIC,
              "bilinear": Image.Resampling.BILINEAR}
 
 # What Pillow may open. Others read no pixels, or run programs as EPS does.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
-           "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
+           "WEBP")
 
 _FORMAT = "2"     # raise it when the same source gives other pixels
 _CHUNK = 256      # rows in memory at a time while the cache is written
-_BAND = 2**20     # pixels converted at a time, so that memory stays bounded
+_TILE = 1024      # side in pixels of what is converted at a time
 _SAMPLE = 64      # rows of a Stream that its digest decodes
 _SHOWN = 20       # damaged images that a sentence lists
 _MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -218,19 +218,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
   if image.mode == "F":
     raise ValueError("float pixels have no known range; store 8-bit ones")
   if image.mode.startswith("I"):
-    return _in_bands(image, _scaled)
+    return _in_tiles(image, _scaled)
   if image.has_transparency_data:
-    return _in_bands(image, _over_white)
+    return _in_tiles(image, _over_white)
   return image.convert("RGB")
 
 
-def _in_bands(image, convert):
-  """Converts some rows at a time: these conversions take many bytes a pixel."""
+def _in_tiles(image, convert):
+  """Converts a tile at a time: these conversions take many bytes a pixel."""
   out = Image.new("RGB", image.size)
-  rows = max(1, _BAND // image.width)
-  for top in range(0, image.height, rows):
-    box = (0, top, image.width, min(top + rows, image.height))
-    out.paste(convert(image.crop(box)), box)
+  for top in range(0, image.height, _TILE):
+    for left in range(0, image.width, _TILE):
+      box = (left, top, min(left + _TILE, image.width),
+             min(top + _TILE, image.height))
+      out.paste(convert(image.crop(box)), box)
   return out
 
 
