@@ -1,10 +1,9 @@
 """FLOPs of use, and the list of methods."""
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.command import run_command
 from ttc_jax import backbones, cost, methods
 from ttc_jax.bench import __main__ as bench
 from ttc_jax.methods import __main__ as listing
@@ -21,9 +20,7 @@ def test_flops_are_those_of_the_products_and_little_more():
 
 
 def list_methods(*arguments):
-  return subprocess.run(
-      [sys.executable, "-m", "ttc_jax.methods", *arguments],
-      capture_output=True, text=True)
+  return run_command("methods", *arguments)
 
 
 @pytest.fixture(scope="module")

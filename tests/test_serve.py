@@ -3,8 +3,6 @@ import concurrent.futures
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
@@ -13,6 +11,7 @@ import safetensors.numpy
 import scipy.special
 
 from tests import made_bundles
+from tests.command import run_command
 from ttc_jax import bundles, methods, predict, serve
 from ttc_jax.backbones import swin, vit
 from ttc_jax.errors import UserError
@@ -215,8 +214,7 @@ def test_weights_are_no_bundle(base):
 
 def test_the_command_packs_and_inspects(base, tmp_path):
   def call(*arguments):
-    return subprocess.run([sys.executable, "-m", "ttc_jax.bundles", *arguments],
-                          capture_output=True, text=True, cwd=tmp_path)
+    return run_command("bundles", *arguments, cwd=tmp_path)
   bundle = made_bundles.make(base["vit_ti8"])
   bundles.save(str(tmp_path / "bundle"), bundle)
   done = call("pack", "bundle", "--out=pets.safetensors")
@@ -240,6 +238,7 @@ def test_the_command_packs_and_inspects(base, tmp_path):
 
 # --- Serving ------------------------------------------------------------------
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("backbone, method", CASES)
 def test_a_mixed_batch_equals_each_task_alone(backbone, method, base, tmp_path):
   model, weights = serve.load(base[backbone]), base[backbone]

@@ -5,14 +5,13 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import types
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from tests.command import run_command
 from tests.vtab_sets import build, builder, rewrite_as_tfrecord, small
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
@@ -47,10 +46,7 @@ def options(**given):
 
 
 def run(*args):
-  return subprocess.run(
-      [sys.executable, "-m", "ttc_jax.tasks", *map(str, args)],
-      capture_output=True, text=True,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  return run_command("tasks", *args)
 
 
 # --- The command line ---------------------------------------------------------

@@ -66,6 +66,7 @@ def run(job, params, directory):
   return outcome, trees.flatten(parallel.unreplicate(params))
 
 
+@pytest.mark.sweep(keep=3)
 @pytest.mark.parametrize("name,moved", [
     ("linear", r"head/.*"),
     ("layernorm", r"head/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
@@ -149,9 +150,9 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
 def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
   ours = optim.warmup_cosine(0.5, 20, 4)
   theirs = optax.warmup_cosine_decay_schedule(0, 0.5, 4, 20)
-  for step in range(20):
-    want = theirs(step + 1) if step < 4 else theirs(step)
-    np.testing.assert_allclose(ours(step), want, rtol=1e-5, atol=1e-8)
+  for i in range(20):
+    want = theirs(i + 1) if i < 4 else theirs(i)
+    np.testing.assert_allclose(ours(i), want, rtol=1e-5, atol=1e-8)
 
 
 def test_schedule_from_its_start_to_its_floor_is_the_formula():
@@ -282,6 +283,7 @@ def test_cached_features_give_the_head_that_the_whole_model_gives(
   assert cached.history[-1]["val_top1"] == slow.history[-1]["val_top1"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stage,epoch", [
     ("align", 1), ("align", 3), ("adapt", 1), ("adapt", 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(
