@@ -47,7 +47,7 @@ class Expected(NamedTuple):
   epochs: int
 
   @property
-  def count(self) -> int:
+  def runs(self) -> int:
     """Number of runs."""
     tried = self.settings if self.protocol == "select" else 0
     return len(self.seeds) + tried
