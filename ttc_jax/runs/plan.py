@@ -47,8 +47,8 @@ class Run(NamedTuple):
   def identity(self) -> dict[str, Any]:
     """JSON of what decides the result, except the weights."""
     return {"task": self.task, "variant": self.variant, "data": self.data,
-            "protocol": self.protocol, "seed": self.seed, "config": common_keys(self.config),
-            "method": self.method.name, "options": self.method.options}
+            "protocol": self.protocol, "seed": self.seed,
+            "config": common_keys(self.config), "method": self.method.name, "options": self.method.options}
 
 
 def common_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:

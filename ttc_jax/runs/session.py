@@ -52,7 +52,7 @@ class Session:
     self.tasks, self.missing = inputs.load_tasks(config)
     self.base = inputs.load_base(config)
     inputs.check_runs(config, self.base, self.tasks)
-    self.workdir.adopt(_kept_keys(config, self.base.sha256))
+    self.workdir.adopt(_kept_keys(config, self.base.source.sha256))
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
     self._digests: dict[str, set[str]] = {}
