@@ -48,7 +48,8 @@ class Run(NamedTuple):
     """JSON of what decides the result, except the weights."""
     return {"task": self.task, "variant": self.variant, "data": self.data,
             "protocol": self.protocol, "seed": self.seed,
-            "config": common_keys(self.config), "method": self.method.name, "options": self.method.options}
+            "config": common_keys(self.config), "method": self.method.name,
+            "options": self.method.options}
 
 
 def common_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
