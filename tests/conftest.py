@@ -23,19 +23,16 @@ import jax
 import numpy as np
 import pytest
 
-# Tests of the same shapes compile the same programs.
-jax.config.update("jax_compilation_cache_dir", os.path.join(
-    os.environ["XDG_CACHE_HOME"], "of_tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
 from tests.random_trees import random_tree
 from tests.torch_models import import_timm
-from ttc_jax import backbones
+from ttc_jax import backbones, compilation
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
 from ttc_jax.model import Model, init_head
 from ttc_jax.tasks import Split
+
+# Tests of the same shapes, and the commands that they start, share programs.
+compilation.start("")
 
 WIDTH, DEPTH, CLASSES, SIZE = 16, 3, 4, 8
 

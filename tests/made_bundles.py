@@ -20,14 +20,14 @@ def save_base(path, backbone, **fields):
 
 def make(weights, method="ttc", backbone="vit_ti8", size=SIZE, seed=0,
          classes=("red", "green|lime", "blue \u00e9"), normalisation="half",
-         config={}, **meta):
+         config=None, **meta):
   """A bundle on base weights; every leaf that the method tunes is random."""
   rng = np.random.default_rng(seed)
   module, base = backbones.load(backbone, weights, size)
   settings = default()
   settings.k, settings.score = 4, "random"
   settings.sct.score = "random"
-  settings.update(config)
+  settings.update(config or {})
   made = methods.load(method, settings, module)
   params = {"backbone": base, "adapter": {},
             "head": random_tree(jax.eval_shape(

@@ -1,6 +1,7 @@
 """The benchmark, and the one number of it that must not drift: FLOPs."""
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -8,20 +9,23 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
+from tests.torch_models import import_timm
 from ttc_jax import backbones, methods
-from ttc_jax.bench import __main__ as bench
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
+from ttc_jax.bench import __main__ as bench
+from ttc_jax.bench import programs, timing
 from ttc_jax.config import default
+from ttc_jax.errors import UserError
 from ttc_jax.model import Model
-from tests.torch_models import import_timm
 
 BATCH = 8
 
 
 def step_flops(model, stage, base):
-  return bench.epoch(model, stage, base, BATCH, 2, 0).flops
+  config = programs.settings(batch_size=BATCH, gelu="exact")
+  return programs.epoch(model, stage, base, config, 2, 0).flops
 
 
 @pytest.mark.parametrize("backbone", [
@@ -35,7 +39,7 @@ def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(backbone):
   method, model = methods.load("ttc", config, backbone), Model(backbone, "half")
   base, (align, adapt) = backbones.init(backbone), method.stages
   tune_all, = methods.load("full", config, backbone).stages
-  forward = bench.forward(model, base, BATCH, 0).flops
+  forward = programs.forward(model, base, BATCH, 0).flops
   full = step_flops(model, tune_all, base)
   stage_1 = step_flops(model, align, base)
   stage_2 = step_flops(
@@ -45,7 +49,7 @@ def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(backbone):
     assert step < 2.2 * forward
     assert step < 0.75 * full
   # The compiled program does the needed work, and little besides.
-  needed = bench.flops_needed(backbone, config.k, bench.CLASSES)
+  needed = programs.flops_needed(backbone, config.k, programs.CLASSES)
   for name, flops in (("forward", forward), ("stage 1", stage_1),
                       ("stage 2", stage_2)):
     assert 1 <= flops / (BATCH * needed[name]) < 1.1, name
@@ -63,7 +67,7 @@ def test_flops_needed_equal_a_count_by_hand():
   forward = patches + linear + attention + head
   backward = linear + 2 * attention + 2 * head
   adapter = 2 * (5 + 1) * 2 * 2
-  assert bench.flops_needed(vit, k=2, classes=3) == {
+  assert programs.flops_needed(vit, k=2, classes=3) == {
       "forward": forward, "stage 1": forward + backward,
       "stage 2": forward + backward + 3 * adapter}
 
@@ -81,16 +85,16 @@ def test_swins_flops_needed_equal_a_count_by_hand():
   backward = first + merge + second + 2 * attention + 2 * head
   adapter = 2 * (9 + 4 + 4) * 2 * 2  # a half of the first stage, the second
   assert swin.default_blocks == 3
-  assert bench.flops_needed(swin, k=2, classes=3) == {
+  assert programs.flops_needed(swin, k=2, classes=3) == {
       "forward": forward, "stage 1": forward + backward,
       "stage 2": forward + backward + 3 * adapter}
 
 
 def test_timms_swin_tunes_what_stage_2_tunes():
   import_timm()
-  from ttc_jax.bench import torch as bench_torch
+  from ttc_jax.bench import pytorch
   swin = Swin(16, (2, 2), 2, image_size=32, window=4)
-  model = bench_torch.make_model(swin, 4, 5)
+  model = pytorch.make_model(swin, 4, 5)
   tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
   norms = 2 * (16 + 2 * 2 * (16 + 32) + 64 + 32)
   assert tuned == norms + swin.default_blocks * 4 * 4 + 33 * 5
@@ -99,12 +103,10 @@ def test_timms_swin_tunes_what_stage_2_tunes():
 @pytest.fixture
 def tiny(monkeypatch):
   monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 2, 2, 64))
-  monkeypatch.setattr(bench, "_PRODUCTS", {"cpu": (32, 64)})
-  monkeypatch.setattr(bench, "TURNS", 2)
-  config = default()
-  config.update(dict(backbone="vit_ti16", image_size=32, batch_size=4,
-                     gelu="exact", score="random"))
-  return config
+  monkeypatch.setattr(programs, "_PRODUCTS", {"cpu": (32, 64)})
+  monkeypatch.setattr(timing, "TURNS", 2)
+  return programs.settings(
+      backbone="vit_ti16", image_size=32, batch_size=4, gelu="exact")
 
 
 def assert_rows(result, names):
@@ -139,13 +141,13 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
 
 def test_torch_tunes_what_stage_2_tunes(tiny):
   pytest.importorskip("torch")
-  from ttc_jax.bench import torch as bench_torch
-  model = bench_torch.make_model(
-      bench.make_backbone(tiny), tiny.k, bench.CLASSES)
+  from ttc_jax.bench import pytorch
+  model = pytorch.make_model(
+      programs.make_backbone(tiny), tiny.k, programs.CLASSES)
   tuned = {n: p.numel() for n, p in model.named_parameters()
            if p.requires_grad}
   assert all("norm" in n or "adapter" in n or "head" in n for n in tuned)
-  assert sum(tuned.values()) == 5 * 2 * 32 + 2 * 4 * 4 + 33 * bench.CLASSES
+  assert sum(tuned.values()) == 5 * 2 * 32 + 2 * 4 * 4 + 33 * programs.CLASSES
 
 
 @pytest.mark.parametrize("flag, message", [
@@ -154,8 +156,31 @@ def test_torch_tunes_what_stage_2_tunes(tiny):
     ("--batch=3", "--batch=3 does not divide among the 2 devices"),
 ])
 def test_wrong_flags_are_one_sentence(flag, message):
-  done = subprocess.run([sys.executable, "-m", "ttc_jax.bench", flag],
-                        capture_output=True, text=True)
+  with flagsaver.flagsaver(), pytest.raises(UserError, match=message):
+    flags.FLAGS(["bench", flag])
+    bench.main([])
+
+
+@pytest.mark.parametrize("broken, error", [
+    ("torch", "ImportError('libcudart.so.12: cannot open')"),
+    ("torch", "OSError('[WinError 126]')"),
+    ("timm", "RuntimeError('operator torchvision::nms does not exist')")])
+def test_a_broken_library_is_one_sentence(tmp_path, broken, error):
+  (tmp_path / f"{broken}.py").write_text(f"raise {error}")
+  done = subprocess.run(
+      [sys.executable, "-m", "ttc_jax.bench", "--against=torch",
+       "--backbone=swin_ti", "--size=32", "--batch=2"],
+      env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"},
+      capture_output=True, text=True)
   assert done.returncode == 2
-  assert message in done.stderr
-  assert "Traceback" not in done.stderr
+  assert f"cannot be imported ({error.partition('(')[0]}: " in done.stderr
+  assert "pip install" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_table_1_s_cost_is_printed_alone():
+  done = subprocess.run(
+      [sys.executable, "tools/table1_cost.py", "--backbone=vit_ti16",
+       "--size=32"], capture_output=True, text=True,
+      env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": ""})
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "million images" in done.stdout

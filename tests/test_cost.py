@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from ttc_jax import backbones, bench, cost, methods
+from ttc_jax import backbones, cost, methods
+from ttc_jax.bench import __main__ as bench
 from ttc_jax.methods import __main__ as listing
 from ttc_jax.model import Model, init_head
 

@@ -1,4 +1,5 @@
 """The command line end to end, as a user starts it."""
+import errno
 import json
 import os
 import pathlib
@@ -14,14 +15,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ttc_jax import backbones, bundles, checkpoint, files, main, predict
-from ttc_jax import trees, weights as weights_lib
+from tests.command import ROOT, run_command, start_command
+from ttc_jax import backbones, bundles, checkpoint, predict, trees
+from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.errors import UserError
-from ttc_jax.runs import plan as jobs
+from ttc_jax.methods import Method
+from ttc_jax.runs.plan import Run
+from ttc_jax.runs.session import Session
+from ttc_jax.runs.workdir import WorkDir
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Outside checks read these.
 CONTRACT = """task group method backbone weights_sha256 seed k position lr
 weight_decay epochs val_top1 test_top1 test_count module_params norm_params
@@ -29,13 +33,19 @@ head_params seconds_train seconds_test images_per_second compile_seconds
 device versions""".split()
 
 
-def command(module, *args):
-  return [sys.executable, "-m", f"ttc_jax.{module}", *map(str, args)]
+# "vit_ti16" of these tests, here and in processes: it compiles fast.
+WIDTH, DEPTH = SIZE = (32, 3)
+SMALL = f"""
+from ttc_jax.backbones import vit
+vit.SIZES["ti"] = {(*SIZE, 2, 64)}
+"""
 
 
-def call(module, *args):
-  return subprocess.run(command(module, *args), cwd=ROOT, text=True,
-                        capture_output=True, timeout=300)
+@pytest.fixture(scope="module", autouse=True)
+def small():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(vit_lib.SIZES, "ti", (*SIZE, 2, 64))
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,7 @@ def weights(tmp_path_factory):
 
 def arguments(data, weights, cache, workdir, method="ttc", **config):
   options = dict(epochs=2, batch_size=16, lr=2e-3, warmup_epochs=1.0,
-                 cache=cache, eval_every=1) | config
+                 cache=cache, eval_every=1, keep_stages=True) | config
   return (f"--config=configs/vtab.py:task=colours,method={method},"
           f"backbone=vit_ti16,data={data},weights={weights},size=32",
           f"--workdir={workdir}",
@@ -82,12 +92,15 @@ def finished(data, weights, tmp_path_factory):
   """A work directory after one command, and what it printed."""
   folder = tmp_path_factory.mktemp("run")
   args = arguments(data, weights, folder / "cache", folder / "work")
-  return folder / "work", args, call("main", *args)
+  return folder / "work", args, run_command("main", *args)
 
 
 def rows(workdir):
-  return [json.loads(line)
-          for line in (workdir / "results.jsonl").read_text().splitlines()]
+  """Rows as `results.jsonl` has them: those of the files row.json."""
+  found = [json.loads(line)
+           for line in (workdir / "results.jsonl").read_text().splitlines()]
+  assert found == WorkDir(workdir).rows()
+  return found
 
 
 def test_a_run_writes_a_row_and_a_table(finished, weights):
@@ -97,10 +110,11 @@ def test_a_run_writes_a_row_and_a_table(finished, weights):
   assert not set(CONTRACT) - row.keys()
   assert row["weights_sha256"] == weights_lib.sha256(str(weights))
   assert (row["test_count"], row["train_count"]) == (24, 48)
-  assert row["module_params"] == 12 * 24 * 24  # L K K, K = 192 / 8
-  assert row["norm_params"] == 25 * 2 * 192
-  assert row["head_params"] == 192 * 2 + 2
-  assert row["k"] == 24 and row["position"] == "mlp" and row["epochs"] == 2
+  K = WIDTH // 8
+  assert row["module_params"] == DEPTH * K * K
+  assert row["norm_params"] == (2 * DEPTH + 1) * 2 * WIDTH
+  assert row["head_params"] == WIDTH * 2 + 2
+  assert row["k"] == K and row["position"] == "mlp" and row["epochs"] == 2
   assert 0 <= row["test_top1"] <= 100 and row["val_top1"] is None
   table = (workdir / "results.md").read_text()
   assert f"{row['test_top1']:.1f}" in table and table in done.stdout
@@ -114,36 +128,27 @@ def test_the_same_command_again_does_nothing_twice(finished):
   workdir, args, _ = finished
   before = rows(workdir)
   stages = sorted(os.listdir(workdir / "stages"))
-  again = call("main", *args)
+  again = run_command("main", *args)
   assert again.returncode == 0
   assert rows(workdir) == before
   assert sorted(os.listdir(workdir / "stages")) == stages
 
 
-def test_another_work_directory_compiles_nothing(finished, tmp_path):
-  _, args, first = finished
-  done = call("main", *args, f"--workdir={tmp_path}")
-  assert done.returncode == 0, done.stderr
-  new, cached = map(int, re.search(
-      r": (\d+) new, (\d+) from the cache", done.stdout).groups())
-  assert (new, cached > 20) == (0, True), done.stdout
-
-
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(data, weights, tmp_path):
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
-                   epochs=200, save_seconds=1e9, method="layernorm",
-                   eval_every=1000)
-  process = subprocess.Popen(command("main", *args), cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                   epochs=100_000, save_seconds=1e9, method="layernorm",
+                   eval_every=100_000)
+  process = start_command("main", *args, before=SMALL)
   wait_for(process, tmp_path / "work", '"align"', 2)
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 0, errors
   assert "start the same command again" in errors
-  assert not (tmp_path / "work" / "results.jsonl").exists()
+  assert not WorkDir(tmp_path / "work").rows()
   stage, = (tmp_path / "work" / "stages").glob("[!.]*")
   with checkpoint.StageStore(str(stage)) as store:
-    assert 2 <= store.latest_epoch() < 200
+    assert 2 <= store.latest_epoch() < 100_000
     saved = store.load()
   curve, = (tmp_path / "work").glob("runs/*/metrics.jsonl")
   assert len(curve.read_text().splitlines()) == saved.epoch
@@ -159,12 +164,11 @@ def wait_for(process, workdir, text, count):
     time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs_of_a_directory(data, weights, tmp_path):
   args = [*arguments(data, weights, tmp_path / "cache", tmp_path / "work",
                      method="linear", seeds="0,1,2,3,4,5")]
-  both = [subprocess.Popen(command("main", *args), cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-          for _ in range(2)]
+  both = [start_command("main", *args, before=SMALL) for _ in range(2)]
   printed = [process.communicate(timeout=300) for process in both]
   assert [p.returncode for p in both] == [0, 0], printed
   found = rows(tmp_path / "work")
@@ -180,7 +184,7 @@ def test_a_task_without_data_is_skipped_and_shows_as_a_hole(
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
                    method="linear")
   config = args[0].replace("task=colours", "task=colours,dtd")
-  done = call("main", config, *args[1:])
+  done = run_command("main", config, *args[1:])
   assert done.returncode == 1
   assert "skipped: dtd: " in done.stderr and "tfds build dtd" in done.stderr
   row, = rows(tmp_path / "work")
@@ -188,7 +192,7 @@ def test_a_task_without_data_is_skipped_and_shows_as_a_hole(
   header, _, line = [x for x in done.stdout.splitlines()
                      if x.startswith("|")][:3]
   cells = dict(zip(*([c.strip() for c in x.split("|")]
-                     for x in (header, line))))
+                     for x in (header, line)), strict=True))
   assert cells["dtd"] == "-" and cells["mean of 2"] == "-"
   assert cells["colours"] == f"{row['test_top1']:.1f}"
 
@@ -205,8 +209,8 @@ def test_an_image_that_cannot_be_read_fails_its_task_alone(
   (name, why), = s.failed.items()
   assert name.startswith("broken-") and "test_3.png" in why
   assert [r["task"] for r in rows(tmp_path / "work")] == ["colours"]
-  failed, = (tmp_path / "work" / "failed.jsonl").read_text().splitlines()
-  assert json.loads(failed)["run"] == name
+  failed, = WorkDir(tmp_path / "work").failures()
+  assert failed["run"] == name and failed["error"] == why
 
 
 def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(
@@ -214,58 +218,56 @@ def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(
   """Every wait for the disk says that it is full."""
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
                    method="linear")
-  code = f"""
-import errno, os, runpy, sys
-def full(descriptor):
-  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.jsonl")
-os.fsync = full
-sys.argv = ["main", *{args!r}]
-runpy.run_module("ttc_jax.main", run_name="__main__")
-"""
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300)
+
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.jsonl")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(os, "fsync", full)
+    done = run_command("main", *args)
   assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
   assert "No space left on device" in done.stderr
-  assert call("main", *args).returncode == 0
+  assert run_command("main", *args).returncode == 0
   assert len({r["run"] for r in rows(tmp_path / "work")}) == 1
 
 
-def test_damaged_programs_are_made_anew(finished, tmp_path):
-  """The cache's entries cut short: compiled again, and kept the next time."""
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_and_damaged_programs_are_made_anew(
+    finished, tmp_path):
+  """Also in another work directory; entries of the cache are cut short."""
   _, args, _ = finished
-  args = [args[0].replace("method=ttc", "method=linear"), *args[1:]]
   cache = tmp_path / "programs"
 
   def start(name):
-    done = call("main", *args, f"--workdir={tmp_path / name}",
-                f"--config.compilation_cache={cache}")
-    assert done.returncode == 0, done.stderr
-    return int(re.search(r": (\d+) new", done.stdout)[1]), done.stderr
-  new, _ = start("first")
-  assert new > 9
+    process = start_command(
+        "main", *args, f"--workdir={tmp_path / name}",
+        f"--config.compilation_cache={cache}", before=SMALL)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    new, cached = map(int, re.search(
+        r": (\d+) new, (\d+) from the cache", out).groups())
+    return new, cached, errors
+  assert start("first")[0] > 20
+  new, cached, _ = start("second")
+  assert (new, cached > 20) == (0, True)
   for path in cache.rglob("*-cache"):
     path.write_bytes(path.read_bytes()[:100])
-  new, errors = start("damaged")
-  assert new > 9 and "is damaged: it is made anew" in errors
+  new, _, errors = start("damaged")
+  assert new > 20 and "is damaged: it is made anew" in errors
   assert start("mended")[0] == 0
 
 
+@pytest.mark.slow
 def test_sigterm_while_images_are_decoded_ends_at_once(
     data, weights, tmp_path):
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work")
-  code = f"""
-import runpy, sys, time
+  process = start_command("main", *args, before=SMALL + """
+import time
 from ttc_jax.tasks import images
 def slow(path, read=images.read):
   time.sleep(1)
   return read(path)
 images.read, images._CHUNK = slow, 2
-print("ready", flush=True)
-sys.argv = ["main", *{args!r}]
-runpy.run_module("ttc_jax.main", run_name="__main__")
-"""
-  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+""")
   deadline = time.monotonic() + 120
   while (time.monotonic() < deadline and process.poll() is None
          and not list((tmp_path / "cache").glob("*.tmp"))):
@@ -281,12 +283,13 @@ def test_a_damaged_state_runs_its_stage_again_to_the_same_bits(
     finished, tmp_path):
   workdir, args, _ = finished
   shutil.copytree(workdir, tmp_path / "work")
-  (tmp_path / "work" / "results.jsonl").unlink()
+  row_file, = (tmp_path / "work" / "runs").glob("*/row.json")
+  row_file.unlink()
   hit = [p for p in (tmp_path / "work" / "stages").rglob("*")
          if p.is_file() and p.stat().st_size > 1000]
   for path in hit:
     path.write_bytes(path.read_bytes()[:500])
-  done = call("main", *args, f"--workdir={tmp_path / 'work'}")
+  done = run_command("main", *args, f"--workdir={tmp_path / 'work'}")
   assert hit and done.returncode == 0, done.stderr
   assert "damaged" in done.stderr
   one, two = rows(workdir)[0], rows(tmp_path / "work")[0]
@@ -302,14 +305,14 @@ def test_the_data_folder_is_only_read(finished, data):
             for p in data.rglob("*")}
   assert len(before) == 1 + 5 + 72  # what the fixture wrote, and no more
   _, args, _ = finished
-  call("main", *args)
+  run_command("main", *args)
   assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size)
                     for p in data.rglob("*")}
 
 
 def test_another_configuration_needs_another_work_directory(finished):
   workdir, args, _ = finished
-  refused = call("main", *args, "--config.weight_decay=0.5")
+  refused = run_command("main", *args, "--config.weight_decay=0.5")
   assert refused.returncode == 2
   assert "another configuration: weight_decay is 0.0001 there and 0.5" in (
       refused.stderr)
@@ -321,7 +324,7 @@ def test_predict_agrees_with_the_test_accuracy(finished, data):
   row, = rows(workdir)
   bundle = workdir / "runs" / row["run"] / "bundle"
   paths = [data / "colours" / f"test_{i}.png" for i in range(24)]
-  done = call("predict", f"--bundle={bundle}", *paths)
+  done = run_command("predict", f"--bundle={bundle}", *paths)
   assert done.returncode == 0, done.stderr
   lines = [line.split("\t") for line in done.stdout.splitlines()]
   assert [line[0] for line in lines] == [str(p) for p in paths]
@@ -354,23 +357,23 @@ def test_a_bundle_holds_every_tuned_leaf_and_no_other(finished):
   assert bundle.meta["classes"] == ["red", "green"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_stage_2_ends_with_the_same_bits(
     data, weights, tmp_path):
   """SIGKILL, and the same command again, against an undisturbed run."""
   def start(name):
     return arguments(data, weights, tmp_path / "cache", tmp_path / name,
-                     epochs=4, save_seconds=0.0)
-  assert call("main", *start("whole")).returncode == 0
-  process = subprocess.Popen(
-      command("main", *start("killed")), cwd=ROOT,
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                     epochs=8, save_seconds=0.0)
+  assert run_command("main", *start("whole")).returncode == 0
+  process = start_command("main", *start("killed"), before=SMALL)
   # The first epoch of stage 2 is saved.
   wait_for(process, tmp_path / "killed", '"adapt"', 2)
   process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-  assert not (tmp_path / "killed" / "results.jsonl").exists()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+  assert not WorkDir(tmp_path / "killed").rows()
   assert len(list((tmp_path / "killed" / "stages").glob("[!.]*"))) == 2
-  assert call("main", *start("killed")).returncode == 0
+  assert run_command("main", *start("killed")).returncode == 0
 
   def bundle(name):
     row, = rows(tmp_path / name)
@@ -399,7 +402,7 @@ def test_merged_predictions_equal_unmerged_ones(finished, data):
 def test_the_readme_s_python_lines_work_elsewhere(finished, weights, tmp_path):
   workdir, _, _ = finished
   row, = rows(workdir)
-  code = f"""
+  code = SMALL + f"""
 import numpy as np, ttc_jax
 module, params = ttc_jax.backbones.load(
     "vit_ti16", weights={str(weights)!r}, image_size=48)
@@ -410,7 +413,7 @@ print(tuned.predict(np.zeros((3, 32, 32, 3), np.uint8)).shape)
   done = subprocess.run(
       [sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=300,
       capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-  assert done.stdout.split("\n")[:2] == ["(2, 192)", "(3, 2)"], done.stderr
+  assert done.stdout.split("\n")[:2] == [f"(2, {WIDTH})", "(3, 2)"], done.stderr
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(
@@ -418,13 +421,56 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
   one = session(data, weights, tmp_path, method="linear", epochs=1)
   two = session(data, weights, tmp_path, method="linear", epochs=1)
   run = one.make_run("colours", "linear", one.config, "final", 0)
-  lock = tmp_path / "work" / "runs" / run.name / ".lock"
-  with files.lock(str(lock)):
+  with WorkDir(tmp_path / "work").claim(run.name):
+    assert one.workdir.running() == [run.name]
     assert not one.settle(run) and not one.done
   assert one.settle(run) and run.name in one.done
   before = rows(tmp_path / "work")
   assert two.settle(run)  # it finds the row
   assert rows(tmp_path / "work") == before
+
+
+def test_stages_go_when_no_unfinished_run_needs_them(data, weights, tmp_path):
+  """The first variant's stage is the second one's too."""
+  s = session(data, weights, tmp_path, epochs=1)
+  s.config.variants = dict(layernorm=dict(method="layernorm"),
+                           ttc=dict(method="ttc", score="random"))
+  s = Session(s.config, str(tmp_path / "other"))
+  stages = pathlib.Path(s.workdir.stages)
+  one, two = (s.make_run("colours", label, c, "final", 0)
+              for label, c in s._variants["colours"].items())
+  assert s.settle(one)
+  s.workdir.write_stages(two.name, [p.name for p in stages.glob("[!.]*")])
+  s.workdir.delete_stages([one.name])
+  assert len(list(stages.glob("[!.]*"))) == 1  # the other run needs it
+  s.run_all()
+  assert not list(stages.glob("[!.]*"))
+
+
+def test_the_default_k_and_its_number_are_one_run(data, weights, tmp_path):
+  s = session(data, weights, tmp_path)
+  named = [s.make_run("colours", "ttc", c, "final", 0).name for c in (
+      s.config, *(_with(s.config, **given) for given in (
+          dict(k=4), dict(blocks=3), dict(warmup_epochs=5.0), dict(k=3))))]
+  assert len(set(named[:4])) == 1 and named[4] != named[0]
+
+
+def _with(config, **changes):
+  changed = config.copy_and_resolve_references()
+  changed.update(changes)
+  return changed
+
+
+def test_a_byte_that_is_not_utf8_costs_its_row(finished, tmp_path, caplog):
+  workdir, _, _ = finished
+  copy = WorkDir(shutil.copytree(workdir, tmp_path / "work"))
+  row, = copy.rows()
+  copy.write_row(row | {"run": "another"})
+  assert len(copy.rows()) == 2
+  file = tmp_path / "work" / "runs" / "another" / "row.json"
+  file.write_bytes(file.read_bytes().replace(b"colours", b"colour\xff"))
+  assert copy.rows() == [row]
+  assert str(file) in caplog.text
 
 
 def test_changed_lists_make_another_run(data, weights, tmp_path):
@@ -446,7 +492,7 @@ def session(folder, weights_file, workdir, **changes):
   c.grid.lr = changes.pop("grid_lr", ())
   for key, value in changes.items():
     c[key] = value
-  return main.Session(c, str(workdir / "work"))
+  return Session(c, str(workdir / "work"))
 
 
 def test_select_tests_the_setting_that_is_best_on_val200(
@@ -463,13 +509,10 @@ def test_select_tests_the_setting_that_is_best_on_val200(
       (0, best["lr"]), (1, best["lr"])]
 
 
+@pytest.mark.slow
 def test_a_bundle_of_any_method_gives_its_row_s_accuracy(
-    data, tmp_path, monkeypatch):
-  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 64))
-  file = tmp_path / "small.safetensors"
-  weights_lib.write(str(file), backbones.init(backbones.make("vit_ti16", 32)),
-                    {"gelu": "tanh", "epsilon": 1e-6})
-  s = session(data, file, tmp_path, epochs=2, lr=1e-2)
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, epochs=2, lr=1e-2)
   small = dict(population=3, generations=2, parents=2, mutations=1,
                crossovers=1)
   s.config.variants = {name: {"method": name} for name in (
@@ -505,8 +548,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     (dict(tasks=("colour",)), "unknown task 'colour': did you mean colours"),
     (dict(method="tcc"), "unknown method 'tcc': did you mean ttc"),
     (dict(backbone="vit_tj16"), "unknown backbone 'vit_tj16': did you mean"),
-    (dict(backbone="vit_s16"), "192"),
-    (dict(k=193), "config.k is 193; it selects among the 192 channels"),
+    (dict(backbone="vit_s16"), f"{WIDTH}"),
+    (dict(k=33), "config.k is 33; it selects among the 32 channels"),
     (dict(image_size=40), "not divisible by the patch 16"),
     (dict(weights=""), "needs pretrained weights"),
     (dict(weights="nowhere.npz"), "nowhere.npz"),
@@ -533,7 +576,7 @@ def test_bad_input_is_refused_before_any_work(
      "unexpected argument 'method=linear'"),
 ])
 def test_a_wrong_flag_is_one_sentence_and_exit_code_2(args, message):
-  done = call("main", *args)
+  done = run_command("main", *args)
   assert done.returncode == 2
   assert message in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -549,7 +592,8 @@ def test_run_names_tell_settings_apart(config):
   def name(**changes):
     c = config.copy_and_resolve_references()
     c.update(changes)
-    return jobs.Run("a/b", "ttc", c, "val", 0, "digest").name
+    method = Method((), "ttc", {"k": c.k, "score": c.score})
+    return Run("a/b", "ttc", c, method, "val", 0, "digest").name
   assert name() == name() and "/" not in name()
   assert len({name(), name(lr=0.5), name(k=5), name(score="l2")}) == 4
   assert name() == name(cache="elsewhere", seeds=(1, 2))
@@ -560,7 +604,7 @@ def test_the_demo_s_tasks_need_no_file():
   for name in ("sprites_location", "sprites_orientation", "scene_count",
                "scene_distance", "digits"):
     task = tasks.load(name, size=32)
-    assert len(task.labels["train800val200"]) == 1000
+    assert len(task.labels["trainval"]) == 1000
     assert len(task.labels["test"]) >= 797
 
 
@@ -569,6 +613,6 @@ def test_load_from_python_in_two_lines(weights):
                                   image_size=48)
   features = module.apply(
       {"params": params}, np.zeros((2, 48, 48, 3), np.float32))
-  assert features.shape == (2, 192) and features.dtype == "float32"
+  assert features.shape == (2, WIDTH) and features.dtype == "float32"
   assert trees.count(params) == trees.count(jax.eval_shape(
       module.init, jax.random.key(0), np.zeros((1, 48, 48, 3)))["params"])

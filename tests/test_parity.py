@@ -11,8 +11,8 @@ from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import swin, vit
-from ttc_jax.weights import formats
 from ttc_jax.errors import UserError
+from ttc_jax.weights import formats, identity
 
 SIZE, PATCH = 24, 8
 
@@ -141,10 +141,9 @@ def test_ours_in_timm_s_model(module, options):
 
 def load(read, size, **fields):
   """The module that a file is of, whatever its size, and its parameters."""
-  width, patch, depth, _, hidden = weights_lib._variant(
-      lambda n: weights_lib._shape(read, n), weights_lib._depth(read.tensors))
-  module = vit.ViT(width, depth, 4, hidden, patch, size,
-                   **weights_lib.settled(read, fields))
+  sizes = vit.identify(identity.shapes_of(read)).sizes
+  module = vit.ViT(sizes["width"], sizes["depth"], 4, sizes["hidden"],
+                   sizes["patch"], size, **weights_lib.settled(read, fields))
   return module, weights_lib.fit(read, backbones.shapes(module), "tiny")
 
 
@@ -191,8 +190,9 @@ GELU_OF = {"gelu_tanh": "tanh", "quick_gelu": "quick"}
 @pytest.mark.parametrize("case", TIMM_MODELS)
 def test_timm_s_vit(case, tmp_path):
   timm = import_timm()
-  import torch
   from functools import partial
+
+  import torch
   options = dict(TIMM_MODELS[case])
   if options.get("norm_layer"):
     options["norm_layer"] = partial(torch.nn.LayerNorm, eps=1e-5)
@@ -220,8 +220,9 @@ def test_timm_s_vit(case, tmp_path):
 @pytest.mark.parametrize("size", [SIZE, 40])
 def test_timm_s_dinov3(options, size, tmp_path):
   timm = import_timm()
-  import torch
   from functools import partial
+
+  import torch
   model = shake(timm.models.eva.Eva(**{
       "img_size": size, "patch_size": PATCH, "embed_dim": 32, "depth": 2,
       "num_heads": 4, "num_classes": 0, "init_values": 1e-5,

@@ -270,7 +270,7 @@ def test_methods_sizes_and_merged_tasks_in_one_call(base, tmp_path):
   images = [*pictures(1), *pictures(1, 48), Image.fromarray(pictures()[2]),
             pictures()[3], pictures(2, 48)[1]]
   got = model.predict(images, task=names)
-  for name, image, p in zip(names, images, got):
+  for name, image, p in zip(names, images, got, strict=True):
     np.testing.assert_allclose(
         p, alone[name](np.asarray(image)[None])[0], atol=1e-5)
   path = tmp_path / "image.png"

@@ -8,8 +8,8 @@ import safetensors.numpy
 
 from tests.conftest import features, import_transformers, random_adapter
 from tests.random_trees import random_params
-from ttc_jax import backbones, importance, methods, model as model_lib
-from ttc_jax import parallel, train, trees
+from ttc_jax import backbones, importance, methods, parallel, train, trees
+from ttc_jax import model as model_lib
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import swin
 from ttc_jax.errors import UserError
@@ -151,7 +151,7 @@ def test_our_own_file_round_trips_with_its_window(named, tmp_path):
   again, got = backbones.load("swin_b", path, 96)
   assert again == tiny(96)
   assert all((a == b).all() for a, b in zip(
-      jax.tree.leaves(got), jax.tree.leaves(params)))
+      jax.tree.leaves(got), jax.tree.leaves(params), strict=False))
 
 
 def test_a_swin_file_is_no_vit_s_and_v2_is_refused(named, tmp_path):
@@ -294,7 +294,7 @@ def test_the_gradient_of_the_mask_is_eq_10_in_every_stage():
   grads = trees.flatten(jax.jit(jax.grad(loss))(params["backbone"]))
   flat = trees.flatten(params["backbone"])
   for site, values in scores.items():
-    for value, layer in zip(values, module.sites[site]):
+    for value, layer in zip(values, module.sites[site], strict=False):
       name = f"{layer.path}/kernel"
       want = (grads[name] * flat[name]).reshape(-1, layer.width).sum(0)
       np.testing.assert_allclose(value, want, rtol=2e-3, atol=2e-4)
@@ -316,13 +316,13 @@ def steps(name, config, module, tmp_path):
   rng = np.random.default_rng(0)
   data = Split(rng.integers(0, 256, (16, 40, 40, 3), dtype=np.uint8),
                rng.integers(0, 3, 16).astype(np.int32))
+  config.update(dict(batch_size=8, epochs=1, warmup_epochs=0.0, lr=1e-2,
+                     weight_decay=0.0, eval_every=1, save_seconds=1e9))
   method = methods.load(name, config, module)
   job = train.Job(
-      identity={"test": name}, model=model_lib.Model(module, "half"),
-      method=method, plan=train.Plan(8, 0.0, False, 1.0, False), train=data,
-      val=data, holdout=None, classes=3, seed=0, epochs=1, warmup_epochs=0.0,
-      lr=1e-2, weight_decay=0.0, eval_every=1, save_seconds=1e9,
-      report=lambda *_: None)
+      identity={"test": name}, config=config,
+      model=model_lib.Model(module, "half"), method=method, train=data,
+      val=data, holdout=None, classes=3, seed=0, report=lambda *_: None)
   base = random_params(module)
   return base, data, method, train.run(
       job, parallel.replicate(base), str(tmp_path))

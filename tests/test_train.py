@@ -8,14 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from ttc_jax import methods, model as model_lib, optim, parallel
-from ttc_jax import train, trees
+from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
+from ttc_jax import methods, optim, parallel, step, train, trees
+from ttc_jax import model as model_lib
 from ttc_jax.errors import RunError
 from ttc_jax.tasks import Split
-from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
 
-PLAN = train.Plan(batch_size=16, label_smoothing=0.0, flip=False,
-                  smallest_crop=1.0, decay_all=False)
+PLAN = step.Plan(batch_size=16, label_smoothing=0.0, flip=False,
+                  smallest_crop=1.0, decay_all=False, optimiser="adamw")
+SETTINGS = dict(batch_size=16, epochs=2, warmup_epochs=1.0, lr=1e-2,
+                weight_decay=0.1, eval_every=1, save_seconds=1e9)
 
 
 class Killed(Exception):
@@ -26,13 +28,24 @@ def ignore(*_):
   pass
 
 
-def make_job(config, model, split, name="ttc", **changes):
+def make_hyper(**changes):
+  """Numbers of a stage without a warm-up."""
+  hyper = step.Hyper(
+      lr=np.float32(1e-2), weight_decay=np.float32(0.1), warmup=np.int32(0),
+      steps=np.int32(10), classes=np.int32(CLASSES),
+      warmup_lr=np.float32(0), min_lr=np.float32(0))
+  return hyper._replace(**changes)
+
+
+def make_job(config, model, split, name="ttc", settings=None, **changes):
+  """A job; `settings` are values of the configuration."""
+  config = config.copy_and_resolve_references()
+  config.update(SETTINGS | (settings or {}))
   method = methods.load(name, config, model.backbone)
   job = train.Job(
-      identity={"test": name}, model=model, method=method, plan=PLAN,
+      identity={"test": name}, config=config, model=model, method=method,
       train=split, val=split, holdout=(split, split), classes=CLASSES, seed=0,
-      epochs=2, warmup_epochs=1.0, lr=1e-2, weight_decay=0.1, eval_every=1,
-      save_seconds=1e9, report=ignore)
+      report=ignore)
   return job._replace(**changes)
 
 
@@ -93,7 +106,7 @@ def test_the_same_seed_gives_the_same_bits(
 
 def test_a_clock_that_jumps_changes_nothing(
     config, model, params, split, tmp_path, monkeypatch):
-  job = make_job(config, model, split, save_seconds=0)
+  job = make_job(config, model, split, settings=dict(save_seconds=0))
   _, want = run(job, params, tmp_path / "a")
   jumps, true = itertools.cycle((0, -1e9, 1e6)), time.time
   monkeypatch.setattr(time, "time", lambda: true() + next(jumps))
@@ -109,16 +122,14 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   labels = trees.label(params, rules)
   tuned, frozen = trees.split(params, labels, "tune")
   images, y = split.images[:16], split.labels[:16]
-  hyper = train.Hyper(np.float32(1e-2), np.float32(0.1), np.int32(0),
-                      np.int32(10), np.int32(CLASSES))
-  opt_state = train._make_init_fn(rules)(
+  opt_state = step.make_init_fn(rules, "adamw")(
       parallel.replicate(tuned), parallel.replicate(frozen))
-  update_fn = parallel.pmap(train.make_update_fn(model, rules, PLAN))
-  got, _, loss = update_fn(
-      *(parallel.replicate(t) for t in (tuned,)), opt_state,
-      *(parallel.replicate(t) for t in (frozen, {}, hyper)),
-      parallel.shard(images), parallel.shard(y),
-      jnp.stack([jax.random.key(0)] * 2))
+  update_fn = parallel.pmap(step.make_update_fn(model, rules, PLAN))
+  learner, loss = update_fn(
+      step.Learner(parallel.replicate(tuned), opt_state),
+      parallel.replicate(step.Fixed(frozen, {}, make_hyper())),
+      parallel.shard((images, y)), jnp.stack([jax.random.key(0)] * 2))
+  got = learner.tuned
 
   def loss_fn(tuned):
     logits = model.logits(trees.join(tuned, frozen), images, {})
@@ -138,22 +149,22 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
 def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
   ours = optim.warmup_cosine(0.5, 20, 4)
   theirs = optax.warmup_cosine_decay_schedule(0, 0.5, 4, 20)
-  for step in range(20):
-    want = theirs(step + 1) if step < 4 else theirs(step)
-    np.testing.assert_allclose(ours(step), want, rtol=1e-5, atol=1e-8)
+  for i in range(20):
+    want = theirs(i + 1) if i < 4 else theirs(i)
+    np.testing.assert_allclose(ours(i), want, rtol=1e-5, atol=1e-8)
 
 
 def test_schedule_from_its_start_to_its_floor_is_the_formula():
   """With traced ends, so that another schedule compiles nothing."""
   lr, start, floor, warmup, steps = 0.01, 1e-4, 1e-3, 10, 100
   ours = jax.jit(lambda step, *ends: optim.warmup_cosine(*ends)(step))
-  for step in range(steps):
-    if step < warmup:
-      want = start + (lr - start) * (step + 1) / warmup
+  for i in range(steps):
+    if i < warmup:
+      want = start + (lr - start) * (i + 1) / warmup
     else:
-      share = (step - warmup) / (steps - warmup)
+      share = (i - warmup) / (steps - warmup)
       want = floor + (lr - floor) * (1 + np.cos(np.pi * share)) / 2
-    got = ours(step, lr, steps, warmup, start, floor)
+    got = ours(i, lr, steps, warmup, start, floor)
     np.testing.assert_allclose(got, want, rtol=1e-5)
   assert ours._cache_size() == 1
 
@@ -179,7 +190,7 @@ def test_the_optimisers_are_those_of_pytorch(optimiser):
                      lambda step: jnp.stack(rates)[step], 0.3,
                      optimiser=optimiser)
   state = tx.init(params)
-  for grad, rate in zip(grads, rates):
+  for grad, rate in zip(grads, rates, strict=True):
     for name, value in grad.items():
       theirs[name].grad = torch.tensor(value)
     for group in opt.param_groups:
@@ -209,15 +220,16 @@ def test_sgd_s_weight_decay_enters_the_momentum():
 
 def test_a_run_with_sgd_goes_on_to_the_same_bits_and_differs_from_adamw(
     config, model, params, split, tmp_path):
-  job = make_job(config, model, split, "layernorm", epochs=3, save_seconds=0,
-                 warmup_lr=1e-3, min_lr=1e-4)
-  sgd = job._replace(plan=PLAN._replace(optimiser="sgd"))
+  def job_of(**changes):
+    return make_job(config, model, split, "layernorm", dict(
+        epochs=3, save_seconds=0, warmup_lr=1e-3, min_lr=1e-4) | changes)
+  job, sgd = job_of(), job_of(optimiser="sgd")
   _, want = run(sgd, params, tmp_path / "a")
   kill_after("align", 2, sgd, params, tmp_path / "b")
   _, got = run(sgd, params, tmp_path / "b")
   assert all((got[k] == want[k]).all() for k in got)
   _, adamw = run(job, params, tmp_path / "c")
-  again, lower = run(job._replace(min_lr=0.0), params, tmp_path / "d")
+  again, lower = run(job_of(min_lr=0.0), params, tmp_path / "d")
   assert again.compile_seconds == 0  # the schedule is data
   for other, than in ((adamw, want), (lower, adamw)):
     assert (other["head/kernel"] != than["head/kernel"]).any()
@@ -243,7 +255,7 @@ def test_what_lies_below_all_that_is_tuned_runs_once(
     config, model, params, split, tmp_path, blocks, tune_norm, start):
   """Against a drop-path of almost nothing, which takes the uncached way."""
   config.blocks, config.tune_norm, config.stage1 = blocks, tune_norm, "none"
-  job = make_job(config, model, split, epochs=4)
+  job = make_job(config, model, split, settings=dict(epochs=4))
   rules = job.method.stages[-1].rules
   adapter, _ = job.method.stages[-1].prepare(methods.Context(
       model, parallel.replicate(params), {}, split.images, split.labels, 0))
@@ -260,7 +272,7 @@ def test_what_lies_below_all_that_is_tuned_runs_once(
 def test_cached_features_give_the_head_that_the_whole_model_gives(
     config, model, params, split, tmp_path):
   """Linear with a drop-path of almost nothing takes the uncached way."""
-  job = make_job(config, model, split, "linear", epochs=4)
+  job = make_job(config, model, split, "linear", dict(epochs=4))
   cached, flat = run(job, params, tmp_path / "cached")
   slow_model = model._replace(
       backbone=model.backbone.clone(drop_path=1e-9))
@@ -274,7 +286,8 @@ def test_cached_features_give_the_head_that_the_whole_model_gives(
     ("align", 1), ("align", 3), ("adapt", 1), ("adapt", 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(
     config, model, params, split, tmp_path, stage, epoch):
-  job = make_job(config, model, split, epochs=3, save_seconds=0)
+  job = make_job(config, model, split,
+                 settings=dict(epochs=3, save_seconds=0))
   undisturbed, want = run(job, params, tmp_path / "a")
   kill_after(stage, epoch, job, params, tmp_path / "b")
   seen = []
@@ -304,14 +317,17 @@ def test_runs_that_begin_alike_share_their_first_stage(
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     config, model, params, split, tmp_path):
-  job = make_job(config, model, split, "layernorm", epochs=3, save_seconds=0)
+  def job_of(**changes):
+    return make_job(config, model, split, "layernorm",
+                    dict(epochs=3, save_seconds=0) | changes)
+  job = job_of()
 
   def kill(name, done, epochs, record):
     if done == 2:
       raise Killed
   with pytest.raises(Killed):  # a good epoch to come back to
     run(job._replace(report=kill), params, tmp_path)
-  job = job._replace(lr=np.float32(3e38))
+  job = job_of(lr=3e38)
   with pytest.raises(RunError, match="lower config.lr") as error:
     run(job, params, tmp_path)
   from ttc_jax import checkpoint
@@ -333,19 +349,19 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
       "bias": np.zeros(2, np.float32)}}
   labels = trees.label(params, rules)
   tuned, frozen = trees.split(params, labels, "tune")
-  fn = train.make_epoch_fn(model_lib.Model(None, "none"), rules, PLAN)
-  hyper = train.Hyper(np.float32(1e-3), np.float32(0), np.int32(0),
-                      np.int32(100), np.int32(2))
+  fn = step.make_epoch_fn(model_lib.Model(None, "none"), rules, PLAN)
+  hyper = make_hyper(weight_decay=np.float32(0), classes=np.int32(2))
   visited = []
   for epoch in range(2):
-    device = parallel.replicate((tuned, frozen, {}, tuple(data), hyper))
-    t, f, s, d, h = device
-    opt_state = train._make_init_fn(rules)(t, f)
-    out, _, losses = fn(
-        t, opt_state, f, s, d, h,
+    start, fixed, images = parallel.replicate(
+        (tuned, step.Fixed(frozen, {}, hyper), tuple(data)))
+    opt_state = step.make_init_fn(rules, "adamw")(start, fixed.frozen)
+    learner, losses = fn(
+        step.Learner(start, opt_state), fixed, images,
         parallel.replicate(jax.random.key_data(jax.random.key(3))),
         parallel.replicate(np.int32(epoch)))
-    moved = np.abs(parallel.unreplicate(out)["head"]["kernel"]).sum(1) > 0
+    out = parallel.unreplicate(learner.tuned)
+    moved = np.abs(out["head"]["kernel"]).sum(1) > 0
     assert losses.shape == (2, n // 16)
     assert moved.sum() == n // 16 * 16  # 32 of 37, none twice
     visited.append(moved)
@@ -355,10 +371,10 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
 def test_label_smoothing_is_optax_on_smoothed_targets(
     model, params, split):
   plan = PLAN._replace(label_smoothing=0.2)
-  hyper = train.Hyper(0, 0, 0, 1, CLASSES)
   padded = params | {"head": model_lib.pad_head(params["head"])}
-  got = train.loss_fn(padded, model, plan, {}, hyper, split.images,
-                      split.labels, jax.random.key(0))
+  got = step.make_loss_fn(model, plan)(
+      padded, step.Fixed(None, {}, make_hyper()), tuple(split),
+      jax.random.key(0))
   log_p = jax.nn.log_softmax(model.logits(params, split.images, {}))
   target = np.full((len(split.labels), CLASSES), 0.2 / CLASSES)
   target[np.arange(len(target)), split.labels] += 0.8
@@ -370,8 +386,6 @@ def test_a_padded_head_trains_as_the_task_s_own(
     model, params, split, smoothing):
   """Loss, gradients and AdamW with decay of everything, against no padding."""
   plan = PLAN._replace(label_smoothing=smoothing, decay_all=True)
-  hyper = train.Hyper(np.float32(1e-2), np.float32(0.1), np.int32(0),
-                      np.int32(10), np.int32(CLASSES))
   rules = ((r".*", "tune"),)
   one, key = split.images[:16], jax.random.key(0)
 
@@ -380,14 +394,14 @@ def test_a_padded_head_trains_as_the_task_s_own(
     frozen = jax.tree.map(lambda _: None, tuned)
     opt_state = optim.make_tx(
         trees.label(tuned, rules), lambda _: 0.0, 0.0).init(tuned)
-    step = parallel.pmap(train.make_update_fn(model, rules, plan))
-    state = parallel.replicate((tuned, opt_state))
+    step_fn = parallel.pmap(step.make_update_fn(model, rules, plan))
+    learner = parallel.replicate(step.Learner(tuned, opt_state))
+    fixed = step.Fixed(frozen, *parallel.replicate(({}, make_hyper())))
     for _ in range(3):
-      *state, loss = step(
-          *state, frozen, *parallel.replicate(({}, hyper)),
-          parallel.shard(one), parallel.shard(split.labels[:16]),
+      learner, loss = step_fn(
+          learner, fixed, parallel.shard((one, split.labels[:16])),
           jnp.stack([key] * 2))
-    return parallel.unreplicate(state[0]), loss
+    return parallel.unreplicate(learner.tuned), loss
   want, want_loss = three_steps(params["head"])
   got, loss = three_steps(model_lib.pad_head(params["head"]))
   np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
@@ -403,21 +417,21 @@ def test_a_padded_head_trains_as_the_task_s_own(
 def test_decay_leaves_the_padding_where_it_is(model, params, split):
   """SGD with L2 on everything, lr wd = 0.5: no gradient holds the padding."""
   plan = PLAN._replace(decay_all=True, optimiser="sgd")
-  hyper = train.Hyper(np.float32(0.5), np.float32(1.0), np.int32(0),
-                      np.int32(100), np.int32(CLASSES))
+  hyper = make_hyper(lr=np.float32(0.5), weight_decay=np.float32(1),
+                     steps=np.int32(100))
   rules = (optim.HEAD, optim.FREEZE)
   padded = params | {"head": model_lib.pad_head(params["head"])}
   tuned, frozen = trees.split(padded, trees.label(padded, rules), "tune")
   opt_state = optim.make_tx(trees.label(padded, rules), lambda _: 0.0, 0.0,
                             True, "sgd").init(padded)
-  step = parallel.pmap(train.make_update_fn(model, rules, plan))
-  state = parallel.replicate((tuned, opt_state))
+  step_fn = parallel.pmap(step.make_update_fn(model, rules, plan))
+  learner = parallel.replicate(step.Learner(tuned, opt_state))
+  fixed = parallel.replicate(step.Fixed(frozen, {}, hyper))
   for _ in range(40):  # 0.5^40: without care, a probability of one over 512
-    *state, loss = step(
-        *state, *parallel.replicate((frozen, {}, hyper)),
-        parallel.shard(split.images[:16]), parallel.shard(split.labels[:16]),
+    learner, loss = step_fn(
+        learner, fixed, parallel.shard((split.images[:16], split.labels[:16])),
         jnp.stack([jax.random.key(0)] * 2))
-  bias = parallel.unreplicate(state[0])["head"]["bias"]
+  bias = parallel.unreplicate(learner.tuned)["head"]["bias"]
   assert (bias[CLASSES:] == -1e9).all()
   assert loss[0] < 1.1 * np.log(CLASSES)  # not log(512)
 
@@ -433,7 +447,7 @@ def test_tasks_of_any_number_of_classes_share_every_compilation(
   for classes in (4, 7):
     seen.clear()
     job = make_job(config, model, split, identity={"classes": classes},
-                   classes=classes, plan=PLAN._replace(batch_size=12))
+                   classes=classes, settings=dict(batch_size=12))
     train.run(job, parallel.replicate(params["backbone"]), str(tmp_path))
     pmapped = [name for name in seen if "_fun" in name]
     if classes == 4:

@@ -14,9 +14,9 @@ from tests.random_trees import random_params
 from tests.test_weights import as_timm, check_equal, fit, flat_params, save
 from ttc_jax import backbones, trees, weights
 from ttc_jax.backbones import swin, vit
-from ttc_jax.weights import __main__ as cli
-from ttc_jax.weights import formats, resampling, sources
 from ttc_jax.errors import UserError
+from ttc_jax.weights import convert as cli
+from ttc_jax.weights import formats, resampling, sources
 
 D, L, H, F = 8, 2, 2, 16  # of `flat_params`, patch 4 and 16 px
 FIELDS = {"gelu": "exact", "epsilon": 1e-6}

@@ -1,4 +1,4 @@
-"""What a batch of many tasks costs beside its tasks one after another.
+"""What a batch of many tasks costs, compared with one task after another.
 
 Images a second of the bare backbone, of a batch of one task, of a batch of T
 tasks in one pass, and of the same batch as T calls; random weights, the best of
@@ -11,14 +11,14 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
 import jax
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from tests import made_bundles  # pylint: disable=wrong-import-position
-from ttc_jax import backbones, bundles, evaluate, parallel, serve
-from ttc_jax.model import Model
+from tests import made_bundles  # noqa: E402
+from ttc_jax import backbones, bundles, cli, evaluate, parallel, serve  # noqa: E402
+from ttc_jax.model import Model  # noqa: E402
 
 _BACKBONE = flags.DEFINE_string("backbone", "vit_s16", "name")
 _SIZE = flags.DEFINE_integer("size", 96, "of the images, pixels a side")
@@ -29,7 +29,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "the best counts", lower_bound=1)
 
 
 def server(method, weights):
-  """A server with T tasks of a method, of 10 to 100 classes."""
+  """Returns a server with T tasks of a method, of 10 to 100 classes."""
   model = serve.load(weights, _BATCH.value)
   k = backbones.make(_BACKBONE.value, _SIZE.value).default_k
   for i in range(_TASKS.value):
@@ -44,7 +44,7 @@ def server(method, weights):
 
 
 def bare(weights, images):
-  """The backbone alone, under the same pmap."""
+  """Returns a function that runs the backbone alone, under the same pmap."""
   module, params = backbones.load(_BACKBONE.value, weights, _SIZE.value)
   params = parallel.replicate({"backbone": params, "adapter": {}})
   return lambda: evaluate.features(
@@ -52,7 +52,7 @@ def bare(weights, images):
 
 
 def best(ways):
-  """{way: seconds}, the least of all rounds."""
+  """Returns {way: seconds}, the least of all rounds."""
   for call in ways.values():
     call()  # compiles
   seconds = dict.fromkeys(ways, np.inf)
@@ -94,4 +94,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

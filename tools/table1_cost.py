@@ -1,18 +1,22 @@
 """What Table 1 (VTAB-1K's 19 tasks) costs, computed: FLOPs, hours, disk.
 
-A training step takes `--step` times the FLOPs of a forward pass: 2 where
-everything frozen stays without a gradient (tests/test_bench.py), 3 for full
-tuning. Hours are those at the given rate, the same for all of the work.
+A training step takes `--step` times the FLOPs of a forward pass: 2 if no frozen
+weight has a gradient (tests/test_bench.py), 3 for full tuning. Hours are those
+at the given rate, the same for all of the work.
 
   python tools/table1_cost.py --backbone=vit_b16 --epochs=100 --stages=2 \
 --settings=8 --seeds=3 --tflops=100
 """
-from absl import app, flags
+import os
+import sys
+
+from absl import flags
 import jax
 
-from ttc_jax import backbones, cost
-from ttc_jax.model import Model, init_head
-from ttc_jax.vtab import rows as vtab
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from ttc_jax import backbones, cli, cost  # noqa: E402
+from ttc_jax.model import Model, init_head  # noqa: E402
+from ttc_jax.vtab import rows as vtab  # noqa: E402
 
 _BACKBONE = flags.DEFINE_string("backbone", "vit_b16", "at --size")
 _SIZE = flags.DEFINE_integer("size", 224, "pixels")
@@ -22,11 +26,12 @@ _SETTINGS = flags.DEFINE_integer("settings", 8, "tried on val200")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "final runs of a task")
 _STEP = flags.DEFINE_float("step", 2.0, "FLOPs of a step over a forward pass's")
 _TFLOPS = flags.DEFINE_float("tflops", 100.0, "10^12 FLOPs a second, all chips")
-_CACHE_GIB = flags.DEFINE_float("cache_gib", 8.0, "as config.cache_gib")
+_CACHE_GIB = flags.DEFINE_float(
+    "cache_gib", 8.0, "limit of a split's cache, as config.cache_gib")
 
 
 def forward_flops(name, size):
-  """FLOPs of the logits of an image."""
+  """Returns the FLOPs of the logits of one image, 100 classes."""
   module = backbones.make(name, size)
   params = {"backbone": backbones.shapes(module), "adapter": {},
             "head": jax.eval_shape(lambda: init_head(module.width, 100, 0))}
@@ -39,10 +44,10 @@ def main(argv):
   forward = forward_flops(_BACKBONE.value, _SIZE.value)
   trained = len(rows) * _STAGES.value * _EPOCHS.value * (
       800 * _SETTINGS.value + 1000 * _SEEDS.value)
-  tested = (_SEEDS.value * sum(row.count for row in rows)
+  tested = (_SEEDS.value * sum(row.test_count for row in rows)
             + 200 * _SETTINGS.value * len(rows))
   flops = forward * (_STEP.value * trained + tested)
-  splits = [count for row in rows for count in (800, 200, 1000, row.count)]
+  splits = [count for row in rows for count in (800, 200, 1000, row.test_count)]
   image = 3 * _SIZE.value ** 2
   cached = sum(n * image for n in splits if n * image
                <= _CACHE_GIB.value * 2 ** 30)
@@ -56,4 +61,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main)

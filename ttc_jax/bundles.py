@@ -46,7 +46,7 @@ def _is_sha(value):
 
 
 # What a bundle cannot be used without: a type, and what else must hold.
-_NEEDED = {
+_NEEDED: dict[str, tuple[Any, Any]] = {
     "task": (str, bool), "method": (str, bool), "options": (dict, None),
     "backbone": (str, bool), "fields": (dict, None),
     "image_size": (int, lambda n: 0 < n < 10_000),
@@ -57,7 +57,7 @@ _NEEDED = {
     "classes": (list, lambda v: v and all(type(c) is str for c in v)),
 }
 # What it may lack, and the model card shows.
-_OPTIONAL = {
+_OPTIONAL: dict[str, Any] = {
     "group": str, "protocol": str, "stages": list, "versions": dict,
     "module_params": int, "norm_params": int, "head_params": int,
     "test_top1": (int, float), "val_top1": (int, float)}
@@ -146,7 +146,7 @@ def _load_file(path):
   if version != FORMAT:
     raise UserError(f"'{path}' is a bundle of format {str(version)[:20]!r}; "
                     f"this version reads {FORMAT!r}")
-  parts = {"tuned": {}, "buffers": {}}
+  parts: dict[str, Flat] = {"tuned": {}, "buffers": {}}
   for name, x in tensors.items():
     part, _, rest = name.partition("/")
     if part not in parts or not rest:
@@ -156,7 +156,7 @@ def _load_file(path):
   return Bundle(**parts, meta=meta)
 
 
-def _check(path, bundle):
+def _check(path: str, bundle: Bundle) -> None:
   meta = bundle.meta if isinstance(bundle.meta, dict) else {}
   given = {k: kind for k, kind in _OPTIONAL.items() if meta.get(k) is not None}
   for key, (kind, holds) in (

@@ -115,9 +115,10 @@ class StageStore:
         raise UserError(
             f"the saved state '{self.path}' cannot be read ({e}); start the "
             "same command again, or delete that folder") from e
-      return self._drop(epoch, e)
+      self._drop(epoch, e)
     except Exception as e:  # orbax and tensorstore raise many kinds
-      return self._drop(epoch, e)
+      self._drop(epoch, e)
+    return None
 
   def _drop(self, epoch, error) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "

@@ -115,6 +115,12 @@ def define_config() -> flags.FlagHolder:
       "configuration, FILE[:key=value,...]; --config.KEY=VALUE sets a key"))
 
 
+def config_filename() -> str:
+  """Returns the file of --config."""
+  flag = flags.FLAGS["config"]
+  return flag.config_filename if isinstance(flag, _ConfigFlag) else ""
+
+
 def _take_overrides(argv):
   """Returns (argv without --config.KEY=VALUE, {key: value})."""
   if "config" not in flags.FLAGS:

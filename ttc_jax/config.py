@@ -91,14 +91,17 @@ def default() -> ml_collections.ConfigDict:
   c.tune_norm = True          # in stage 2
   c.tune = "channels"         # rows: the kernel's selected rows (Table 7)
 
-  # The other methods, as published; k and scale are SCT's too.
+  # The other methods, as published; k, blocks and scale are SCT's too.
   c.adapter = ml_collections.ConfigDict(dict(
-      width=8, placement="parallel",     # or pfeiffer, houlsby
-      activation="relu",
-      # None: 0.1 for parallel, as AdaptFormer; else 1, as Houlsby, Pfeiffer.
-      scale=config_dict.placeholder(float)))
+      width=8, placement="parallel",     # or pfeiffer, houlsby, noah
+      activation="relu",                 # silu; GELU: exact, tanh, quick
+      # None: 0.1 for parallel, as AdaptFormer; else 1.
+      scale=config_dict.placeholder(float),
+      dropout=0.0))                      # of the hidden units
   c.lora = ml_collections.ConfigDict(dict(
-      rank=8, alpha=8.0, sites=("q", "v")))
+      rank=8, alpha=8.0, sites=("q", "v"),
+      shared=False,                      # one A for q, k and v of a block
+      dropout=0.0))                      # of the input
   c.vpt = ml_collections.ConfigDict(dict(prompts=10, dropout=0.1))
   c.ssf = ml_collections.ConfigDict(dict(spread=0.02))  # around 1 and 0
   c.sct = ml_collections.ConfigDict(dict(
@@ -107,6 +110,8 @@ def default() -> ml_collections.ConfigDict:
   c.noah = ml_collections.ConfigDict(dict(
       prompts=(0, 5, 10), rank=(0, 4, 8), width=(0, 4, 8),  # sizes of a block
       budget=0,                          # parameters; 0: half of the largest
+      released=False,                    # the network of the authors' code
+      dropout=0.0,                       # of all three modules
       population=50, generations=15, parents=10,
       mutations=25, crossovers=25, mutation_rate=0.2))
 

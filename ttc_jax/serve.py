@@ -1,5 +1,7 @@
 """Many tasks on one backbone in memory: bundles served by name.
 
+This is a library; there is no server process.
+
   model = ttc_jax.serve.load("ViT-B_16.npz")
   model.add("pets", "runs/pets/runs/RUN/bundle")
   model.add("cars", "cars.safetensors")
@@ -8,13 +10,13 @@
 
 A batch of many tasks passes the backbone once: each image has tuned leaves of
 its own (`jax.vmap`), the frozen kernels are shared, so their products are as
-large as those of one task. Tasks go together that agree in method and options,
-image size, normalisation and dtype; a call makes one pass for each such group.
-Tasks that tune whole kernels (`full`) or are merged go alone.
+large as those of one task. Tasks with the same method, options, image size,
+normalisation and dtype form a group; a call makes one pass for each group.
+Tasks that tune whole kernels (`full`) or are merged form groups of one.
 
 Programs are compiled for batches and numbers of tasks that are powers of two,
-and for class counts that are multiples of 64: a task or batch more compiles
-nothing until it passes the next.
+and for class counts that are multiples of 64: another task or a larger batch
+compiles nothing until it passes the next of these numbers.
 """
 from collections.abc import Sequence
 import functools
@@ -41,10 +43,10 @@ class Task(NamedTuple):
   """A bundle on its base.
 
   Attributes:
-    base: which of the served model's bases it is on.
-    group: what tasks must share to pass the backbone together.
+    base: key of the base, among those of the server.
+    group: key that is equal for tasks that can pass the backbone together.
     tuned, buffers: {name: array}, what differs from the base.
-    meta: the bundle's.
+    meta: the bundle's metadata.
   """
   model: Model
   base: str
@@ -55,7 +57,12 @@ class Task(NamedTuple):
 
 
 class Group(NamedTuple):
-  """Tasks of one program: their leaves stacked, on every device."""
+  """Tasks of one program.
+
+  Attributes:
+    rows: {task: its row in `stacked`}.
+    stacked: {name: the tasks' leaves, one a row}, on every device.
+  """
   model: Model
   base: str
   rows: dict[str, int]
@@ -63,8 +70,9 @@ class Group(NamedTuple):
 
 
 class ModelServer:
-  """A backbone and the tasks that were added to it. Threads may share it: a
-  call works on the tasks that there are when it begins.
+  """A backbone and the tasks that were added to it.
+
+  Threads may share it: a call uses the tasks of the moment when it begins.
 
   Attributes:
     source, sha256: of the base weights.
@@ -74,34 +82,40 @@ class ModelServer:
   def __init__(self, source: str, batch_size: int = 64):
     if batch_size < 1:
       raise UserError(f"batch_size is {batch_size}; give 1 or more")
-    self.source, self.sha256 = source, predict.hash_of(source)
+    self.source, self.sha256 = source, predict.base.sha256(source)
     self.batch_size = batch_size
     self._lock = threading.RLock()
-    self._bases = {}  # {key: (module, parameters on the host, on devices)}
-    self._tasks, self._groups = {}, None
+    # {key: (module, parameters on the host, on devices)}
+    self._bases: dict[str, tuple[Any, Flat, Flat]] = {}
+    self._tasks: dict[str, Task] = {}
+    self._groups: dict[tuple, Group] | None = None
 
   @property
   def tasks(self) -> dict[str, list[str]]:
-    """{name: its classes}."""
+    """Returns {task: names of its classes}."""
     return {name: task.meta["classes"] for name, task in self._tasks.items()}
 
   def add(self, name: str, bundle: str, replace: bool = False,
           merge: bool = False) -> None:
-    """Serves a bundle under a name.
+    """Adds a bundle as a task.
 
     Args:
+      name: of the task.
       bundle: the folder that a run wrote, or a packed file.
-      replace: takes the place of a task of that name.
-      merge: folds the adapter into kernels of the task's own where that is
-        exact: as fast as the bare backbone, but alone in its pass, and with a
-        copy in memory of what it changes.
+      replace: replaces the task of that name, if there is one.
+      merge: folds the adapter into the task's own copies of the kernels, where
+        that is exact: as fast as the bare backbone, but in a pass of its own,
+        and the copies need memory.
+
+    Example:
+      model.add("pets", "pets.safetensors")
 
     Raises:
       UserError: the name is taken; no bundle; another base, both hashes named.
     """
     saved = bundles.load(bundle)
     meta = saved.meta
-    predict.check_base(bundle, meta, self.source, self.sha256)
+    predict.base.check(bundle, meta, self.source, self.sha256)
     with self._lock:
       if name in self._tasks and not replace:
         raise UserError(f"a task is already called {name!r}; give another name "
@@ -124,7 +138,7 @@ class ModelServer:
       self._groups = None
 
   def remove(self, name: str) -> None:
-    """Forgets a task."""
+    """Removes a task; UserError if there is none of that name."""
     with self._lock:
       check_known("task", name, self._tasks)
       self._tasks = {n: t for n, t in self._tasks.items() if n != name}
@@ -132,15 +146,22 @@ class ModelServer:
 
   def predict(self, images: Sequence[Any],
               task: str | Sequence[str]) -> np.ndarray | list[np.ndarray]:
-    """Probabilities of images.
+    """Returns probabilities of images.
 
     Args:
       images: uint8 (N, S, S, 3), or a sequence of uint8 arrays (H, W, 3), PIL
         images and paths, which are resized as in the task's training.
-      task: of all of them, or one name for each.
+      task: one name for all images, or one for each.
 
     Returns:
-      (N, C), classes as in `tasks`; for many names a list of N arrays (C_i,).
+      (N, C), classes as in `tasks`; for a sequence of names a list of N arrays
+      (C_i,).
+
+    Example:
+      pets, cars = model.predict(["a.jpg", "b.jpg"], task=["pets", "cars"])
+
+    Raises:
+      UserError: unknown task; images that cannot be read.
     """
     if isinstance(images, (str, bytes, os.PathLike)):
       raise UserError(f"images are {images!r}; expected a sequence of them")
@@ -151,7 +172,7 @@ class ModelServer:
                       "give one name, or one for each image")
     for name in {task} if isinstance(task, str) else set(names):
       check_known("task", name, tasks)
-    out = [None] * len(names)
+    out: list[Any] = [None] * len(names)
     for key, group in groups.items():
       at = [i for i, name in enumerate(names) if tasks[name].group == key]
       if at:
@@ -159,7 +180,8 @@ class ModelServer:
             images[i], meta["image_size"], meta["resample"])
                            for i in at for meta in (tasks[names[i]].meta,)])
         rows = np.asarray([group.rows[names[i]] for i in at], np.int32)
-        for i, logits in zip(at, self._logits(group, rows, pixels)):
+        for i, logits in zip(
+            at, self._logits(group, rows, pixels), strict=True):
           out[i] = scipy.special.softmax(
               logits[:len(tasks[names[i]].meta["classes"])])
     if isinstance(task, str):
@@ -169,30 +191,39 @@ class ModelServer:
 
   def classify(self, images: Sequence[Any], task: str | Sequence[str],
                top: int = 1) -> list[list[tuple[str, float]]]:
-    """The likeliest classes of each image: [(class, probability), ...]."""
+    """Returns the `top` likeliest classes of each image.
+
+    Example:
+      [[(name, probability)]] = model.classify(["a.jpg"], task="pets")
+
+    Returns:
+      A list [(class, probability), ...] for each image, the likeliest first.
+    """
     task = task if isinstance(task, str) else list(task)
     names = [task] * len(images) if isinstance(task, str) else task
     classes = self.tasks
     return [[(classes[name][i], float(p[i]))
              for i in np.argsort(-p, kind="stable")[:top]]
-            for name, p in zip(names, self.predict(images, task))]
+            for name, p in zip(
+                names, self.predict(images, task), strict=True)]
 
   def _snapshot(self):
-    """-> (tasks, groups), which nothing will change."""
+    """-> (tasks, groups); later calls of `add` make new dictionaries."""
     with self._lock:
       if self._groups is None:
         self._groups = _group(self._tasks)
       return self._tasks, self._groups
 
   def _base(self, meta):
-    """Loads what a bundle is on, if no other is; -> its key."""
+    """Loads the backbone of a bundle unless it is loaded; -> its key."""
     key = json.dumps([meta[k] for k in (
         "backbone", "image_size", "fields", "dtype")], sort_keys=True)
     if key not in self._bases:
-      module, params = predict.base(meta, self.source)
+      module, params = predict.base.load(meta, self.source)
       host = {n: np.asarray(x) for n, x in trees.flatten(params).items()}
       devices = {}
-      for name, x in host.items():  # sizes differ in the positions alone
+      # Backbones of two image sizes differ in the positions alone.
+      for name, x in host.items():
         for _, other, there in self._bases.values():
           if name in other and np.array_equal(other[name], x):
             host[name], devices[name] = other[name], there[name]
@@ -203,7 +234,7 @@ class ModelServer:
     return key
 
   def _logits(self, group, rows, images):
-    """Of one group: (N,), (N, S, S, 3) -> (N, C padded)."""
+    """Rows (N,) of a group, images (N, S, S, 3) -> logits (N, C padded)."""
     one = len(set(rows.tolist())) == 1
     program = functools.partial(
         _program(group.model, one), self._bases[group.base][2], group.stacked)
@@ -212,22 +243,28 @@ class ModelServer:
 
 
 def load(base: str, batch_size: int = 64) -> ModelServer:
-  """Returns a served model without tasks; its weights are read when the first
-  bundle says which backbone they are.
+  """Returns a server without tasks.
+
+  It reads the weights when the first bundle names their backbone.
 
   Args:
     base: source of the weights that the bundles were tuned on.
-    batch_size: images of a pass, at most. A pass of many tasks holds the tuned
-      leaves of each of its images.
+    batch_size: largest number of images of a pass. A pass of many tasks holds
+      the tuned leaves of each of its images.
+
+  Example:
+    model = serve.load("ViT-B_16.npz")
+    model.add("pets", "runs/pets/runs/RUN/bundle")
+    model.predict(images, task="pets")  # (N, C) probabilities
 
   Raises:
-    UserError: there are no such weights.
+    UserError: the weights do not exist or cannot be read.
   """
   return ModelServer(base, batch_size)
 
 
 def _likeness(base, meta, tuned, buffers):
-  """What tasks have in common that can share a program."""
+  """A string that is equal for tasks that can share a program."""
   shapes = [{n: np.shape(x) for n, x in flat.items()
              if not n.startswith("head/")} for flat in (tuned, buffers)]
   return json.dumps([base, meta["method"], meta["options"],
@@ -235,8 +272,8 @@ def _likeness(base, meta, tuned, buffers):
 
 
 def _group(tasks):
-  """Stacks the leaves of tasks that go together."""
-  members = {}
+  """{key: Group}: stacks the leaves of tasks with an equal key."""
+  members: dict[tuple, dict[str, Task]] = {}
   for name, task in tasks.items():
     members.setdefault(task.group, {})[name] = task
   return {key: Group(next(iter(those.values())).model,
@@ -247,7 +284,8 @@ def _group(tasks):
 
 
 def _stack(tasks):
-  """The tasks' leaves, up to a power of two of them, on every device."""
+  """Stacks the tasks' leaves, on every device; the last task fills the rows up
+  to a power of two."""
   capacity = 1 << (len(tasks) - 1).bit_length()
   classes = max(task.tuned["head/bias"].shape[-1] for task in tasks)
   flats = []
@@ -263,12 +301,13 @@ def _stack(tasks):
           for name in flats[0]}
 
 
-@functools.lru_cache(maxsize=None)
-def _program(model, one):
-  """Logits of images under the leaves of their rows.
+@functools.cache
+def _program(model: Model, one: bool):
+  """Pmapped `(base, stacked, rows, images) -> logits` of each image with the
+  leaves of its row.
 
   Args:
-    one: all rows are the same: the leaves are picked once.
+    one: all rows are the same, so the leaves are picked once.
   """
   def logits(base, stacked, row, images):
     picked = trees.unflatten({n: x[row] for n, x in stacked.items()})

@@ -12,7 +12,7 @@ import numpy as np
 from ttc_jax.errors import UserError, printable
 from ttc_jax.report import formats
 from ttc_jax.report import rows as rows_lib
-from ttc_jax.runs.workdir import Expected, Row, WorkDir
+from ttc_jax.runs.workdir import Expected, Row, WorkDir, stem
 
 Pair = tuple[str, str]  # (task, variant)
 _RUN = re.compile(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+")
@@ -100,7 +100,7 @@ def _cell(status, pair, at_work):
   if task in status.missing:
     return "missing"
   done = len(status.done.get(pair, ()))
-  parts = [f"{done}/{status.expected[pair].count}"
+  parts = [f"{done}/{status.expected[pair].runs}"
            if pair in status.expected else str(done)]
   for what, number in (("running", at_work.count(pair)),
                        ("failed", len(status.failed.get(pair, ())))):
@@ -125,7 +125,7 @@ def _line(running):
 def _sum(status):
   done, failed = (sum(map(len, of.values()))
                   for of in (status.done, status.failed))
-  total = sum(expected.count for expected in status.expected.values())
+  total = sum(expected.runs for expected in status.expected.values())
   line = f"{done} of {total} runs" if total else f"{done} runs"
   line += "".join(f", {number} {what}" for what, number in (
       ("running", len(status.running)), ("failed", failed)) if number)
@@ -166,11 +166,11 @@ def _by_pair(objects):
 
 def _running(place, run, pairs: Sequence[Pair], expected):
   """Returns what is known of a run that a process holds."""
-  by_stem = {f"{task.replace('/', '-')}-{variant}": (task, variant)
+  by_stem = {stem(task, variant): (task, variant)
              for task, variant in pairs}
   record = (place.curve(run) or [{}])[-1]
-  stem = _RUN.fullmatch(run)
-  pair = by_stem.get(stem[1]) if stem else None
+  name = _RUN.fullmatch(run)
+  pair = by_stem.get(name[1]) if name else None
   epochs = expected[pair].epochs if pair in expected and "loss" in record else (
       None)
   return Running(run, pair, record, epochs)
@@ -187,6 +187,6 @@ def _seconds_left(expected, done, failed):
   overall = np.mean(sum(times.values(), []))
   left = 0.0
   for pair, runs in expected.items():
-    todo = runs.count - len(done.get(pair, ())) - len(failed.get(pair, ()))
+    todo = runs.runs - len(done.get(pair, ())) - len(failed.get(pair, ()))
     left += max(0, todo) * float(np.mean(times.get(pair[1], overall)))
   return left

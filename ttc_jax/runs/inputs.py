@@ -89,8 +89,6 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
 
 def load_method(config, base: Base) -> methods.Method:
   """Returns the method of a variant, its options resolved for the backbone."""
-  config = config.copy_and_resolve_references()
-  config.k = config.k or base.backbone.default_k
   return methods.load(config.method, config, base.backbone)
 
 

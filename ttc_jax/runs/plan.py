@@ -7,7 +7,7 @@ import ml_collections
 from ttc_jax import checkpoint, methods
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.runs.workdir import Expected
+from ttc_jax.runs.workdir import Expected, stem
 from ttc_jax.tasks import folder
 from ttc_jax.tasks import vtab as vtab_family
 from ttc_jax.tasks.images import NORMALISATIONS
@@ -40,15 +40,14 @@ class Run(NamedTuple):
   @property
   def name(self) -> str:
     """Directory name of the run; the hash distinguishes settings."""
-    task = self.task.replace("/", "-")
-    return (f"{task}-{self.variant}-{self.protocol}-s{self.seed}-"
+    return (f"{stem(self.task, self.variant)}-{self.protocol}-s{self.seed}-"
             f"{checkpoint.digest(self.identity)[:8]}")
 
   @property
   def identity(self) -> dict[str, Any]:
     """JSON of what decides the result, except the weights."""
-    return {"task": self.task, "data": self.data, "protocol": self.protocol,
-            "seed": self.seed, "config": common_keys(self.config),
+    return {"task": self.task, "variant": self.variant, "data": self.data,
+            "protocol": self.protocol, "seed": self.seed, "config": common_keys(self.config),
             "method": self.method.name, "options": self.method.options}
 
 
@@ -105,7 +104,7 @@ def settings(config) -> list[dict[str, float]]:
   if "scale" in methods.options_of(config.method):
     keys.append("scale")
   grid = {k: sorted(config.grid[k]) for k in keys if config.grid[k]}
-  return [dict(zip(grid, values))
+  return [dict(zip(grid, values, strict=True))
           for values in itertools.product(*grid.values())]
 
 

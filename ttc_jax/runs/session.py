@@ -8,7 +8,7 @@ import time
 
 import ml_collections
 
-from ttc_jax import checkpoint, compilation, interrupt, tasks, train
+from ttc_jax import compilation, interrupt, train
 from ttc_jax.config import resolved
 from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
 from ttc_jax.report import best
@@ -55,6 +55,7 @@ class Session:
     self.workdir.adopt(_kept_keys(config, self.base.sha256))
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
+    self._digests: dict[str, set[str]] = {}
     self._decoding: dict[str, threading.Thread] = {}
     self._look()
     self._variants = {task: plan.variants(config, task) for task in self.tasks}
@@ -112,8 +113,7 @@ class Session:
 
   def _is_done(self, task: str) -> bool:
     """Tells whether every variant of a task has the rows that it reports."""
-    rows = [r for r in self.done.values() if r["task"] == task
-            and r["data_digest"] == self.tasks[task].digest]
+    rows = [r for r in self.done.values() if r["task"] == task]
     return all(
         plan.expected(c).reported(r for r in rows if r["variant"] == label)
         for label, c in self._variants[task].items())
@@ -154,9 +154,16 @@ class Session:
                seed: int) -> plan.Run:
     """Returns a run, its configuration and its method's options resolved."""
     config = resolved(config)
-    return plan.Run(task, variant, config,
-                    inputs.load_method(config, self.base), protocol, seed,
-                    self.tasks[task].digest)
+    method = inputs.load_method(config, self.base)
+    data = job.data_digest(self.tasks[task], protocol, method)
+    self._digests.setdefault(task, set()).add(data)
+    return plan.Run(task, variant, config, method, protocol, seed, data)
+
+  def rows(self) -> list[Row]:
+    """Returns the rows that are done, but none of other images of a task."""
+    return [row for row in self.done.values()
+            if row["data_digest"] in self._digests.get(
+                row["task"], {row["data_digest"]})]
 
   def settle(self, run: plan.Run) -> bool:
     """Does a run that no process has done or does.

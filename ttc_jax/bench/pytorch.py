@@ -1,9 +1,9 @@
 """What `bench --against=torch` times: eager PyTorch doing the stage-2 step.
 
 A plain ViT as timm writes it: fused q, k, v, scaled_dot_product_attention,
-nn.GELU, nn.LayerNorm; of Swin, timm's own. Trained are, as by TTC, the norms,
-a K x K map on selected channels after the MLP of the adapted blocks, and the
-head.
+nn.GELU, nn.LayerNorm; for a Swin, timm's own model. As in TTC, training tunes
+the norms, a K x K map on selected channels after the MLP of the adapted blocks,
+and the head.
 """
 from collections.abc import Callable
 import os
@@ -14,16 +14,23 @@ import numpy as np
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.errors import UserError
 
+
+def reason(error: Exception) -> str:
+  """Returns an error as one line, its first 200 characters."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 try:
   import torch
   from torch import nn
   from torch.nn import functional as F
-except ImportError as e:
-  raise UserError("--against=torch needs PyTorch: pip install torch") from e
+except Exception as e:  # ImportError, or what a broken installation raises
+  raise UserError("--against=torch needs PyTorch, which cannot be imported "
+                  f"({reason(e)}): pip install torch") from e
 
 
 class Block(nn.Module):
-  """Pre-LN, with TTC's map on the output of the MLP."""
+  """A pre-LN block with TTC's map on the output of the MLP."""
 
   def __init__(self, width, heads, hidden, gelu, channels):
     super().__init__()
@@ -73,18 +80,25 @@ class ViT(nn.Module):
 
 
 def timm_swin(swin: Any, k: int, classes: int) -> nn.Module:
-  """timm's Swin with TTC's maps on the MLPs of the adapted blocks."""
+  """Returns timm's Swin with TTC's maps on the MLPs of the adapted blocks.
+
+  Raises:
+    UserError: timm is not installed, or cannot be imported.
+  """
   try:
     from timm.models.swin_transformer import SwinTransformer
-  except ImportError as e:
+  except Exception as e:  # beside another torchvision: RuntimeError
     raise UserError(
-        "--against=torch needs timm for a Swin: pip install timm") from e
+        "--against=torch needs timm for a Swin, and it cannot be imported "
+        f"({reason(e)}): pip install timm, and a torchvision that fits "
+        "PyTorch") from e
   model = SwinTransformer(
       img_size=swin.image_size, patch_size=swin.patch, embed_dim=swin.embed,
       depths=swin.depths, window_size=swin.window, num_classes=classes,
       num_heads=tuple(swin.heads * 2 ** s for s in range(len(swin.depths))),
       drop_path_rate=0.0)
-  mlps = [block.mlp for stage in model.layers for block in stage.blocks]
+  stages: Any = model.layers
+  mlps = [block.mlp for stage in stages for block in stage.blocks]
   for mlp in mlps:
     mlp.act = nn.GELU("tanh" if swin.gelu == "tanh" else "none")
   for mlp in mlps[-swin.default_blocks:]:
@@ -102,7 +116,8 @@ def _adapt(fc2, inputs, y):
 
 
 def make_model(backbone: Any, k: int, classes: int) -> nn.Module:
-  """The model, its parameters frozen but for what TTC's stage 2 tunes."""
+  """Returns the model with all parameters frozen that TTC's stage 2 does not
+  tune."""
   make = timm_swin if isinstance(backbone, Swin) else ViT
   model = make(backbone, k, classes)
   for name, parameter in model.named_parameters():
@@ -117,7 +132,7 @@ def make_step(backbone: Any, config: Any, classes: int) -> Callable[[], None]:
   bfloat16 is autocast, as PyTorch users do it: parameters stay float32.
   """
   torch.manual_seed(0)
-  torch.set_num_threads(os.cpu_count())
+  torch.set_num_threads(os.cpu_count() or 1)
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA's default
   model = make_model(backbone, config.k, classes).to(device)
