@@ -77,7 +77,10 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
-    raise UserError(" ".join(str(error).split())) from error
+    text = " ".join(str(error).split())
+    missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
+    raise UserError(f"--{missing[1]} is missing" if missing else text
+                    ) from error
   for path, text in overrides.items():
     config_file.override(flags.FLAGS.config, path, text)
   if "config" in flags.FLAGS and flags.FLAGS.config is not None:

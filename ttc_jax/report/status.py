@@ -84,9 +84,8 @@ def text(status: Status) -> str:
   lines = [["", *variants]] + [
       [task, *(_cell(status, (task, v), at_work) for v in variants)]
       for task in tasks]
-  table = formats.align([[*map(printable, line)] for line in lines])
   parts = [
-      ["  ".join(x).rstrip() for x in table] * bool(tasks),
+      ["  ".join(x).rstrip() for x in formats.align(lines)] * bool(tasks),
       [f"missing: {task}: {why}" for task, why in status.missing.items()],
       [f"running: {_line(r)}" for r in status.running],
       [f"failed: {run}: {f.get('error', 'no reason given')}"
