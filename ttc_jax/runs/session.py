@@ -58,10 +58,10 @@ class Session:
     self._digests: dict[str, set[str]] = {}
     self._decoding: dict[str, threading.Thread] = {}
     self._look()
-    self._variants = {task: plan.variants(config, task) for task in self.tasks}
     self.workdir.write_plan(
-        {task: {label: plan.expected(c) for label, c in variants.items()}
-         for task, variants in self._variants.items()}, self.missing)
+        {task: {label: plan.expected(c)
+                for label, c in plan.variants(config, task).items()}
+         for task in self.tasks}, self.missing)
 
   def _look(self) -> None:
     """Reads what is done by now."""
@@ -88,7 +88,7 @@ class Session:
       interrupt.check()
     self._decode_ahead(next_task)
     settled = all([self._settle_variant(task, label, config)
-                   for label, config in self._variants[task].items()])
+                   for label, config in plan.variants(self.config, task).items()])
     if settled and not self.config.keep_stages and self._is_done(task):
       self.workdir.delete_stages(
           run for run, row in self.done.items() if row["task"] == task)
@@ -116,7 +116,7 @@ class Session:
     rows = [r for r in self.done.values() if r["task"] == task]
     return all(
         plan.expected(c).reported(r for r in rows if r["variant"] == label)
-        for label, c in self._variants[task].items())
+        for label, c in plan.variants(self.config, task).items())
 
   def _settle_variant(self, task: str, variant: str, config) -> bool:
     """Runs a variant's unclaimed runs. Returns True when all are settled."""
