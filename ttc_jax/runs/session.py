@@ -87,8 +87,9 @@ class Session:
       self._decoding[task].join(0.5)
       interrupt.check()
     self._decode_ahead(next_task)
+    variants = plan.variants(self.config, task)
     settled = all([self._settle_variant(task, label, config)
-                   for label, config in plan.variants(self.config, task).items()])
+                   for label, config in variants.items()])
     if settled and not self.config.keep_stages and self._is_done(task):
       self.workdir.delete_stages(
           run for run, row in self.done.items() if row["task"] == task)
