@@ -93,14 +93,24 @@ class StageStore:
         meta=ocp.args.JsonSave(meta))
     with explain_disk_errors(self.path):
       self._manager.save(saved.epoch, args=args, force=True)
+      files.write_text(f"{self.path}.hashes.json", json.dumps(
+          {"epoch": saved.epoch, "files": self._hashes(saved.epoch)}))
 
   def latest_epoch(self) -> int | None:
+    """Returns the epoch of the newest state; None where there is none."""
     return self._manager.latest_step()
 
   def load(self) -> Saved | None:
-    """The newest state; one that is damaged is deleted, aloud."""
+    """Reads the newest state; deletes a damaged one with a warning.
+
+    Raises:
+      UserError: the file system fails; the state may be whole.
+    """
     epoch = self.latest_epoch()
     if epoch is None:
+      return None
+    if not self._files_are_whole(epoch):
+      self._drop(epoch, "its files have changed")
       return None
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),
                               meta=ocp.args.JsonRestore())
@@ -115,17 +125,36 @@ class StageStore:
         raise UserError(
             f"the saved state '{self.path}' cannot be read ({e}); start the "
             "same command again, or delete that folder") from e
-      self._drop(epoch, e)
+      self._drop(epoch, type(e).__name__)
     except Exception as e:  # orbax and tensorstore raise many kinds
-      self._drop(epoch, e)
+      self._drop(epoch, type(e).__name__)
     return None
 
-  def _drop(self, epoch, error) -> None:
+  def _files_are_whole(self, epoch: int) -> bool:
+    """Compares the files with the hashes beside them.
+
+    Orbax reads many files at once, and of damaged ones it prints a traceback
+    each. A process that was killed between the state and its hashes leaves
+    those of an earlier epoch: then only the arrays' digest is compared.
+    """
+    try:
+      with open(f"{self.path}.hashes.json", encoding="utf-8") as file:
+        noted = json.load(file)
+      return (noted["epoch"] != epoch
+              or noted["files"] == self._hashes(epoch))
+    except (OSError, ValueError, LookupError, TypeError):
+      return True
+
+  def _hashes(self, epoch: int) -> dict[str, str]:
+    return files.hashes(os.path.join(self.path, str(epoch)))
+
+  def _drop(self, epoch: int, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
-                    "again", self.path, type(error).__name__)
+                    "again", self.path, why)
     self._manager.delete(epoch)
 
   def close(self) -> None:
+    """Releases the stage for other processes."""
     self._manager.close()
     self._lock.close()
 

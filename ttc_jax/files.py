@@ -102,6 +102,18 @@ def size(path: str) -> int:
              for folder, _, names in os.walk(path) for name in names)
 
 
+def hashes(folder: str) -> dict[str, str]:
+  """Returns {path in the folder: SHA-256, hexadecimal} of all its files."""
+  found = {}
+  for root, _, names in os.walk(folder):
+    for name in names:
+      path = os.path.join(root, name)
+      with open(path, "rb") as file:
+        found[os.path.relpath(path, folder)] = hashlib.file_digest(
+            file, "sha256").hexdigest()
+  return found
+
+
 def write_text(path: str, text: str) -> None:
   """Writes a UTF-8 text file as a whole."""
   with replacing(path) as file:
