@@ -2,6 +2,7 @@
 from collections.abc import Iterator
 import contextlib
 import errno
+import hashlib
 import importlib.util
 import os
 from typing import BinaryIO
