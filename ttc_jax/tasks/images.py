@@ -53,8 +53,15 @@ class Source(NamedTuple):
   key: Callable[[], Iterable[str]] | None = None
 
 
-def normalise(images: Any, how: str) -> Any:
-  """uint8 (..., 3), of numpy or jax, to float32 as the backbone expects it."""
+def normalise(images: Any, how: Any) -> Any:
+  """uint8 (..., 3), of numpy or jax, to float32 as the backbone expects it.
+
+  Args:
+    how: a name, or the pair (mean, std) of the channels of pixels in 0..1.
+  """
+  if isinstance(how, tuple):
+    mean, std = (np.asarray(x, np.float32) for x in how)
+    return (images.astype("float32") / 255 - mean) / std
   errors.check_known("normalisation", how, NORMALISATIONS)
   return NORMALISATIONS[how](images.astype("float32"))
 
