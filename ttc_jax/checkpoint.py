@@ -3,7 +3,8 @@
 It is written by orbax, whole or not at all: into a temporary folder that is
 renamed when it is complete.
 """
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import hashlib
@@ -115,7 +116,8 @@ class StageStore:
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),
                               meta=ocp.args.JsonRestore())
     try:
-      got = self._manager.restore(epoch, args=args)
+      with quiet_reads():
+        got = self._manager.restore(epoch, args=args)
       arrays, meta = unfill(got.arrays), dict(got.meta)
       if meta.pop(_DIGEST, None) != digest_parts(arrays):
         raise ValueError("the arrays are not those that were saved")
@@ -163,6 +165,38 @@ class StageStore:
 
   def __exit__(self, *exc):
     self.close()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+  """Drops what arrives after the loop was closed."""
+
+  def call_soon_threadsafe(self, callback, *args, context=None):
+    try:
+      return super().call_soon_threadsafe(callback, *args, context=context)
+    except RuntimeError:
+      if not self.is_closed():
+        raise
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+
+  def new_event_loop(self):
+    return _Loop()
+
+
+@contextlib.contextmanager
+def quiet_reads() -> Iterator[None]:
+  """Within the block, a damaged file raises one error and prints nothing.
+
+  Orbax closes its loop when the first read fails; each of the other reads
+  would print the traceback of "Event loop is closed".
+  """
+  before = asyncio.get_event_loop_policy()
+  asyncio.set_event_loop_policy(_Policy())
+  try:
+    yield
+  finally:
+    asyncio.set_event_loop_policy(before)
 
 
 # Orbax saves no empty dictionary: a marker stands for it.
