@@ -21,8 +21,9 @@ def watch(workdirs: Sequence[str], every: float) -> None:
   """Prints the progress; on a terminal repeatedly, until Ctrl-C."""
   try:
     while True:
-      shown = "\n\n".join(f"{printable(path)}\n\n{status.text(status.gather(path))}"
-                          for path in workdirs)
+      shown = "\n\n".join(
+          f"{printable(path)}\n\n{status.text(status.gather(path))}"
+          for path in workdirs)
       if not sys.stdout.isatty():
         print(shown)
         return
