@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 
-from ttc_jax import cli, files
+from ttc_jax import cli, files, normalisation
 from ttc_jax.checkpoint import Flat, explain_disk_errors, fill, unfill
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import images
@@ -45,12 +45,19 @@ def _is_sha(value):
   return value == "random" or bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
+def _is_normalisation(value):
+  try:
+    return bool(normalisation.mean_and_std(value))
+  except UserError:
+    return False
+
+
 # What a bundle cannot be used without: a type, and what else must hold.
 _NEEDED: dict[str, tuple[Any, Any]] = {
     "task": (str, bool), "method": (str, bool), "options": (dict, None),
     "backbone": (str, bool), "fields": (dict, None),
     "image_size": (int, lambda n: 0 < n < 10_000),
-    "normalisation": (str, images.NORMALISATIONS.__contains__),
+    "normalisation": (str, _is_normalisation),
     "resample": (str, images.RESAMPLES.__contains__),
     "dtype": (str, lambda v: v in ("float32", "bfloat16")),
     "weights_sha256": (str, _is_sha), "weights_source": (str, bool),

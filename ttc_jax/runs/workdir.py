@@ -248,6 +248,7 @@ class WorkDir:
 
   def write_stages(self, run: str, stages: Sequence[str]) -> None:
     """Notes the stages that a run trains through."""
+    self.folder(run).mkdir(parents=True, exist_ok=True)
     self._write(self.folder(run) / "stages.json", {"stages": list(stages)})
 
   def delete_stages(self, runs: Iterable[str]) -> None:
