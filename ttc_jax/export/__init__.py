@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import cost, files, normalisation, predict, trees
+from ttc_jax import bundles, cost, files, normalisation, predict, trees
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
 from ttc_jax.predict import LoadedModel
