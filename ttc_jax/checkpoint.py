@@ -94,8 +94,6 @@ class StageStore:
         meta=ocp.args.JsonSave(meta))
     with explain_disk_errors(self.path):
       self._manager.save(saved.epoch, args=args, force=True)
-      files.write_text(f"{self.path}.hashes.json", json.dumps(
-          {"epoch": saved.epoch, "files": self._hashes(saved.epoch)}))
 
   def latest_epoch(self) -> int | None:
     """Returns the epoch of the newest state; None where there is none."""
@@ -109,9 +107,6 @@ class StageStore:
     """
     epoch = self.latest_epoch()
     if epoch is None:
-      return None
-    if not self._files_are_whole(epoch):
-      self._drop(epoch, "its files have changed")
       return None
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),
                               meta=ocp.args.JsonRestore())
@@ -131,24 +126,6 @@ class StageStore:
     except Exception as e:  # orbax and tensorstore raise many kinds
       self._drop(epoch, type(e).__name__)
     return None
-
-  def _files_are_whole(self, epoch: int) -> bool:
-    """Compares the files with the hashes beside them.
-
-    Orbax reads many files at once, and of damaged ones it prints a traceback
-    each. A process that was killed between the state and its hashes leaves
-    those of an earlier epoch: then only the arrays' digest is compared.
-    """
-    try:
-      with open(f"{self.path}.hashes.json", encoding="utf-8") as file:
-        noted = json.load(file)
-      return (noted["epoch"] != epoch
-              or noted["files"] == self._hashes(epoch))
-    except (OSError, ValueError, LookupError, TypeError):
-      return True
-
-  def _hashes(self, epoch: int) -> dict[str, str]:
-    return files.hashes(os.path.join(self.path, str(epoch)))
 
   def _drop(self, epoch: int, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
@@ -170,7 +147,8 @@ class StageStore:
 class _Loop(asyncio.SelectorEventLoop):
   """Drops what arrives after the loop was closed."""
 
-  def call_soon_threadsafe(self, callback, *args, context=None):
+  def call_soon_threadsafe(  # type: ignore[override]
+      self, callback: Any, *args: Any, context: Any = None) -> Any:
     try:
       return super().call_soon_threadsafe(callback, *args, context=context)
     except RuntimeError:

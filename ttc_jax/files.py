@@ -2,7 +2,6 @@
 from collections.abc import Iterator
 import contextlib
 import errno
-import hashlib
 import importlib.util
 import os
 from typing import BinaryIO
@@ -101,18 +100,6 @@ def size(path: str) -> int:
   """Returns the bytes of all files in a folder and its subfolders."""
   return sum(os.path.getsize(os.path.join(folder, name))
              for folder, _, names in os.walk(path) for name in names)
-
-
-def hashes(folder: str) -> dict[str, str]:
-  """Returns {path in the folder: SHA-256, hexadecimal} of all its files."""
-  found = {}
-  for root, _, names in os.walk(folder):
-    for name in names:
-      path = os.path.join(root, name)
-      with open(path, "rb") as file:
-        found[os.path.relpath(path, folder)] = hashlib.file_digest(
-            file, "sha256").hexdigest()
-  return found
 
 
 def write_text(path: str, text: str) -> None:
