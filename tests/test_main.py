@@ -22,7 +22,7 @@ from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.errors import UserError
 from ttc_jax.methods import Method
-from ttc_jax.runs.plan import Run
+from ttc_jax.runs.plan import Run, variants
 from ttc_jax.runs.session import Session
 from ttc_jax.runs.workdir import WorkDir
 
@@ -438,7 +438,7 @@ def test_stages_go_when_no_unfinished_run_needs_them(data, weights, tmp_path):
   s = Session(s.config, str(tmp_path / "other"))
   stages = pathlib.Path(s.workdir.stages)
   one, two = (s.make_run("colours", label, c, "final", 0)
-              for label, c in s._variants["colours"].items())
+              for label, c in variants(s.config, "colours").items())
   assert s.settle(one)
   s.workdir.write_stages(two.name, [p.name for p in stages.glob("[!.]*")])
   s.workdir.delete_stages([one.name])

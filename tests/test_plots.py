@@ -47,6 +47,15 @@ def test_files_are_whole_and_the_same_for_the_same_rows(tmp_path):
   np.testing.assert_array_equal(curve.get_xydata(), [[1, 41], [2, 42], [3, 43]])
 
 
+def test_a_name_is_no_formula_and_is_in_the_legend():
+  named = [row("a$b$", variant, seed, 50.0 + seed)
+           for variant in ("_x", "$y^$", "z\x1b") for seed in (0, 1)]
+  axes, = plots.by_task(tables.make(named, "final")).axes
+  axes.figure.canvas.draw()  # a formula would be parsed, and fail
+  assert [t.get_text() for t in axes.get_legend().get_texts()] == [
+      " _x", r"\$y^\$", r"z\x1b"]
+
+
 @pytest.mark.parametrize("interval", [False, True])
 def test_a_dot_is_a_cell_and_a_published_one_is_hollow(interval):
   table = tables.make(

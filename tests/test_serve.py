@@ -116,11 +116,17 @@ def test_ttc_on_vit_b16_takes_less_than_a_megabyte_beside_the_head(tmp_path):
 
 
 def rewrite(path, change):
-  """Changes the tensors and the metadata of a packed file."""
+  """Changes the tensors and the metadata of a packed file, and signs it."""
   tensors = safetensors.numpy.load_file(path)
   with safetensors.safe_open(path, framework="numpy") as file:
     meta = json.loads(file.metadata()["ttc_jax_bundle"])
   change(tensors, meta)
+  del meta["sha256"]
+  parts = {part: {name.removeprefix(f"{part}/"): x
+                  for name, x in tensors.items() if name.startswith(part)}
+           for part in ("tuned", "buffers")}
+  meta["sha256"] = bundles.digest(bundles.Bundle(
+      **parts, meta={k: v for k, v in meta.items() if k != "format"}))
   safetensors.numpy.save_file(
       tensors, path, {"ttc_jax_bundle": json.dumps(meta)})
 
@@ -142,6 +148,11 @@ def take(name):
     (put("meta", "method", 3), "'method'"),
     (put("meta", "method", "tcc"), "did you mean ttc"),
     (put("meta", "classes", []), "'classes'"),
+    (put("meta", "normalisation", "quarter"), "'normalisation'"),
+    (put("meta", "normalisation", {"mean": [0, 0, 0], "std": [1, 0, 1]}),
+     "'normalisation'"),
+    (put("meta", "normalisation", {"mean": [0, 0], "std": [1, 1]}),
+     "'normalisation'"),
     (put("meta", "classes", ["a", "b"]), r"\(3,\), expected \(2,\)"),
     (put("meta", "weights_sha256", "abc"), "'weights_sha256'"),
     (put("meta", "options", {}), "its options are not those of ttc"),

@@ -46,7 +46,7 @@ def workdir(tmp_path):
 
 def test_what_is_done_at_work_failed_and_to_do(workdir):
   found = status.gather(str(workdir))
-  assert {pair: runs.count for pair, runs in found.expected.items()} == {
+  assert {pair: runs.runs for pair, runs in found.expected.items()} == {
       ("a", "ttc"): 4, ("a", "my-linear"): 2, ("b/c", "ttc"): 4,
       ("b/c", "my-linear"): 2}
   assert {pair: set(runs) for pair, runs in found.done.items()} == {

@@ -687,33 +687,6 @@ def test_an_image_that_vanishes_is_named(load, data):
     task.split("val")
 
 
-# Normalisation.
-
-@pytest.mark.parametrize("how, want", [
-    ("half", [-1.0, 0.6, 1.0]), ("none", [0.0, 0.8, 1.0]),
-    ("imagenet", [-2.117904, 1.535714, 2.64])])
-def test_normalise_by_hand(how, want):
-  pixels = np.array([[0, 204, 255]], np.uint8)
-  got = images.normalise(pixels, how)
-  assert got.dtype == np.float32
-  np.testing.assert_allclose(got, [want], atol=2e-6)
-
-
-@pytest.mark.parametrize("how", sorted(images.NORMALISATIONS))
-def test_normalise_is_the_same_in_jax(how):
-  jnp = pytest.importorskip("jax.numpy")
-  pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 11
-  got = images.normalise(jnp.asarray(pixels), how)
-  assert got.dtype == np.float32 and not isinstance(got, np.ndarray)
-  np.testing.assert_allclose(got, images.normalise(pixels, how), rtol=1e-5,
-                             atol=1e-6)
-
-
-def test_unknown_normalisation_is_refused():
-  with pytest.raises(errors.UserError, match="did you mean imagenet"):
-    images.normalise(np.zeros(3, np.uint8), "imagenett")
-
-
 # Digits and real folders.
 
 def test_digits_are_scikit_learns_split_once_each():

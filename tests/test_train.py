@@ -159,13 +159,13 @@ def test_schedule_from_its_start_to_its_floor_is_the_formula():
   """With traced ends, so that another schedule compiles nothing."""
   lr, start, floor, warmup, steps = 0.01, 1e-4, 1e-3, 10, 100
   ours = jax.jit(lambda step, *ends: optim.warmup_cosine(*ends)(step))
-  for step in range(steps):
-    if step < warmup:
-      want = start + (lr - start) * (step + 1) / warmup
+  for i in range(steps):
+    if i < warmup:
+      want = start + (lr - start) * (i + 1) / warmup
     else:
-      share = (step - warmup) / (steps - warmup)
+      share = (i - warmup) / (steps - warmup)
       want = floor + (lr - floor) * (1 + np.cos(np.pi * share)) / 2
-    got = ours(step, lr, steps, warmup, start, floor)
+    got = ours(i, lr, steps, warmup, start, floor)
     np.testing.assert_allclose(got, want, rtol=1e-5)
   assert ours._cache_size() == 1
 

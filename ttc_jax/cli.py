@@ -77,7 +77,10 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
-    raise UserError(" ".join(str(error).split())) from error
+    text = " ".join(str(error).split())
+    missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
+    raise UserError(f"--{missing[1]} is missing" if missing else text
+                    ) from error
   for path, text in overrides.items():
     config_file.override(flags.FLAGS.config, path, text)
   if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -110,6 +113,12 @@ def define_config() -> flags.FlagHolder:
   return flags.DEFINE_flag(_ConfigFlag(
       flags.ArgumentParser(), flags.ArgumentSerializer(), "config", None,
       "configuration, FILE[:key=value,...]; --config.KEY=VALUE sets a key"))
+
+
+def config_filename() -> str:
+  """Returns the file of --config."""
+  flag = flags.FLAGS["config"]
+  return flag.config_filename if isinstance(flag, _ConfigFlag) else ""
 
 
 def _take_overrides(argv):

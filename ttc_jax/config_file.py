@@ -8,6 +8,7 @@ Every mistake is one sentence that names the file and the line.
 import ast
 import math
 import os
+import re
 import traceback
 import types
 from typing import Any
@@ -75,9 +76,13 @@ def _line(error, file):
 
 
 def _reason(error):
-  text = str(error.msg if isinstance(error, SyntaxError) else error)
-  text = " ".join(text.replace("\\n", " ").replace("\\", "").split())
-  return f"{type(error).__name__}: {text.strip(chr(34) + chr(39))}"
+  text = error.msg if isinstance(error, SyntaxError) else error
+  while isinstance(text, (AttributeError, KeyError)) and text.args:
+    text = text.args[0]  # a KeyError's text is in quotes; ConfigDict nests two
+  # ml_collections lists all keys.
+  text = re.sub(r"Other fields present: .*?(Did you mean|$)", r"\1", str(text),
+                flags=re.DOTALL)
+  return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 def _check_keys(file, config):

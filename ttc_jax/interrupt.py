@@ -4,9 +4,12 @@ What a signal does depends on what the process is doing:
 
   `starting`  imports: the process ends at once.
   `ending`    a command: the main thread gets an exception, so that temporary
-              files are removed; after a grace period the process ends anyway.
-  `listen`    training: a request, which `check` answers when the epoch in
-              progress is saved; a second signal ends the process at once.
+              files are removed.
+  `listen`    training: a request; `check` raises Stopped when the epoch in
+              progress is saved.
+
+A second signal ends the process at once. So does a grace period in which the
+main thread did not get to it (it compiles, say), unless an epoch is `held`.
 
 A Python signal handler alone cannot do this: it runs in the main thread only,
 between bytecodes, so never during a long XLA call; and an exception that it
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 from types import FrameType
@@ -29,8 +33,10 @@ _GRACE_SECONDS = 5.0
 
 _received: list[int] = []  # numbers of the signals since the last `_handle`
 _asked = threading.Event()
+_answered = threading.Event()
+_number = [0]  # of the first signal
 _holds = [0]
-_watching: list[int] = []
+_wakeup: list[int] = []
 
 
 # --- What a signal does -------------------------------------------------------
@@ -56,13 +62,15 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
   """Sets the handlers; signals that were ignored (nohup) stay so."""
   _received.clear()
   _asked.clear()
+  _answered.clear()
   for number in _SIGNALS:
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, handler)
 
 
 def _leave_now(number, frame):
-  leave(number)
+  _number[0] = number
+  leave(128 + number)
 
 
 def _raise(number, frame):
@@ -75,21 +83,28 @@ def _ask(number, frame):
   if not _asked.is_set():
     _number[0] = number
     _asked.set()
+  _leave_dead_terminals()
 
 
-_number = [0]
+def _leave_dead_terminals():
+  """Makes writes to a terminal that was closed (SIGHUP) no error."""
+  for descriptor in (1, 2):
+    with contextlib.suppress(OSError):
+      mode = os.fstat(descriptor).st_mode
+      if stat.S_ISCHR(mode) and not os.isatty(descriptor):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 # --- The thread ---------------------------------------------------------------
 
 def _watch() -> None:
   """Starts the thread that sees signals while the main thread is in XLA."""
-  if not _watching:
+  if not _wakeup:
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
-    _watching.append(sender)
+    _wakeup.append(sender)
     threading.Thread(target=_read, args=(receiver,), daemon=True).start()
-  signal.set_wakeup_fd(_watching[0], warn_on_full_buffer=False)
+  signal.set_wakeup_fd(_wakeup[0], warn_on_full_buffer=False)
 
 
 def _read(receiver):
@@ -100,24 +115,34 @@ def _read(receiver):
       continue
     _received.append(number)
     if len(_received) > 1:
-      leave(number)
+      leave(128 + number)
     _ask(number, None)
-    if handler is _raise:
-      threading.Timer(_GRACE_SECONDS, _leave_late, [number]).start()
-    elif sys.stderr.isatty():
+    if handler is _ask and _holds[0] and sys.stderr.isatty():
       print(f"\n{_name(number)}: this epoch ends and is saved first; once more "
             "ends at once", file=sys.stderr, flush=True)
+    _leave_later(_GRACE_SECONDS, handler)
 
 
-def _leave_late(number):
-  if _received and signal.getsignal(number) is _raise:
-    leave(number)
+def _leave_later(seconds, handler):
+  """Ends the process after so many seconds if nothing else ends it."""
+  def leave_now():
+    if signal.getsignal(_number[0]) is not handler or _answered.is_set():
+      return
+    if _holds[0]:
+      _leave_later(1.0, handler)
+    else:
+      leave(exit_code() if handler is _ask else 128 + _number[0])
+  timer = threading.Timer(seconds, leave_now)
+  timer.daemon = True
+  timer.start()
 
 
-def leave(number: int) -> None:
-  """Ends the process with code 128 + `number`; what was saved is kept."""
-  os.write(2, f"ended by {_name(number)}\n".encode())
-  os._exit(128 + number)
+def leave(code: int) -> None:
+  """Ends the process at once; saved epochs and finished rows are kept."""
+  with contextlib.suppress(OSError):
+    os.write(2, f"ended by {_name(_number[0])}; start the same command again "
+             "to go on\n".encode())
+  os._exit(code)
 
 
 def _name(number):
@@ -134,6 +159,8 @@ def asked() -> bool:
 def check() -> None:
   """Raises Stopped if this process was asked to end, unless `held`."""
   if _asked.is_set() and not _holds[0]:
+    if threading.current_thread() is threading.main_thread():
+      _answered.set()
     raise Stopped(f"stopped by {_name(_number[0])}")
 
 

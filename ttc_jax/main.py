@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def default_workdir(config, config_file: str) -> str:
   """Returns a folder of checkpoints/runs named after the configuration."""
-  stem = os.path.splitext(os.path.basename(config_file.split(":")[0]))[0]
+  stem = os.path.splitext(os.path.basename(config_file))[0]
   key = checkpoint.digest(json.loads(config.to_json_best_effort()))[:8]
   return os.path.join("checkpoints", "runs", f"{stem}-{key}")
 
@@ -36,8 +36,7 @@ def main(argv: list[str]) -> int:
   config = _CONFIG.value
   if config.plots:
     from ttc_jax import plots  # noqa: F401  an extra; missed before long work
-  workdir = _WORKDIR.value or default_workdir(
-      config, flags.FLAGS["config"].config_filename)
+  workdir = _WORKDIR.value or default_workdir(config, cli.config_filename())
   interrupt.listen()
   session = Session(config, workdir, functools.partial(print, flush=True))
   for task, why in session.missing.items():

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttc_jax import taps
-from ttc_jax.tasks.images import normalise
+from ttc_jax import normalisation, taps
 
 Params = dict[str, Any]
 
@@ -16,7 +15,7 @@ class Model(NamedTuple):
 
   Attributes:
     backbone: the backbone's Linen module; None if the inputs are its features.
-    normalisation: a name of `tasks.images.NORMALISATIONS`.
+    normalisation: see the module `normalisation`.
     handlers: ((site, handler), ...) of the method.
     start: number of the first block that runs; above 0 the inputs are the
       tokens that enter it.
@@ -49,7 +48,7 @@ class Model(NamedTuple):
       tap = taps.chain(tap, extra_tap)
     train = key is not None
     if not self.start:
-      images = normalise(images, self.normalisation)
+      images = normalisation.apply(images, self.normalisation)
     start = {"start": self.start} if self.start else {}
     return self.backbone.apply(
         {"params": params["backbone"]}, images, mask=mask, tap=tap,

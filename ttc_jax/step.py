@@ -37,6 +37,9 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   return Plan(*(config[field] for field in Plan._fields))
 
 
+Number = Any  # a scalar: numpy's, or traced
+
+
 class Hyper(NamedTuple):
   """Numbers in which runs differ without another compilation.
 
@@ -44,13 +47,13 @@ class Hyper(NamedTuple):
     warmup, steps: optimiser steps of the stage.
     classes: of the task; the head's columns beyond are padding.
   """
-  lr: float
-  weight_decay: float
-  warmup: int
-  steps: int
-  classes: int
-  warmup_lr: float
-  min_lr: float
+  lr: Number
+  weight_decay: Number
+  warmup: Number
+  steps: Number
+  classes: Number
+  warmup_lr: Number
+  min_lr: Number
 
 
 def make_hyper(config: ml_collections.ConfigDict, steps_per_epoch: int,
@@ -132,7 +135,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
 
 
 @functools.cache
-def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
+def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Any:
   """Returns the pmapped epoch: shuffling and all its steps in one dispatch.
 
   `epoch_fn(learner, fixed, data, key, epoch) -> (learner, losses)`: `data` is
@@ -172,7 +175,7 @@ def make_init_fn(rules: trees.Rules, optimiser: str) -> Callable:
   def init_fn(tuned, frozen):
     params = trees.join(tuned, frozen)
     return optim.make_tx(
-        trees.label(params, rules), lambda step: 0.0, 0.0,
+        trees.label(params, rules), lambda step: jnp.zeros(()), 0.0,
         optimiser=optimiser).init(params)
   return parallel.pmap(init_fn)
 

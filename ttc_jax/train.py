@@ -139,9 +139,12 @@ class Clock(NamedTuple):
 
   def plus(self, other: "Clock") -> "Clock":
     """Returns the sums, and the larger memory."""
-    sums = Clock(*(a + b for a, b in zip(self, other, strict=True)))
-    return sums._replace(
-        memory_bytes=max(self.memory_bytes, other.memory_bytes))
+    return Clock(
+        self.seconds + other.seconds,
+        self.prepare_seconds + other.prepare_seconds,
+        self.compile_seconds + other.compile_seconds,
+        self.images + other.images,
+        max(self.memory_bytes, other.memory_bytes))
 
 
 def with_handlers(job: Job, state: State) -> Model:
@@ -255,7 +258,8 @@ class StageRun:
 
   def _prepared(self, state):
     """(state that the stage starts from, records that `prepare` logged)."""
-    job, log = self.job, []
+    job = self.job
+    log: list[Record] = []
     if not self.stage.prepare:
       return state, log
 
@@ -264,7 +268,7 @@ class StageRun:
       self._report(record)
     adapter, buffers = self.stage.prepare(Context(
         with_handlers(job, state), state.params, state.buffers,
-        job.train.images, job.train.labels, job.seed,
+        np.asarray(job.train.images), job.train.labels, job.seed,
         job.holdout and job.holdout[1], self.store.path, keep))
     params = {**state.params, "adapter": parallel.replicate(adapter)}
     return State(params, parallel.replicate(buffers)), log
@@ -276,7 +280,8 @@ class StageRun:
     once and the rest trains on what it gave: the same numbers, sooner.
     """
     plan, stage = self.plan, self.stage
-    model, params, buffers = with_handlers(self.job, state), *state
+    model, params = with_handlers(self.job, state), state.params
+    buffers = state.buffers
     start = frozen_blocks(model.backbone, params, stage.rules)
     random = (plan.flip or plan.smallest_crop < 1
               or model.backbone.drop_path > 0 or stage.sample)
@@ -338,9 +343,9 @@ class StageRun:
     bad = losses[~np.isfinite(losses)]
     if not bad.size:
       return
-    kept = self.store.latest_epoch()
-    kept = (f"the state after epoch {kept} is kept in '{self.store.path}'"
-            if kept else "no epoch of this stage had been saved")
+    last = self.store.latest_epoch()
+    kept = (f"the state after epoch {last} is kept in '{self.store.path}'"
+            if last else "no epoch of this stage had been saved")
     raise RunError(
         f"training diverged in stage '{self.stage.name}', epoch {epoch + 1} "
         f"of {self.epochs}: the loss or a parameter became {bad[0]}; lower "

@@ -84,9 +84,8 @@ def text(status: Status) -> str:
   lines = [["", *variants]] + [
       [task, *(_cell(status, (task, v), at_work) for v in variants)]
       for task in tasks]
-  table = formats.align([[*map(printable, line)] for line in lines])
   parts = [
-      ["  ".join(x).rstrip() for x in table] * bool(tasks),
+      ["  ".join(x).rstrip() for x in formats.align(lines)] * bool(tasks),
       [f"missing: {task}: {why}" for task, why in status.missing.items()],
       [f"running: {_line(r)}" for r in status.running],
       [f"failed: {run}: {f.get('error', 'no reason given')}"
@@ -101,7 +100,7 @@ def _cell(status, pair, at_work):
   if task in status.missing:
     return "missing"
   done = len(status.done.get(pair, ()))
-  parts = [f"{done}/{status.expected[pair].count}"
+  parts = [f"{done}/{status.expected[pair].runs}"
            if pair in status.expected else str(done)]
   for what, number in (("running", at_work.count(pair)),
                        ("failed", len(status.failed.get(pair, ())))):
@@ -126,7 +125,7 @@ def _line(running):
 def _sum(status):
   done, failed = (sum(map(len, of.values()))
                   for of in (status.done, status.failed))
-  total = sum(expected.count for expected in status.expected.values())
+  total = sum(expected.runs for expected in status.expected.values())
   line = f"{done} of {total} runs" if total else f"{done} runs"
   line += "".join(f", {number} {what}" for what, number in (
       ("running", len(status.running)), ("failed", failed)) if number)
@@ -188,6 +187,6 @@ def _seconds_left(expected, done, failed):
   overall = np.mean(sum(times.values(), []))
   left = 0.0
   for pair, runs in expected.items():
-    todo = runs.count - len(done.get(pair, ())) - len(failed.get(pair, ()))
+    todo = runs.runs - len(done.get(pair, ())) - len(failed.get(pair, ()))
     left += max(0, todo) * float(np.mean(times.get(pair[1], overall)))
   return left

@@ -67,7 +67,7 @@ def make_job(run: Run, base: Base, task: tasks.Task,
   # The method's options enter with the stage that first uses them.
   identity = {
       "task": run.task, "data": run.data, "protocol": run.protocol,
-      "seed": run.seed, "config": common_keys(c), "weights": base.sha256,
+      "seed": run.seed, "config": common_keys(c), "weights": base.source.sha256,
       "devices": len(parallel.devices()), "classes": len(task.classes)}
   return train.Job(
       identity=identity, config=c,

@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from ttc_jax import checkpoint, methods
+from ttc_jax import checkpoint, methods, normalisation
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.runs.workdir import Expected, stem
 from ttc_jax.tasks import folder
 from ttc_jax.tasks import vtab as vtab_family
-from ttc_jax.tasks.images import NORMALISATIONS
 from ttc_jax.vtab import rows as vtab
 
 # Keys that choose which runs there are or where files lie; they change no
@@ -46,9 +45,10 @@ class Run(NamedTuple):
   @property
   def identity(self) -> dict[str, Any]:
     """JSON of what decides the result, except the weights."""
-    return {"task": self.task, "variant": self.variant, "data": self.data, "protocol": self.protocol,
-            "seed": self.seed, "config": common_keys(self.config),
-            "method": self.method.name, "options": self.method.options}
+    return {"task": self.task, "variant": self.variant, "data": self.data,
+            "protocol": self.protocol, "seed": self.seed,
+            "config": common_keys(self.config), "method": self.method.name,
+            "options": self.method.options}
 
 
 def common_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -139,7 +139,8 @@ def check_config(config) -> None:
     try:
       for c in variants(config, task).values():
         check(c)
-        check_known("normalisation", c.normalisation, NORMALISATIONS)
+        if c.normalisation:
+          normalisation.mean_and_std(c.normalisation)
         check_known("method", c.method, methods.names())
     except UserError as error:
       raise UserError(f"of task '{task}': {error}" if task else str(error)

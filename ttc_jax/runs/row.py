@@ -49,7 +49,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
          | _costs(job, outcome, params))
   meta = row | {
       "classes": list(task.classes), "resample": run.config.resample,
-      "weights_source": base.source, "fields": base.backbone.fields}
+      "weights_source": base.source.address, "fields": base.backbone.fields}
   bundles.save(bundle, bundles.Bundle(
       trees.flatten(tuned),
       trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta))
@@ -69,7 +69,7 @@ def _facts(run, base, task, job):
   return {
       "task": run.task, "group": task.group, "method": run.method.name,
       "variant": run.variant, "protocol": run.protocol, "seed": run.seed,
-      "weights": base.file, "weights_sha256": base.sha256,
+      "weights": base.source.name, "weights_sha256": base.source.sha256,
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": run.data, "options": options,
       **{key: options.get(key) for key in ("k", "position", "score", "scale")},

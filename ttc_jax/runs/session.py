@@ -52,16 +52,16 @@ class Session:
     self.tasks, self.missing = inputs.load_tasks(config)
     self.base = inputs.load_base(config)
     inputs.check_runs(config, self.base, self.tasks)
-    self.workdir.adopt(_kept_keys(config, self.base.sha256))
+    self.workdir.adopt(_kept_keys(config, self.base.source.sha256))
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
     self._digests: dict[str, set[str]] = {}
     self._decoding: dict[str, threading.Thread] = {}
     self._look()
-    self._variants = {task: plan.variants(config, task) for task in self.tasks}
     self.workdir.write_plan(
-        {task: {label: plan.expected(c) for label, c in variants.items()}
-         for task, variants in self._variants.items()}, self.missing)
+        {task: {label: plan.expected(c)
+                for label, c in plan.variants(config, task).items()}
+         for task in self.tasks}, self.missing)
 
   def _look(self) -> None:
     """Reads what is done by now."""
@@ -87,8 +87,9 @@ class Session:
       self._decoding[task].join(0.5)
       interrupt.check()
     self._decode_ahead(next_task)
+    variants = plan.variants(self.config, task)
     settled = all([self._settle_variant(task, label, config)
-                   for label, config in self._variants[task].items()])
+                   for label, config in variants.items()])
     if settled and not self.config.keep_stages and self._is_done(task):
       self.workdir.delete_stages(
           run for run, row in self.done.items() if row["task"] == task)
@@ -116,7 +117,7 @@ class Session:
     rows = [r for r in self.done.values() if r["task"] == task]
     return all(
         plan.expected(c).reported(r for r in rows if r["variant"] == label)
-        for label, c in self._variants[task].items())
+        for label, c in plan.variants(self.config, task).items())
 
   def _settle_variant(self, task: str, variant: str, config) -> bool:
     """Runs a variant's unclaimed runs. Returns True when all are settled."""

@@ -47,7 +47,7 @@ class Expected(NamedTuple):
   epochs: int
 
   @property
-  def count(self) -> int:
+  def runs(self) -> int:
     """Number of runs."""
     tried = self.settings if self.protocol == "select" else 0
     return len(self.seeds) + tried
@@ -248,6 +248,7 @@ class WorkDir:
 
   def write_stages(self, run: str, stages: Sequence[str]) -> None:
     """Notes the stages that a run trains through."""
+    self.folder(run).mkdir(parents=True, exist_ok=True)
     self._write(self.folder(run) / "stages.json", {"stages": list(stages)})
 
   def delete_stages(self, runs: Iterable[str]) -> None:

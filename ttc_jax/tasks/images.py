@@ -41,14 +41,6 @@ _CHUNK = 256      # rows in memory at a time while the cache is written
 _TILE = 1024      # side in pixels of what is converted at a time
 _SAMPLE = 64      # rows of a Stream that its digest decodes
 _SHOWN = 20       # damaged images that a sentence lists
-_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-_STD = np.array((0.229, 0.224, 0.225), np.float32)
-
-NORMALISATIONS = {
-    "half": lambda x: (x - 127.5) / 127.5,
-    "imagenet": lambda x: (x / 255 - _MEAN) / _STD,
-    "none": lambda x: x / 255,
-}
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +89,6 @@ class ImageError(errors.DataError):
     super().__init__(f"cannot decode image {what} ({why}): replace the file, "
                      "or leave it out")
     self.what, self.why = what, why
-
-
-def normalise(images: Any, how: str) -> Any:
-  """uint8 (..., 3), of numpy or jax, to float32 as the backbone expects it."""
-  errors.check_known("normalisation", how, NORMALISATIONS)
-  return NORMALISATIONS[how](images.astype("float32"))
 
 
 def read(path: str) -> Image.Image:
