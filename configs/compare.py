@@ -24,7 +24,7 @@ GRID_FULL = (2e-4, 6e-4, 2e-3)
 def get_config(arg=None):
   arg = parse_arg(
       arg, task=("digits", "sprites_location"), data="", backbone="vit_ti16",
-      weights=os.path.normpath(WEIGHTS), size=64, normalisation="half",
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="",
       epochs=4, method=())
   config = default()
   config.tasks, config.data = arg.task, arg.data

@@ -23,7 +23,7 @@ WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
 def get_config(arg=None):
   arg = parse_arg(
       arg, task=("digits", "sprites_location"), data="", backbone="vit_ti16",
-      weights=os.path.normpath(WEIGHTS), size=64, normalisation="half",
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="",
       epochs=6)
   config = default()
   config.tasks, config.data = arg.task, arg.data
