@@ -216,7 +216,8 @@ def _make_resolver(bases: Sequence[str]
   real_folder = functools.cache(os.path.realpath)  # thousands share a few
 
   def find(base, name):
-    parent, last = posixpath.split(name)
+    # The list is UTF-8, and so are the names on the disk: whatever the locale.
+    parent, last = posixpath.split(os.fsdecode(name.encode()))
     try:
       real = os.path.join(real_folder(os.path.join(base, parent)), last)
       mode = os.lstat(real).st_mode
