@@ -13,6 +13,7 @@ import safetensors.numpy
 import scipy.special
 
 from tests import made_bundles
+from tests.command import ROOT, run_command
 from ttc_jax import bundles, methods, predict, serve
 from ttc_jax.backbones import swin, vit
 from ttc_jax.errors import UserError
@@ -226,8 +227,7 @@ def test_weights_are_no_bundle(base):
 
 def test_the_command_packs_and_inspects(base, tmp_path):
   def call(*arguments):
-    return subprocess.run([sys.executable, "-m", "ttc_jax.bundles", *arguments],
-                          capture_output=True, text=True, cwd=tmp_path)
+    return run_command("bundles", *arguments, cwd=tmp_path)
   bundle = made_bundles.make(base["vit_ti8"])
   bundles.save(str(tmp_path / "bundle"), bundle)
   done = call("pack", "bundle", "--out=pets.safetensors")
@@ -381,3 +381,11 @@ def test_the_frozen_products_of_a_mixed_batch_are_those_of_one_task(
                for one in (True, False))
   flops = [p.cost_analysis()["flops"] for p in (one, each)]
   assert flops[1] < 1.05 * flops[0]
+
+
+def test_the_module_says_that_it_is_no_command():
+  done = subprocess.run(
+      [sys.executable, "-m", "ttc_jax.serve", "--bundle=x"], cwd=ROOT,
+      capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "ttc_jax.serve is a Python API" in done.stderr
