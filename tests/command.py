@@ -52,6 +52,26 @@ def run_command(module: str, *args: object, cwd: str | pathlib.Path = ROOT
   return subprocess.CompletedProcess(argv, code, _read(out), _read(err))
 
 
+def start_command(module: str, *args: object, before: str = ""
+                  ) -> subprocess.Popen[str]:
+  """Starts the command in a process of its own, with its streams as pipes.
+
+  Args:
+    module: "main", "report", "weights", ...
+    *args: flags and arguments; each is turned into a string.
+    before: Python code to run first in the process.
+  """
+  argv = [module, *map(str, args)]
+  code = f"""{before}
+import runpy, sys
+sys.argv = {argv!r}
+runpy.run_module("ttc_jax.{module}", run_name="__main__", alter_sys=True)
+"""
+  return subprocess.Popen(
+      [sys.executable, "-c", code], cwd=ROOT, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def _code(run) -> int:
   """Exit code of the interpreter after `run`."""
   try:

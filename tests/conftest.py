@@ -1,5 +1,6 @@
 """Two fake CPU devices, one empty cache for all tests, and a tiny problem."""
 import atexit
+import collections
 import functools
 import importlib.util
 import os
@@ -23,19 +24,29 @@ import jax
 import numpy as np
 import pytest
 
-# Tests of the same shapes compile the same programs.
-jax.config.update("jax_compilation_cache_dir", os.path.join(
-    os.environ["XDG_CACHE_HOME"], "of_tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
 from tests.random_trees import random_tree
 from tests.torch_models import import_timm
-from ttc_jax import backbones
+from ttc_jax import backbones, compilation
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
 from ttc_jax.model import Model, init_head
 from ttc_jax.tasks import Split
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+  """Marks the cases of a sweep as slow, but for the first ones."""
+  seen = collections.Counter()
+  for item in items:
+    if marker := item.get_closest_marker("sweep"):
+      test = item.nodeid.partition("[")[0]
+      seen[test] += 1
+      if seen[test] > marker.kwargs.get("keep", 1):
+        item.add_marker("slow")
+
+
+# Tests of the same shapes, and the commands that they start, share programs.
+compilation.start("")
 
 WIDTH, DEPTH, CLASSES, SIZE = 16, 3, 4, 8
 

@@ -8,12 +8,15 @@ ROOT = pathlib.Path(__file__).parent.parent / "ttc_jax"
 
 # Lower imports higher never; a module may import those of smaller level.
 LEVELS = {
-    "errors": 0, "files": 1, "interrupt": 1, "trees": 1, "parallel": 1,
-    "augment": 1, "config": 1, "cli": 1, "vtab/rows": 1, "vtab/facts": 1,
+    "errors": 0, "normalisation": 1, "files": 1, "interrupt": 1, "trees": 1,
+    "parallel": 1, "augment": 1, "config": 1, "vtab/rows": 1, "vtab/facts": 1,
+    "config_file": 2, "cli": 3,
     "compilation": 2, "tasks": 2, "backbones": 2, "optim": 2, "presets": 2,
+    "runs/workdir": 2,
     "weights": 3, "taps": 3, "vtab": 3, "model": 4, "checkpoint": 4,
-    "cost": 5, "evaluate": 5, "importance": 5, "bundles": 6, "methods": 6,
-    "train": 7, "runs": 8, "report": 9, "plots": 10, "predict": 10,
+    "step": 5, "cost": 5, "evaluate": 5, "importance": 5,
+    "bundles": 6, "methods": 6,
+    "train": 7, "report": 7, "runs": 8, "plots": 10, "predict": 10,
     "serve": 11, "export": 11, "bench/pytorch": 3, "bench": 9, "main": 12,
 }
 

@@ -13,7 +13,6 @@ from tests.command import run_command
 from ttc_jax import bundles, checkpoint, errors, export, predict, serve
 from ttc_jax.backbones import swin, vit
 from ttc_jax.errors import UserError, printable
-from ttc_jax.tasks import images
 from ttc_jax.weights import sources
 
 SIZE = made_bundles.SIZE
@@ -188,7 +187,7 @@ def test_real_models_are_within_the_bounds():
 # --- Normalisation ------------------------------------------------------------
 
 def test_a_normalisation_may_be_numbers(base, tmp_path):
-  numbers = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+  numbers = "0.485,0.456,0.406/0.229,0.224,0.225"
   rng = np.random.default_rng(0)
   pictures = rng.integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
   found = []
@@ -200,12 +199,8 @@ def test_a_normalisation_may_be_numbers(base, tmp_path):
     np.testing.assert_allclose(
         server.predict(pictures, task="x"), found[-1], atol=1e-5)
     assert export.preprocessing(bundles.load(path).meta)["mean"] == (
-        numbers["mean"])
+        [0.485, 0.456, 0.406])
   np.testing.assert_allclose(*found, atol=1e-6)
-  np.testing.assert_allclose(
-      images.normalise(pictures, bundles.normalisation(
-          {"normalisation": numbers})),
-      images.normalise(pictures, "imagenet"), atol=1e-6)
 
 
 # --- What is printed ----------------------------------------------------------

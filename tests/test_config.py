@@ -1,8 +1,8 @@
 import pytest
 
 from ttc_jax import config as config_lib
+from ttc_jax import methods
 from ttc_jax.errors import UserError
-from ttc_jax.methods import Method
 from ttc_jax.runs import plan as jobs
 
 KNOWN = dict(task=("all",), lr=0.1, size=224, method="ttc", runlocal=False)
@@ -29,7 +29,21 @@ def test_a_list_goes_on_until_the_next_key():
   assert got["method"] == "linear" and got["runlocal"]
 
 
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_quoted_value_may_hold_commas_blanks_colons_and_equals_signs(quote):
+  odd = "/data/cats, dogs: x=1"
+  got = parse(f"method={quote}{odd}{quote},task=a,{quote}{odd}{quote},size=3")
+  assert (got["method"], got["task"], got["size"]) == (odd, ("a", odd), 3)
+
+
+@pytest.mark.parametrize("value", ["/it's here", 'a"b', "a: b", "a=b", "'", ""])
+def test_a_value_without_a_comma_needs_no_quotes(value):
+  assert parse(f"method={value},size=3") == KNOWN | {"method": value, "size": 3}
+
+
 @pytest.mark.parametrize("text,message", [
+    ("lr=inf", "'lr=inf': expected float"), ("lr=nan", "expected float"),
+    ("method='a,b", "unknown config argument 'b'"), ("method='a,b'c", "b'c"),
     ("methd=ttc", "unknown config argument 'methd': did you mean method"),
     ("method=ttc,oops", "unknown config argument 'oops'"),
     ("size=big", "'size=big': expected int"),
@@ -63,6 +77,11 @@ def test_settings_are_the_grid_smallest_first():
     ("epochs", 0, "config.epochs is 0"),
     ("lr", -1.0, "config.lr is -1.0"),
     ("lr", float("nan"), "config.lr is nan"),
+    ("lr", float("inf"), "config.lr is inf"), ("lr", None, "config.lr is None"),
+    ("scale", float("-inf"), "config.scale is -inf; give a finite number"),
+    ("save_seconds", float("inf"), "config.save_seconds is inf"),
+    ("grid", dict(lr=(1.0, float("inf"))), "config.grid.lr is"),
+    ("epochs", None, "config.epochs is None; give a value, as 50"),
     ("drop_path", 1.0, "config.drop_path"),
     ("smallest_crop", 0.0, "config.smallest_crop"),
     ("dtype", "float16", "unknown dtype"),
@@ -79,6 +98,12 @@ def test_values_that_cannot_be_are_refused(key, value, message):
   c[key] = value
   with pytest.raises(UserError, match=message):
     config_lib.check(c)
+
+
+def test_a_default_cannot_be_misspelt():
+  for holder in (config_lib.default(), config_lib.default().grid):
+    with pytest.raises(AttributeError, match="lrs"):
+      holder.lrs = 1.0
 
 
 def test_variants_cannot_set_what_all_share():
@@ -139,13 +164,13 @@ def test_a_variant_s_settings_win_over_a_task_s_and_its_own_over_both():
   assert values("svhn", "b") == (c.lr, c.epochs, c.weight_decay)
 
 
-def test_a_run_is_named_by_its_values_not_by_where_they_came_from():
+def test_a_run_is_named_by_its_values_not_by_where_they_came_from(vit):
   def name(lr, per_task):
     c = config_lib.default()
-    c.lr, c.per_task = lr, per_task
+    c.lr, c.per_task, c.k = lr, per_task, 4
     c = jobs.variants(c, "dtd")["ttc"]
-    method = Method((), "ttc", {"scale": c.scale})
-    return jobs.Run("dtd", "ttc", c, method, "final", 0, "digest").name
+    return jobs.Run("dtd", "ttc", c, methods.load("ttc", c, vit), "final", 0,
+                    "digest").name
   plain = name(0.5, {})
   assert plain == name(0.1, {"dtd": dict(lr=0.5), "svhn": dict(lr=0.7)})
   assert plain != name(0.5, {"dtd": dict(scale=0.5)})

@@ -316,6 +316,7 @@ def loader(request, tmp_path_factory):
 
 
 # What PyTorch and orbax say beside their error; orbax's threads outlive theirs.
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning")

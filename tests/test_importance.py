@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.conftest import DEPTH, WIDTH
 from ttc_jax import importance, parallel, taps, trees
 from ttc_jax.errors import RunError, UserError
-from tests.conftest import DEPTH, WIDTH
 
 SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -32,7 +32,8 @@ def weight_products(model, params, split):
   weights = trees.flatten(params["backbone"])
   return {s: [np.asarray(grads[p] * weights[p]).reshape(
       -1, layer.width) for p, layer in zip(
-          importance.kernel_paths(model, s), model.backbone.sites[s])]
+          importance.kernel_paths(model, s), model.backbone.sites[s],
+          strict=True)]
       for s in SITES}
 
 

@@ -18,7 +18,7 @@ def assert_same(fn, plain, args, tolerance=1e-5):
   expected, expected_pull = jax.vjp(plain, *args)
   assert y.dtype == expected.dtype
   g = normal(*y.shape, seed=9, dtype=y.dtype)
-  for a, b in zip((y, *pull(g)), (expected, *expected_pull(g))):
+  for a, b in zip((y, *pull(g)), (expected, *expected_pull(g)), strict=False):
     assert a.dtype == b.dtype
     a, b = (np.asarray(t, np.float32) for t in (a, b))
     np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())

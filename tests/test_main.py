@@ -1,4 +1,5 @@
 """The command line end to end, as a user starts it."""
+import errno
 import json
 import os
 import pathlib
@@ -14,18 +15,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.command import run_command
+from tests.command import ROOT, run_command, start_command
 from ttc_jax import backbones, bundles, checkpoint, predict, trees
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.errors import UserError
 from ttc_jax.methods import Method
-from ttc_jax.runs.plan import Run
+from ttc_jax.runs.plan import Run, variants
 from ttc_jax.runs.session import Session
 from ttc_jax.runs.workdir import WorkDir
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Outside checks read these.
 CONTRACT = """task group method backbone weights_sha256 seed k position lr
 weight_decay epochs val_top1 test_top1 test_count module_params norm_params
@@ -33,14 +33,19 @@ head_params seconds_train seconds_test images_per_second compile_seconds
 device versions""".split()
 
 
-def command(module, *args):
-  return [sys.executable, "-m", f"ttc_jax.{module}", *map(str, args)]
+# "vit_ti16" of these tests, here and in processes: it compiles fast.
+WIDTH, DEPTH = SIZE = (32, 3)
+SMALL = f"""
+from ttc_jax.backbones import vit
+vit.SIZES["ti"] = {(*SIZE, 2, 64)}
+"""
 
 
-def call(module, *args):
-  """In a process of its own."""
-  return subprocess.run(command(module, *args), cwd=ROOT, text=True,
-                        capture_output=True, timeout=300)
+@pytest.fixture(scope="module", autouse=True)
+def small():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(vit_lib.SIZES, "ti", (*SIZE, 2, 64))
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +110,11 @@ def test_a_run_writes_a_row_and_a_table(finished, weights):
   assert not set(CONTRACT) - row.keys()
   assert row["weights_sha256"] == weights_lib.sha256(str(weights))
   assert (row["test_count"], row["train_count"]) == (24, 48)
-  assert row["module_params"] == 12 * 24 * 24  # L K K, K = 192 / 8
-  assert row["norm_params"] == 25 * 2 * 192
-  assert row["head_params"] == 192 * 2 + 2
-  assert row["k"] == 24 and row["position"] == "mlp" and row["epochs"] == 2
+  K = WIDTH // 8
+  assert row["module_params"] == DEPTH * K * K
+  assert row["norm_params"] == (2 * DEPTH + 1) * 2 * WIDTH
+  assert row["head_params"] == WIDTH * 2 + 2
+  assert row["k"] == K and row["position"] == "mlp" and row["epochs"] == 2
   assert 0 <= row["test_top1"] <= 100 and row["val_top1"] is None
   table = (workdir / "results.md").read_text()
   assert f"{row['test_top1']:.1f}" in table and table in done.stdout
@@ -131,10 +137,9 @@ def test_the_same_command_again_does_nothing_twice(finished):
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(data, weights, tmp_path):
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
-                   epochs=200, save_seconds=1e9, method="layernorm",
-                   eval_every=1000)
-  process = subprocess.Popen(command("main", *args), cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                   epochs=100_000, save_seconds=1e9, method="layernorm",
+                   eval_every=100_000)
+  process = start_command("main", *args, before=SMALL)
   wait_for(process, tmp_path / "work", '"align"', 2)
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=120)
@@ -143,7 +148,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, weights, tmp_path):
   assert not WorkDir(tmp_path / "work").rows()
   stage, = (tmp_path / "work" / "stages").glob("[!.]*")
   with checkpoint.StageStore(str(stage)) as store:
-    assert 2 <= store.latest_epoch() < 200
+    assert 2 <= store.latest_epoch() < 100_000
     saved = store.load()
   curve, = (tmp_path / "work").glob("runs/*/metrics.jsonl")
   assert len(curve.read_text().splitlines()) == saved.epoch
@@ -163,9 +168,7 @@ def wait_for(process, workdir, text, count):
 def test_two_processes_share_the_runs_of_a_directory(data, weights, tmp_path):
   args = [*arguments(data, weights, tmp_path / "cache", tmp_path / "work",
                      method="linear", seeds="0,1,2,3,4,5")]
-  both = [subprocess.Popen(command("main", *args), cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-          for _ in range(2)]
+  both = [start_command("main", *args, before=SMALL) for _ in range(2)]
   printed = [process.communicate(timeout=300) for process in both]
   assert [p.returncode for p in both] == [0, 0], printed
   found = rows(tmp_path / "work")
@@ -189,7 +192,7 @@ def test_a_task_without_data_is_skipped_and_shows_as_a_hole(
   header, _, line = [x for x in done.stdout.splitlines()
                      if x.startswith("|")][:3]
   cells = dict(zip(*([c.strip() for c in x.split("|")]
-                     for x in (header, line))))
+                     for x in (header, line)), strict=True))
   assert cells["dtd"] == "-" and cells["mean of 2"] == "-"
   assert cells["colours"] == f"{row['test_top1']:.1f}"
 
@@ -210,22 +213,17 @@ def test_an_image_that_cannot_be_read_fails_its_task_alone(
   assert failed["run"] == name and failed["error"] == why
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_next_start_goes_on(
     data, weights, tmp_path):
   """Every wait for the disk says that it is full."""
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work",
                    method="linear")
-  code = f"""
-import errno, os, runpy, sys
-def full(descriptor):
-  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.jsonl")
-os.fsync = full
-sys.argv = ["main", *{args!r}]
-runpy.run_module("ttc_jax.main", run_name="__main__")
-"""
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300)
+
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.jsonl")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(os, "fsync", full)
+    done = run_command("main", *args)
   assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
   assert "No space left on device" in done.stderr
   assert run_command("main", *args).returncode == 0
@@ -240,12 +238,14 @@ def test_a_second_process_compiles_nothing_and_damaged_programs_are_made_anew(
   cache = tmp_path / "programs"
 
   def start(name):
-    done = call("main", *args, f"--workdir={tmp_path / name}",
-                f"--config.compilation_cache={cache}")
-    assert done.returncode == 0, done.stderr
+    process = start_command(
+        "main", *args, f"--workdir={tmp_path / name}",
+        f"--config.compilation_cache={cache}", before=SMALL)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     new, cached = map(int, re.search(
-        r": (\d+) new, (\d+) from the cache", done.stdout).groups())
-    return new, cached, done.stderr
+        r": (\d+) new, (\d+) from the cache", out).groups())
+    return new, cached, errors
   assert start("first")[0] > 20
   new, cached, _ = start("second")
   assert (new, cached > 20) == (0, True)
@@ -260,19 +260,14 @@ def test_a_second_process_compiles_nothing_and_damaged_programs_are_made_anew(
 def test_sigterm_while_images_are_decoded_ends_at_once(
     data, weights, tmp_path):
   args = arguments(data, weights, tmp_path / "cache", tmp_path / "work")
-  code = f"""
-import runpy, sys, time
+  process = start_command("main", *args, before=SMALL + """
+import time
 from ttc_jax.tasks import images
 def slow(path, read=images.read):
   time.sleep(1)
   return read(path)
 images.read, images._CHUNK = slow, 2
-print("ready", flush=True)
-sys.argv = ["main", *{args!r}]
-runpy.run_module("ttc_jax.main", run_name="__main__")
-"""
-  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+""")
   deadline = time.monotonic() + 120
   while (time.monotonic() < deadline and process.poll() is None
          and not list((tmp_path / "cache").glob("*.tmp"))):
@@ -368,15 +363,14 @@ def test_a_run_killed_in_stage_2_ends_with_the_same_bits(
   """SIGKILL, and the same command again, against an undisturbed run."""
   def start(name):
     return arguments(data, weights, tmp_path / "cache", tmp_path / name,
-                     epochs=4, save_seconds=0.0)
+                     epochs=8, save_seconds=0.0)
   assert run_command("main", *start("whole")).returncode == 0
-  process = subprocess.Popen(
-      command("main", *start("killed")), cwd=ROOT,
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  process = start_command("main", *start("killed"), before=SMALL)
   # The first epoch of stage 2 is saved.
   wait_for(process, tmp_path / "killed", '"adapt"', 2)
   process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
   assert not WorkDir(tmp_path / "killed").rows()
   assert len(list((tmp_path / "killed" / "stages").glob("[!.]*"))) == 2
   assert run_command("main", *start("killed")).returncode == 0
@@ -408,7 +402,7 @@ def test_merged_predictions_equal_unmerged_ones(finished, data):
 def test_the_readme_s_python_lines_work_elsewhere(finished, weights, tmp_path):
   workdir, _, _ = finished
   row, = rows(workdir)
-  code = f"""
+  code = SMALL + f"""
 import numpy as np, ttc_jax
 module, params = ttc_jax.backbones.load(
     "vit_ti16", weights={str(weights)!r}, image_size=48)
@@ -419,7 +413,7 @@ print(tuned.predict(np.zeros((3, 32, 32, 3), np.uint8)).shape)
   done = subprocess.run(
       [sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=300,
       capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-  assert done.stdout.split("\n")[:2] == ["(2, 192)", "(3, 2)"], done.stderr
+  assert done.stdout.split("\n")[:2] == [f"(2, {WIDTH})", "(3, 2)"], done.stderr
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(
@@ -444,7 +438,7 @@ def test_stages_go_when_no_unfinished_run_needs_them(data, weights, tmp_path):
   s = Session(s.config, str(tmp_path / "other"))
   stages = pathlib.Path(s.workdir.stages)
   one, two = (s.make_run("colours", label, c, "final", 0)
-              for label, c in s._variants["colours"].items())
+              for label, c in variants(s.config, "colours").items())
   assert s.settle(one)
   s.workdir.write_stages(two.name, [p.name for p in stages.glob("[!.]*")])
   s.workdir.delete_stages([one.name])
@@ -457,7 +451,7 @@ def test_the_default_k_and_its_number_are_one_run(data, weights, tmp_path):
   s = session(data, weights, tmp_path)
   named = [s.make_run("colours", "ttc", c, "final", 0).name for c in (
       s.config, *(_with(s.config, **given) for given in (
-          dict(k=24), dict(blocks=12), dict(warmup_epochs=5.0), dict(k=23))))]
+          dict(k=4), dict(blocks=3), dict(warmup_epochs=5.0), dict(k=3))))]
   assert len(set(named[:4])) == 1 and named[4] != named[0]
 
 
@@ -517,12 +511,8 @@ def test_select_tests_the_setting_that_is_best_on_val200(
 
 @pytest.mark.slow
 def test_a_bundle_of_any_method_gives_its_row_s_accuracy(
-    data, tmp_path, monkeypatch):
-  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 64))
-  file = tmp_path / "small.safetensors"
-  weights_lib.write(str(file), backbones.init(backbones.make("vit_ti16", 32)),
-                    {"gelu": "tanh", "epsilon": 1e-6})
-  s = session(data, file, tmp_path, epochs=2, lr=1e-2)
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, epochs=2, lr=1e-2)
   small = dict(population=3, generations=2, parents=2, mutations=1,
                crossovers=1)
   s.config.variants = {name: {"method": name} for name in (
@@ -558,8 +548,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     (dict(tasks=("colour",)), "unknown task 'colour': did you mean colours"),
     (dict(method="tcc"), "unknown method 'tcc': did you mean ttc"),
     (dict(backbone="vit_tj16"), "unknown backbone 'vit_tj16': did you mean"),
-    (dict(backbone="vit_s16"), "192"),
-    (dict(k=193), "config.k is 193; it selects among the 192 channels"),
+    (dict(backbone="vit_s16"), f"{WIDTH}"),
+    (dict(k=33), "config.k is 33; it selects among the 32 channels"),
     (dict(image_size=40), "not divisible by the patch 16"),
     (dict(weights=""), "needs pretrained weights"),
     (dict(weights="nowhere.npz"), "nowhere.npz"),
@@ -623,6 +613,6 @@ def test_load_from_python_in_two_lines(weights):
                                   image_size=48)
   features = module.apply(
       {"params": params}, np.zeros((2, 48, 48, 3), np.float32))
-  assert features.shape == (2, 192) and features.dtype == "float32"
+  assert features.shape == (2, WIDTH) and features.dtype == "float32"
   assert trees.count(params) == trees.count(jax.eval_shape(
       module.init, jax.random.key(0), np.zeros((1, 48, 48, 3)))["params"])

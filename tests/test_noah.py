@@ -1,4 +1,7 @@
 """NOAH: a subnet of the supernet is the small network, and the search obeys."""
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -6,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import DEPTH, WIDTH, features, random_adapter
+from tests.test_train import kill_after, make_job, run
 from ttc_jax import methods, parallel, train, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
 from ttc_jax.methods import lora, noah, vpt_deep, vpt_shallow
 from ttc_jax.tasks import Split
-from tests.test_train import kill_after, make_job, run
 
 GENOMES = [((2, 1, 3), (0, 2, 0), (3, 0, 1)), ((0, 0, 0),) * 3,
            ((3, 2, 4),) * 3, ((0, 1, 0), (1, 0, 0), (0, 0, 2))]
@@ -25,8 +28,9 @@ def config(config):
   return config
 
 
-def supernet(config, model, params):
+def supernet(config, model, params, released=False):
   """(model with handlers, params with random leaves, buffers)."""
+  config.noah.released = released
   method = methods.load("noah", config, model.backbone)
   context = methods.Context(model, params, {}, None, None, 0)
   adapter, buffers = method.stages[0].prepare(context)
@@ -39,26 +43,32 @@ def cut(name, leaf, genome):
   _, block, leaf_name = name.split("/")
   prompts, rank, width = genome[int(block)]
   return leaf[{"prompts": np.s_[:prompts], "a": np.s_[:, :rank],
-               "b": np.s_[:rank], "down": np.s_[:, :width],
+               **dict.fromkeys(("b", "b_q", "b_k", "b_v"), np.s_[:rank]),
+               "down": np.s_[:, :width],
                "down_bias": np.s_[:width], "up": np.s_[:width],
                "up_bias": np.s_[:]}[leaf_name]]
 
 
-@pytest.mark.parametrize("pool", ["cls", "gap"])
-@pytest.mark.parametrize("genome", GENOMES)
+@pytest.mark.parametrize("genome, pool, released, final_norm", [
+    *itertools.product(GENOMES, ("cls", "gap"), (False, True), (True,)),
+    *itertools.product(GENOMES[:1], ("gap",), (False, True), (False,))])
 def test_a_masked_supernet_is_the_small_network(
-    config, model, params, split, genome, pool):
-  model = model._replace(backbone=model.backbone.clone(pool=pool))
-  tuned, big, buffers = supernet(config, model, params)
-  want = features(tuned, big, split.images, noah.sized(buffers, genome, 3))
-  small, chosen = noah.network(model.backbone, 0, genome)
+    config, model, params, split, genome, pool, released, final_norm):
+  model = model._replace(backbone=model.backbone.clone(
+      pool=pool, final_norm=final_norm))
+  tuned, big, buffers = supernet(config, model, params, released)
+  want = features(tuned, big, split.images,
+                  noah.sized(buffers, genome, 3, released))
+  small, chosen = noah.network(model.backbone, 0, genome, released)
   leaves = trees.flatten(big["adapter"])
   small = trees.unflatten({
       name: cut(name, leaves[name], genome) for name in trees.flatten(small)})
   space = noah.Space({}, 0, DEPTH, WIDTH)
   assert trees.count(small) == space.count(genome)
   if pool == "gap":  # the mean leaves out all of a supernet's slots
-    assert ("norm" in chosen) == (genome[-1][0] > 0)
+    last = max(g[0] for g in genome) if released else genome[-1][0]
+    assert any("keep" in p for blocks in chosen.values()
+               for p in blocks.values()) == (last > 0)
   got = features(tuned, {**params, "adapter": small}, split.images, chosen)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -68,12 +78,135 @@ def test_the_largest_is_vpt_deep_with_lora_and_adapters(
   tuned, big, buffers = supernet(config, model, params)
   got = features(tuned, big, split.images, noah.sized(buffers, GENOMES[2], 3))
   others = (("tokens", vpt_shallow.insert(1)), ("input", vpt_deep.replace(1)),
-            ("q", lora.low_rank), ("v", lora.low_rank),
-            ("fc2", adapter_lib.handler("quick_gelu", False)))
+            ("q", lora.low_rank("b")), ("v", lora.low_rank("b")),
+            ("fc2", adapter_lib.handler("quick", "output")))
   one = {site: {str(i): {"scale": np.float32(1)} for i in range(DEPTH)}
          for site in ("q", "v", "fc2")}
   want = features(model._replace(handlers=others), big, split.images, one)
   np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_the_largest_of_the_released_code_is_its_three_methods(
+    config, model, params, split):
+  """VPT-Deep, and `lora` and `adapter` as protocol=noah sets them."""
+  tuned, big, buffers = supernet(config, model, params, released=True)
+  got = features(tuned, big, split.images,
+                 noah.sized(buffers, GENOMES[2], 3, True))
+  others = (("tokens", vpt_shallow.insert(1)), ("input", vpt_deep.replace(1)),
+            *lora.shared(("q", "k", "v")),
+            ("block", adapter_lib.handler("quick", "branch")))
+  one = {site: {str(i): {"scale": np.float32(1)} for i in range(DEPTH)}
+         for site in ("q", "block")}
+  want = features(model._replace(handlers=others), big, split.images, one)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def attention(q, k, v, heads):
+  """(B, M, D), (B, N, D), (B, N, D) -> (B, M, D), softmax(q k^T / sqrt d) v."""
+  def split(x):
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+  q, k, v = split(q), split(k), split(v)
+  scores = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  y = weights / weights.sum(-1, keepdims=True) @ v
+  return y.swapaxes(1, 2).reshape(*q.shape[:1], -1, q.shape[1] * q.shape[3])
+
+
+def released_block(x, b, p, prompts, heads):
+  """A block of the authors' code in numpy: tokens (B, N, D) in and out.
+
+  Args:
+    b: {"norm1": (scale, bias), "q": (kernel, bias), ...}.
+    p: {"a", "b_q", ..., "down", ...} of the module.
+    prompts: (P, D) of this block, or None: those that enter stay.
+  """
+  def norm(x, name):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6)
+    return x * b[name][0] + b[name][1]
+  if prompts is not None:
+    new = np.broadcast_to(prompts, (len(x), *prompts.shape))
+    x = np.concatenate([x[:, :5], new], 1)  # [CLS] and 4 patches
+  z = norm(x, "norm1")
+  low = z @ p["a"]
+  q, k, v = (z @ b[s][0] + b[s][1] + low @ p[f"b_{s}"] for s in "qkv")
+  x = x + attention(q, k, v, heads) @ b["proj"][0] + b["proj"][1]
+  h = norm(x, "norm2") @ b["fc1"][0] + b["fc1"][1]
+  h = h / 2 * (1 + np.tanh((2 / np.pi) ** .5 * (h + 0.044715 * h ** 3)))
+  z = h @ b["fc2"][0] + b["fc2"][1]
+  a = z @ p["down"] + p["down_bias"]
+  a = a / (1 + np.exp(-1.702 * a))
+  return x + z + a @ p["up"] + p["up_bias"]
+
+
+def test_the_released_network_is_the_authors_formula_in_float64(
+    model, params, split):
+  """Blocks with 2, no and 3 prompts; the order of tokens does not matter."""
+  genome = ((2, 1, 2), (0, 2, 1), (3, 1, 3))
+  vit = model.backbone.clone(dtype=np.float64, every_token=True)
+  double = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+  adapter, buffers = noah.network(vit, 0, genome, released=True)
+  adapter, params = double((random_adapter(adapter), params))
+  seen = {}
+
+  def tap(site, block, y, x):
+    seen[site, block] = y
+    return y
+  tuned = model._replace(backbone=vit, handlers=noah.handlers(vit, True))
+  with jax.enable_x64(True):
+    tuned.features({**params, "adapter": adapter}, split.images[:3], buffers,
+                   extra_tap=tap)
+  flat = trees.flatten(params["backbone"])
+  # [CLS], the prompts of block 0, the patches -> [CLS], patches.
+  x = np.delete(np.asarray(seen["input", 0], np.float64), [1, 2], 1)
+  for i in range(DEPTH):
+    b = {s: tuple(flat[f"{vit.sites[s][i].path}/{leaf}"].reshape(
+        (-1, vit.sites[s][i].width) if leaf == "kernel" else -1)
+                  for leaf in ("kernel", "bias")) for s in lora.SITES}
+    b |= {s: tuple(flat[f"{vit.norms[s][i]}/{leaf}"]
+                   for leaf in ("scale", "bias")) for s in ("norm1", "norm2")}
+    p = adapter["q"][str(i)] | adapter["block"][str(i)]
+    own = adapter["input" if i else "tokens"].get(str(i))
+    x = released_block(x, b, p, own and own["prompts"], vit.heads)
+    got = np.asarray(seen["block", i])
+    count = x.shape[1] - 5
+    got = np.concatenate([got[:, :1], got[:, 1 + count:], got[:, 1:1 + count]],
+                         1)
+    # The layer norm of a backbone is float32, whatever its dtype.
+    np.testing.assert_allclose(got, x, atol=2e-5)
+
+
+def test_every_module_of_the_released_network_drops_out(
+    config, model, params, split):
+  adapter, buffers = noah.network(
+      model.backbone, 0, ((2, 1, 2), (0, 2, 1), (3, 1, 3)), True, 0.1)
+  for site, blocks in adapter.items():
+    for block in blocks:
+      assert buffers[site][block]["dropout"] == np.float32(0.1)
+  config.noah.update(released=True, dropout=0.1)
+  method = methods.load("noah", config, model.backbone)
+  _, buffers = method.stages[0].prepare(methods.Context(
+      model, params, {}, None, None, 0))
+  rates = [x for name, x in trees.flatten(buffers).items()
+           if name.endswith("/dropout")]
+  assert len(rates) == 3 * DEPTH and set(rates) == {np.float32(0.1)}
+
+
+def test_a_block_without_prompts_sees_those_that_enter_it():
+  """A draw of the released supernet: 0 at "input" keeps the last size."""
+  choices = {"choices": jnp.array([0, 0, 5, 7])}
+  buffers = {"input": {str(i): dict(choices) for i in range(1, 6)},
+             "scores": {str(i): dict(choices) for i in range(6)}}
+  kept = 0
+  for seed in range(8):
+    drawn = noah.sample(buffers, jax.random.key(seed))
+    last = int(drawn["scores"]["0"]["size"])
+    for i in range(1, 6):
+      own = int(drawn["input"][str(i)]["size"])
+      kept += not own and last > 0
+      last = own or last
+      assert int(drawn["scores"][str(i)]["size"]) == last
+  assert kept > 3
 
 
 def test_a_training_step_draws_every_choice():
@@ -110,7 +243,6 @@ def test_the_search_keeps_to_the_budget_asks_once_and_improves():
   scores = [sum(r + w for _, r, w in g) for _, g in history]
   assert scores == sorted(scores) and len(scores) == 12
   # By exhaustion over all 4^4 mixes without prompts, which only cost.
-  import itertools
   blocks = list(itertools.product((0, 4), (0, 8)))
   optimum = max(sum(r + w for r, w in g) for g in itertools.product(
       blocks, repeat=4) if space.count([(0, *b) for b in g]) <= 1500)
@@ -141,6 +273,7 @@ def test_the_search_is_on_val200(config, model, params, split, tmp_path,
   assert set(seen) == {20}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stage, epoch", [("supernet", 2), ("winner", 1),
                                           ("winner", 2), ("winner", 3)])
 def test_a_killed_run_goes_on_to_the_same_bits(

@@ -11,8 +11,8 @@ from tests.torch_models import import_timm
 from ttc_jax import backbones, trees
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import swin, vit
-from ttc_jax.weights import formats
 from ttc_jax.errors import UserError
+from ttc_jax.weights import formats, identity
 
 SIZE, PATCH = 24, 8
 
@@ -141,10 +141,9 @@ def test_ours_in_timm_s_model(module, options):
 
 def load(read, size, **fields):
   """The module that a file is of, whatever its size, and its parameters."""
-  width, patch, depth, _, hidden = weights_lib._variant(
-      lambda n: weights_lib._shape(read, n), weights_lib._depth(read.tensors))
-  module = vit.ViT(width, depth, 4, hidden, patch, size,
-                   **weights_lib.settled(read, fields))
+  sizes = vit.identify(identity.shapes_of(read)).sizes
+  module = vit.ViT(sizes["width"], sizes["depth"], 4, sizes["hidden"],
+                   sizes["patch"], size, **weights_lib.settled(read, fields))
   return module, weights_lib.fit(read, backbones.shapes(module), "tiny")
 
 
@@ -188,11 +187,13 @@ TIMM_MODELS = {
 GELU_OF = {"gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("case", TIMM_MODELS)
 def test_timm_s_vit(case, tmp_path):
   timm = import_timm()
-  import torch
   from functools import partial
+
+  import torch
   options = dict(TIMM_MODELS[case])
   if options.get("norm_layer"):
     options["norm_layer"] = partial(torch.nn.LayerNorm, eps=1e-5)
@@ -214,14 +215,16 @@ def test_timm_s_vit(case, tmp_path):
       tmp_path / "ours.safetensors", ours)), SIZE, gelu="exact")[1], params)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", [
     dict(qkv_bias=False), dict(qkv_bias=True),
     dict(qkv_bias=True, class_token=False)], ids=str)
 @pytest.mark.parametrize("size", [SIZE, 40])
 def test_timm_s_dinov3(options, size, tmp_path):
   timm = import_timm()
-  import torch
   from functools import partial
+
+  import torch
   model = shake(timm.models.eva.Eva(**{
       "img_size": size, "patch_size": PATCH, "embed_dim": 32, "depth": 2,
       "num_heads": 4, "num_classes": 0, "init_values": 1e-5,
@@ -290,6 +293,7 @@ HF_MODELS = [
 ]
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("kind, options, format_", HF_MODELS)
 def test_hugging_face_s_vits(kind, options, format_, tmp_path):
   model = hugging_face(kind, **options)
@@ -338,6 +342,7 @@ def test_a_clip_without_its_config_is_in_doubt(tmp_path):
 
 # Grids that windows divide: where they do not, timm shifts before it pads, the
 # authors, Hugging Face and we pad first.
+@pytest.mark.sweep
 @pytest.mark.parametrize("depths, window, size", [
     ((2, 2), 4, 32), ((2, 2), 4, 64), ((1, 2, 1), 3, 48), ((1, 2, 1), 3, 96)])
 def test_timm_s_swin(depths, window, size, tmp_path):

@@ -1,5 +1,4 @@
 """Pictures show the rows that they are given, and nothing else."""
-import json
 import pathlib
 
 import numpy as np
@@ -9,6 +8,7 @@ pytest.importorskip("matplotlib")
 from tests.test_report import row
 from ttc_jax import plots
 from ttc_jax.report import tables
+from ttc_jax.runs.workdir import WorkDir
 
 
 def rows():
@@ -31,22 +31,29 @@ def test_a_point_is_the_mean_over_tasks_with_the_deviation_over_seeds():
 
 
 def test_files_are_whole_and_the_same_for_the_same_rows(tmp_path):
-  folder = tmp_path / "runs" / "a10"
-  folder.mkdir(parents=True)
   records = [{"stage": "supernet", "epoch": 1, "loss": 1.0},
              *({"stage": "search", "epoch": i, "val_top1": 40.0 + i,
                 "mean_top1": 30.0} for i in (1, 2, 3))]
-  (folder / "metrics.jsonl").write_text(
-      "".join(json.dumps(r) + "\n" for r in records))
-  written = plots.write(rows(), str(tmp_path))
+  workdir = WorkDir(tmp_path)
+  workdir.write_curve("a10", records)
+  written = plots.write(rows(), workdir)
   assert [p.rsplit("/", 1)[1] for p in written] == [
       "accuracy.png", "accuracy.svg", "search.png", "search.svg"]
   contents = [pathlib.Path(p).read_bytes() for p in written]
   assert contents[0].startswith(b"\x89PNG") and b"</svg>" in contents[1]
-  assert plots.write(rows(), str(tmp_path)) == written
+  assert plots.write(rows(), workdir) == written
   assert [pathlib.Path(p).read_bytes() for p in written] == contents
   curve = plots.search({"a": records[1:]}).axes[0].lines[0]
   np.testing.assert_array_equal(curve.get_xydata(), [[1, 41], [2, 42], [3, 43]])
+
+
+def test_a_name_is_no_formula_and_is_in_the_legend():
+  named = [row("a$b$", variant, seed, 50.0 + seed)
+           for variant in ("_x", "$y^$", "z\x1b") for seed in (0, 1)]
+  axes, = plots.by_task(tables.make(named, "final")).axes
+  axes.figure.canvas.draw()  # a formula would be parsed, and fail
+  assert [t.get_text() for t in axes.get_legend().get_texts()] == [
+      " _x", r"\$y^\$", r"z\x1b"]
 
 
 @pytest.mark.parametrize("interval", [False, True])

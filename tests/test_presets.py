@@ -1,14 +1,18 @@
 """The neighbours' published settings, and that they run."""
+import importlib
 import importlib.util
+import json
+import pathlib
+import re
 
 from absl import logging
 import pytest
 
+from ttc_jax import backbones, main, methods, optim, presets, report
 from ttc_jax import config as config_lib
-from ttc_jax import main, presets, report
 from ttc_jax.backbones import vit as vit_lib
-from ttc_jax.runs import plan as jobs
 from ttc_jax.errors import UserError
+from ttc_jax.runs import plan as jobs
 from ttc_jax.vtab import rows as vtab
 
 
@@ -45,6 +49,150 @@ def test_a_preset_has_valid_settings_for_all_19_tasks(name):
 
 def test_there_are_four_presets():
   assert set(presets.names()) == {"sct", "ssf", "vpt", "noah"}
+
+
+# --- Against ../shared/paper/hyperparameters.json -----------------------------
+
+FACTS = pathlib.Path(__file__).parents[2] / "shared/paper/hyperparameters.json"
+# Of the facts: the task of the package.
+SSF_NAMES = {"cifar_100": "cifar100", "flowers102": "oxford_flowers102",
+             "pets": "oxford_iiit_pet"}
+
+
+@pytest.fixture(scope="module")
+def facts():
+  if not FACTS.exists():
+    pytest.skip("../shared/paper/hyperparameters.json is not there")
+  return json.loads(FACTS.read_text())
+
+
+def numbers(text):
+  return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", text)]
+
+
+def documentation(preset):
+  module = importlib.import_module(f"ttc_jax.presets.{preset}")
+  return " ".join(module.__doc__.split())
+
+
+def check_schedule(got, optimizer):
+  """`optimizer` ends in warm-up epochs, their first rate, the last rate."""
+  assert [got.warmup_epochs, got.warmup_lr, got.min_lr] == numbers(
+      optimizer)[-3:]
+  assert (got.optimiser == "adamw") == ("AdamW" in optimizer)
+
+
+@pytest.mark.parametrize("name", ["sct", "ssf", "vpt", "noah"])
+def test_every_preset_runs_the_exact_gelu_of_pytorch(name):
+  for method in ("", "ttc", "lora"):
+    assert on(name, "dtd", method).gelu == "exact"
+
+
+@pytest.mark.parametrize("task", vtab.ROWS)
+def test_sct_s_values_of_a_task(facts, task):
+  fact, got = facts["SCT"]["per_task"][task], on("sct", task)
+  yaml = fact["yaml"]
+  assert (got.lr, got.weight_decay) == (fact["lr"], fact["wd"])
+  assert (got.scale, got.label_smoothing) == (
+      float(yaml["scale"]), float(yaml["labelsmoothing"]))
+  assert str(got.sct.scale_on_x) == yaml["scaleonx"]
+  assert [got.batch_size, got.epochs, got.warmup_epochs] == [
+      float(yaml[key]) for key in ("batch_size", "epochs", "warmup_epochs")]
+  # What is not reproduced is said.
+  classes = int(yaml["class_num"])
+  assert (vtab.ROWS[task].classes == classes) != (
+      f"{task} has a head of {classes} classes" in documentation("sct"))
+  family = task.split("_")[0] + "_*"
+  exempt = documentation("sct").partition("on all tasks but ")[2]
+  exempt = exempt.partition(";")[0]
+  assert (yaml.get("train_aug") != "True") == (
+      task in exempt or family in exempt)
+
+
+def test_sct_s_values_of_all_tasks(facts):
+  fact, got = facts["SCT"], on("sct", "dtd")
+  check_schedule(got, fact["optimizer"])
+  assert (got.batch_size, got.epochs, got.drop_path, got.seeds) == (
+      fact["batch"], fact["epochs"], fact["drop_path"], (fact["seed"],))
+  options = methods.load("sct", got, backbones.make("vit_b16", 224)).options
+  assert (options["k"], options["sct"]["position"]) == (
+      fact["K"], fact["tuning_mode"].replace("sct_attn", "attention"))
+  assert options["blocks"] == 12
+  assert got.resample in fact["resize"] and "ImageNet" in fact["norm"]
+  assert got.normalisation == "imagenet"
+  assert "ignores `scale` and `scaleonx`" in documentation("sct")
+
+
+def test_ssf_s_values(facts):
+  fact = facts["SSF"]
+  assert {SSF_NAMES.get(t, t) for t in fact["per_task"]} == set(vtab.ROWS)
+  for name, row in fact["per_task"].items():
+    got = on("ssf", SSF_NAMES.get(name, name))
+    assert (got.lr, got.weight_decay, got.drop_path) == (
+        row["lr"], row["wd"], row["drop_path"])
+    check_schedule(got, fact["optimizer"])
+    images, gpus = numbers(fact["batch"])
+    assert (got.batch_size, got.epochs) == (images * gpus, fact["epochs"])
+    assert got.label_smoothing == fact["smoothing"]
+    assert got.normalisation == "half" and "0.5/0.5" in fact["norm"]
+  assert "Two GPUs with 32 images" in documentation("ssf")
+
+
+def test_vpt_s_values(facts):
+  fact, got = facts["VPT"], on("vpt", "dtd")
+  check = [("", "lr_grid_prompt"), ("linear", "lr_grid_linear"),
+           ("full", "lr_grid_full")]
+  assert fact["lr_scaling"] == "lr/256*batch"
+  for method, key in check:
+    c = on("vpt", "dtd", method)
+    assert sorted(c.grid.lr) == pytest.approx(
+        sorted(lr / 256 * c.batch_size for lr in fact[key]))
+  assert sorted(got.grid.weight_decay) == sorted(fact["wd_grid"])
+  assert [got.warmup_epochs, got.epochs] == numbers(fact["optimizer"])[1:]
+  assert optim.MOMENTUM == numbers(fact["optimizer"])[0]
+  assert got.optimiser == "sgd" and got.batch_size == numbers(fact["batch"])[0]
+  assert got.seeds == tuple(numbers(fact["select"])[-5:])
+  assert got.protocol == "select" and got.resample in fact["resize"]
+  assert "1024 for linear" in documentation("vpt")
+  assert "AdamW decays by 0.01" in documentation("vpt")
+
+
+@pytest.mark.parametrize("method", ["noah", "lora", "adapter", "vpt_deep"])
+def test_noah_s_values(facts, method):
+  fact, got = facts["NOAH"]["vtab"], on("noah", "dtd", method)
+  for key, name in (("lr", "lr"), ("wd", "weight_decay"),
+                    ("batch", "batch_size"), ("epochs", "epochs"),
+                    ("warmup", "warmup_epochs"), ("warmup_lr", "warmup_lr"),
+                    ("min_lr", "min_lr"), ("drop_path", "drop_path"),
+                    ("smoothing", "label_smoothing")):
+    assert got[name] == fact[key], key
+  assert got.resample in fact["direct_resize"] and got.optimiser == "adamw"
+  assert got.normalisation == ("half" if method == "vpt_deep" else "imagenet")
+  assert not got.flip and got.smallest_crop == 1
+  supernet = facts["NOAH"]["noah_supernet"]
+  assert f"{supernet['epochs']} epochs at 5e-4" in documentation("noah")
+  assert float(numbers(supernet["lr"])[0]) == 5e-4
+
+
+def test_noah_s_modules_are_those_of_its_code():
+  """Its adapter and LoRA of 8, dropout of 0.1, sizes of its supernet."""
+  def load(method):
+    return methods.load(method, on("noah", "dtd", method),
+                        backbones.make("vit_b16", 224))
+  adapter = load("adapter")
+  assert adapter.options["adapter"] == dict(
+      width=8, placement="noah", activation="quick", scale=1.0, dropout=0.1)
+  lora = load("lora")
+  assert lora.options["lora"] == dict(
+      rank=8, alpha=8.0, sites=["q", "k", "v"], shared=True, dropout=0.1)
+  assert load("vpt_deep").options["vpt"]["dropout"] == 0.1
+  noah = load("noah")
+  assert [site for site, _ in noah.handlers] == [
+      "norm", "tokens", "input", "scores", "q", "k", "v", "block"]
+  options = noah.options["noah"]
+  for module in ("prompts", "rank", "width"):
+    assert options[module] == [0, 5, 10, 50, 100]
+  assert (options["dropout"], options["released"]) == (0.1, True)
 
 
 # Copied by hand from the repositories' scripts.
@@ -107,8 +255,8 @@ def test_noah_s_vpt_alone_has_other_pixels():
 
 
 def test_a_preset_trains_its_own_method_or_another():
-  methods = {p: on(p, "dtd").method for p in presets.names()}
-  assert methods == dict(sct="sct", ssf="ssf", vpt="vpt_deep", noah="noah")
+  trained = {p: on(p, "dtd").method for p in presets.names()}
+  assert trained == dict(sct="sct", ssf="ssf", vpt="vpt_deep", noah="noah")
   ttc = on("sct", "cifar100", "ttc")
   assert (ttc.method, ttc.lr, ttc.scale) == ("ttc", 0.013, 0.4)
 
@@ -129,7 +277,7 @@ def test_a_preset_runs_on_digits_by_its_general_settings(
   c.epochs, c.limit, c.cache = 1, 32, str(tmp_path / "cache")
   c.warmup_epochs = 0.5
   c.noah.update(population=2, generations=1, parents=1, mutations=1,
-                crossovers=0)
+                crossovers=0, prompts=(0, 5), rank=(0, 5), width=(0, 5))
   c.lock()
   warned = []
   monkeypatch.setattr(logging, "warning",

@@ -2,7 +2,6 @@ import io
 import sys
 
 from ttc_jax.runs.progress import Progress
-from ttc_jax.runs.workdir import WorkDir
 
 
 def update(progress):
@@ -13,14 +12,13 @@ def update(progress):
         "val_top1": 70.0})
 
 
-def test_quiet_without_a_terminal_and_the_curve_is_written(tmp_path, capfd):
-  workdir = WorkDir(tmp_path)
-  with Progress("run", lambda records: workdir.write_curve(
-      "run", records)) as progress:
+def test_quiet_without_a_terminal_and_the_curve_is_written_whole(capfd):
+  written = []
+  with Progress("run", lambda curve: written.append([*curve])) as progress:
     update(progress)
   assert capfd.readouterr() == ("", "")
-  assert [(r["stage"], r["epoch"]) for r in workdir.curve("run")] == [
-      ("align", 1), ("align", 2)]
+  assert [[(r["stage"], r["epoch"]) for r in curve] for curve in written] == [
+      [("align", 1)], [("align", 1), ("align", 2)]]
 
 
 class Terminal(io.StringIO):
@@ -32,7 +30,7 @@ def test_a_terminal_sees_stage_epoch_loss_accuracy_and_time_left(
     monkeypatch):
   terminal = Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)
-  with Progress("run", lambda records: None) as progress:
+  with Progress("run", lambda curve: None) as progress:
     update(progress)
   seen = terminal.getvalue()
   for part in ("align 2/2", "2/4", "loss=0.500", "images/s=12", "val=70.0"):

@@ -28,7 +28,7 @@ def solid_pixels(name, row):
 def components(mask):
   """Number of 4-connected regions with more than 3 pixels, by flooding."""
   mask, count = mask.copy(), 0
-  for start in zip(*np.nonzero(mask)):
+  for start in zip(*np.nonzero(mask), strict=True):
     todo, area = [start], 0
     while todo:
       y, x = todo.pop()
@@ -42,39 +42,39 @@ def components(mask):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_depends_on_task_split_and_row_alone(name):
-  first = rendered.render(name, "val200", 7)
-  rendered.render(name, "val200", 8)
-  np.testing.assert_array_equal(first, rendered.render(name, "val200", 7))
+  first = rendered.render(name, "val", 7)
+  rendered.render(name, "val", 8)
+  np.testing.assert_array_equal(first, rendered.render(name, "val", 7))
   assert first.shape == (64, 64, 3) and first.dtype == np.uint8
-  for split, row in (("val200", 23), ("train800", 7), ("test", 7)):
+  for split, row in (("val", 23), ("train", 7), ("test", 7)):
     assert (first != rendered.render(name, split, row)).any()
 
 
 def test_splits_share_no_seed():
   first = {rendered.factors(n, s, r)[1].bytes(16) for n in NAMES
-           for s in ("train800", "val200", "test") for r in range(50)}
+           for s in ("train", "val", "test") for r in range(50)}
   assert len(first) == len(NAMES) * 3 * 50
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_are_balanced_and_whole(name):
   task = tasks.load(name, size=8)
-  sizes = {"train800": 800, "val200": 200, "train800val200": 1000,
+  sizes = {"train": 800, "val": 200, "trainval": 1000,
            "test": 2000}
   assert task.group == "Structured"
   for split, n in sizes.items():
     counts = np.bincount(task.labels[split], minlength=len(task.classes))
     assert counts.sum() == n and len(counts) == len(task.classes)
-    assert np.ptp(counts) <= (2 if split == "train800val200" else 1)
+    assert np.ptp(counts) <= (2 if split == "trainval" else 1)
 
 
 def test_split_is_the_rendered_images_in_order(monkeypatch, tmp_path):
-  monkeypatch.setitem(rendered._COUNTS, "val200", 5)
+  monkeypatch.setitem(rendered._COUNTS, "val", 5)
   task = tasks.load("scene_count", size=64, cache=str(tmp_path))
-  split = task.split("val200")
+  split = task.split("val")
   for row in range(5):  # at native size, resizing is the identity
     np.testing.assert_array_equal(
-        split.images[row], rendered.render("scene_count", "val200", row))
+        split.images[row], rendered.render("scene_count", "val", row))
   assert split.labels.tolist() == [0, 1, 2, 3, 4]
 
 

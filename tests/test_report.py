@@ -12,6 +12,7 @@ from ttc_jax import report
 from ttc_jax.errors import UserError
 from ttc_jax.report import formats, published, tables
 from ttc_jax.report import rows as rows_lib
+from ttc_jax.runs.workdir import WorkDir
 from ttc_jax.vtab import rows as vtab
 
 
@@ -296,6 +297,71 @@ def test_latex_has_whole_lines_and_escapes():
   assert text.count("\\begin") == text.count("\\end{tabular}") == 1
 
 
+ODD = {"\x1b[31mred": r"\x1b[31mred", "a\nb": r"a\nb",
+       "\u202egnp": r"\u202egnp"}
+
+
+@pytest.mark.parametrize("form", formats.FORMATS)
+def test_names_act_on_no_terminal_and_end_no_line(form):
+  rows = [row(f"t{name}", f"v{name}", 0, 1.0) for name in ODD]
+  plain = [row(f"t{i}", f"v{i}", 0, 1.0) for i, _ in enumerate(ODD)]
+  write = formats.FORMATS[form].write
+  text = write(tables.make(rows, "final"), False)
+  assert text.isprintable() or set(text) - {"\n"} <= set(
+      filter(str.isprintable, text))
+  assert text.count("\n") == write(
+      tables.make(plain, "final"), False).count("\n")
+  if form in ("text", "csv"):
+    assert all(f"v{shown}" in text for shown in ODD.values())
+
+
+def test_a_pipe_is_no_column_of_markdown():
+  rows = [row("a|b", "v|w", 0, 1.0), row("a|b", "x", 0, 1.0)]
+  lines = formats.markdown(tables.make(rows, "final")).split("\n")[2:6]
+  assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+  assert r"a\|b" in lines[0] and r"v\|w" in lines[2]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-2", "@sum", "=cmd|' /C'!A0"])
+def test_a_name_is_no_formula_of_a_spreadsheet(name):
+  table = tables.make([row(name, name, 0, 1.0, lr=-0.5)], "final")
+  found, = csv.DictReader(io.StringIO(formats.csv(table)))
+  assert found["task"] == found["variant"] == "'" + name
+  assert found["lr"] == "-0.5"  # a number is none
+
+
+def test_a_name_with_a_sign_is_no_formula_of_latex():
+  rows = [row("-a_b", "+c", 0, 1.0), row("x", "+c", 0, 1.0)]
+  text = formats.latex(tables.make(rows, "final"))
+  assert "$-a" not in text and "-a\\_b &" in text
+
+
+def test_settings_are_shown_where_they_matter(caplog):
+  def notes(*rows):
+    return tables.make(rows, "final").sources[1:]
+  same = dict(epochs=5, limit=0, dtype="float32", device="1 x cpu")
+  assert notes(row("a", "x", 0, 1.0, **same)) == ["Settings: epochs 5."]
+  assert notes(row("a", "x", 0, 1.0, **same | {"limit": 64})) == [
+      "Settings: epochs 5; limit 64."]
+  assert notes(row("a", "x", 0, 1.0, **same),
+               row("a", "y", 0, 1.0, **same | {"epochs": 9, "device": "gpu"}),
+               row("a", "z", 0, 1.0, **same)) == [
+      "Settings: epochs 5 (x, z), 9 (y); device 1 x cpu (x, z), gpu (y)."]
+  assert not caplog.text
+
+
+def test_rows_that_cannot_be_compared_are_warned_of(caplog):
+  rows = [row("a", "x", 0, 1.0, limit=0, epochs=5),
+          row("a", "x", 1, 1.0, limit=64, epochs=6),
+          row("a", "y", 0, 1.0, limit=0, epochs=7, normalisation="none")]
+  text = formats.text(tables.make(rows, "final"))
+  assert "Settings: epochs 5 (x), 6 (x), 7 (y); limit 0 (x, y), 64 (x)." in text
+  for sentence in ("Mixed in this table, so its lines cannot be compared: "
+                   "limit.", "Seeds of x on a differ in more than the seed: "
+                   "epochs."):
+    assert sentence in text and sentence in caplog.text
+
+
 def test_every_format_takes_a_hole():
   for form in formats.FORMATS.values():
     for interval in (False, True):
@@ -339,19 +405,25 @@ def test_of_equal_scales_too_the_smaller_is_best():
   assert best["scale"] == 0.5
 
 
-def test_a_line_cut_short_is_skipped_and_the_next_row_is_whole(tmp_path):
-  path = str(tmp_path / "results.jsonl")
-  report.append(path, {"run": 1})
-  with open(path, "a") as f:
-    f.write('{"run": 2, "tes')
-  report.append(path, {"run": 3})
-  assert report.read(path) == [{"run": 1}, {"run": 3}]
-  with open(path) as f:
-    assert json.loads(f.read().split("\n")[2]) == {"run": 3}
+def test_a_damaged_line_of_a_results_file_is_left_out_aloud(tmp_path, caplog):
+  path = tmp_path / "results.jsonl"
+  whole = ROWS[0], ROWS[2]
+  path.write_bytes(json.dumps(whole[0]).encode() + b'\n{"run": "a\xff"}\n'
+                   b'{"run": 2, "tes\n[1]\n'
+                   + json.dumps(whole[1]).encode() + b'\n{"run": "cut')
+  assert report.read(str(path)) == report.collect([str(path)]) == [*whole]
+  assert [f":{n} is damaged" in caplog.text for n in range(1, 7)] == [
+      False, True, True, True, False, False]
 
 
-def test_no_file_is_no_row(tmp_path):
-  assert report.read(str(tmp_path / "results.jsonl")) == []
+def test_a_damaged_row_of_a_work_directory_costs_that_row(tmp_path, caplog):
+  place = WorkDir(tmp_path)
+  for r in ROWS:
+    place.write_row(r)
+  (place.folder(ROWS[1]["run"]) / "row.json").write_bytes(b'{"run": "\xff"}')
+  assert {r["run"] for r in report.collect([str(tmp_path)])} == {
+      r["run"] for r in ROWS} - {ROWS[1]["run"]}
+  assert "is damaged and left out" in caplog.text
 
 
 def test_merged_work_directories_are_one_table():
@@ -385,6 +457,6 @@ def test_a_work_directory_without_a_row_is_an_error(tmp_path):
     report.collect([str(tmp_path / "none")])
   with pytest.raises(UserError, match="no finished run in"):
     report.collect([str(tmp_path)])
-  (tmp_path / "results.jsonl").write_text('{"run": "x"}\n')
+  WorkDir(tmp_path).write_row({"run": "x"})
   with pytest.raises(UserError, match="row of x has no 'task'"):
     report.collect([str(tmp_path)])

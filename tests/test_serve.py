@@ -251,6 +251,7 @@ def test_the_command_packs_and_inspects(base, tmp_path):
 
 # --- Serving ------------------------------------------------------------------
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("backbone, method", CASES)
 def test_a_mixed_batch_equals_each_task_alone(backbone, method, base, tmp_path):
   model, weights = serve.load(base[backbone]), base[backbone]

@@ -1,22 +1,17 @@
 """What `python -m ttc_jax.report` says, beside what is in the folder."""
-import json
-import subprocess
 import sys
 
 import pytest
 
+from tests.command import run_command
 from tests.test_report import row
-from ttc_jax import files
 from ttc_jax.errors import UserError
 from ttc_jax.report import __main__ as command_line
 from ttc_jax.report import status
+from ttc_jax.runs.workdir import Expected, WorkDir
 
-VARIANTS = {
-    "ttc": {"settings": 2, "seeds": [0, 1], "protocol": "select", "epochs": 3},
-    "my-linear": {"settings": 1, "seeds": [0, 1], "protocol": "final",
-                  "epochs": 100}}
-PLAN = {"tasks": {"a": VARIANTS, "b/c": VARIANTS},
-        "missing": {"gone": "no folder 'gone'"}}
+VARIANTS = {"ttc": Expected(2, [0, 1], "select", 3),
+            "my-linear": Expected(1, [0, 1], "final", 100)}
 AT_WORK = "b-c-my-linear-final-s0-0123abcd"
 
 
@@ -26,39 +21,34 @@ def times(train, test=None):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Of PLAN: 3 runs of TTC on a, one at work, one stopped, one failed."""
+  """Of a plan: 3 runs of TTC on a, one at work, one stopped, one failed."""
+  place = WorkDir(tmp_path)
+  place.write_plan({"a": VARIANTS, "b/c": VARIANTS},
+                   {"gone": "no folder 'gone'"})
   rows = [row("a", "ttc", 0, None, protocol="val", run=f"val{i}", val_top1=50.,
               **times(10.0)) for i in (0, 1)]
   rows += [row("a", "ttc", 0, 60.0, run="final", **times(20.0, 20.0)),
            row("a", "ttc", 7, 60.0, run="of another plan", **times(1.0, 1.0)),
            row("a", "my-linear", 1, 1.0, run="mended", **times(4.0, 1.0))]
-  failures = [{"run": "mended", "task": "a", "variant": "my-linear",
-               "error": "it diverged"},
-              {"run": "bad", "task": "b/c", "variant": "my-linear",
-               "error": "the loss is NaN"}]
-  (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-  (tmp_path / "results.jsonl").write_text(lines(rows))
-  (tmp_path / "failed.jsonl").write_text(lines(failures) + '{"run": "cut')
+  place.write_failure("mended", "a", "my-linear", "it diverged")
+  place.write_failure("bad", "b/c", "my-linear", "the loss is NaN")
+  for r in rows:
+    place.write_row(r)
   for run in (AT_WORK, "b-c-ttc-val-s0-0123abcd", "final"):
-    curve = tmp_path / "runs" / run / "metrics.jsonl"
-    curve.parent.mkdir(parents=True)
-    curve.write_text(lines([
-        {"stage": "head", "epoch": 4, "loss": 2.0},
-        {"stage": "head", "epoch": 5, "loss": 1.25, "val_top1": 40.0,
-         "images_per_second": 1234.5}]))
-    (curve.parent / ".lock").touch()
-  with files.lock(str(tmp_path / "runs" / AT_WORK / ".lock")):
+    with place.claim(run):
+      place.write_curve(run, [
+          {"stage": "head", "epoch": 4, "loss": 2.0},
+          {"stage": "head", "epoch": 5, "loss": 1.25, "val_top1": 40.0,
+           "images_per_second": 1234.5}])
+  with place.claim(AT_WORK):
     yield tmp_path
-
-
-def lines(objects):
-  return "".join(json.dumps(x) + "\n" for x in objects)
 
 
 def test_what_is_done_at_work_failed_and_to_do(workdir):
   found = status.gather(str(workdir))
-  assert found.expected == {("a", "ttc"): 4, ("a", "my-linear"): 2,
-                            ("b/c", "ttc"): 4, ("b/c", "my-linear"): 2}
+  assert {pair: runs.runs for pair, runs in found.expected.items()} == {
+      ("a", "ttc"): 4, ("a", "my-linear"): 2, ("b/c", "ttc"): 4,
+      ("b/c", "my-linear"): 2}
   assert {pair: set(runs) for pair, runs in found.done.items()} == {
       ("a", "ttc"): {"val0", "val1", "final"}, ("a", "my-linear"): {"mended"}}
   assert [list(runs) for runs in found.failed.values()] == [["bad"]]
@@ -103,12 +93,6 @@ def test_durations():
 
 # --- The command --------------------------------------------------------------
 
-def command(*args):
-  return subprocess.run(
-      [sys.executable, "-m", "ttc_jax.report", *map(str, args)],
-      capture_output=True, text=True, check=False)
-
-
 def state(folder):
   return {p: (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else None)
           for p in folder.rglob("*")}
@@ -117,13 +101,13 @@ def state(folder):
 def test_the_command_only_reads_a_work_directory(workdir, tmp_path_factory):
   out = tmp_path_factory.mktemp("out") / "new"
   before = state(workdir)
-  shown = command(workdir, "--format=markdown", f"--out={out}")
+  shown = run_command("report", workdir, "--format=markdown", f"--out={out}")
   assert shown.returncode == 0 and "| ttc" in shown.stdout
   assert "| gone |" in shown.stdout and "mean of 3" in shown.stdout
   assert (out / "table.md").read_text() == shown.stdout
-  some = command(workdir, "--tasks=a")
+  some = run_command("report", workdir, "--tasks=a")
   assert some.stdout.split("\n")[2].split()[:2] == ["a", "module"]
-  watched = command(workdir, "--watch")  # no terminal: once
+  watched = run_command("report", workdir, "--watch")  # no terminal: once
   assert watched.returncode == 0
   assert watched.stdout.startswith(f"{workdir}\n\n") and (
       "4 of 12 runs" in watched.stdout)
@@ -131,7 +115,7 @@ def test_the_command_only_reads_a_work_directory(workdir, tmp_path_factory):
 
 
 def test_a_mistake_is_one_sentence(workdir):
-  failed = command(workdir, "--published", "--protocol=val")
+  failed = run_command("report", workdir, "--published", "--protocol=val")
   assert failed.returncode == 2 and failed.stdout == ""
   assert "--protocol=final" in failed.stderr
   assert failed.stderr.count("\n") == 1

@@ -8,17 +8,16 @@ import sys
 import warnings
 
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from ttc_jax import errors, tasks
-from ttc_jax.tasks import images
+from ttc_jax.tasks import folder, images
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "tasks"
-PARTS = {"train800": (0, 6), "val200": (6, 8), "train800val200": (0, 8),
-         "test": (8, 12)}
+PARTS = {"train": (0, 6), "val": (6, 8), "trainval": (0, 8), "test": (8, 12)}
 
 
 @pytest.fixture(name="data")
@@ -32,7 +31,7 @@ def _data(tmp_path):
     Image.fromarray(noise).save(toy / "images" / f"no {i}.png")
   for part, (a, b) in PARTS.items():
     lines = [f"images/no {i}.png {i % 3}\n" for i in range(a, b)]
-    (toy / f"{part}.txt").write_text("".join(lines))
+    (toy / f"{folder.LISTS[part]}.txt").write_text("".join(lines))
   return tmp_path / "data"
 
 
@@ -96,8 +95,8 @@ def test_bad_settings_are_refused_before_decoding(load, kw, word):
 
 
 def test_unknown_split_is_refused(load):
-  with pytest.raises(errors.UserError, match="train800"):
-    load().split("train")
+  with pytest.raises(errors.UserError, match="test, train, trainval, val"):
+    load().split("train800")
 
 
 def test_a_folder_wins_over_a_built_in_task_of_its_name(data):
@@ -122,8 +121,9 @@ def test_tasks_never_import_jax_or_what_is_above_them():
         assert name.split(".")[0] in allowed, (path, name)
         if name.startswith("ttc_jax"):
           assert name.startswith((
-              "ttc_jax.errors", "ttc_jax.files", "ttc_jax.interrupt",
-              "ttc_jax.tasks")), path
+              "ttc_jax.config", "ttc_jax.errors", "ttc_jax.files",
+              "ttc_jax.interrupt", "ttc_jax.tasks", "ttc_jax.vtab.rows",
+              )), path
 
 
 # Folders.
@@ -140,7 +140,7 @@ def test_load_reads_labels_without_decoding(load, reads):
 
 def test_split_gives_the_images_as_pillow_resizes_them(load, data):
   for resample in ("bicubic", "bilinear"):
-    split = load(resample=resample).split("val200")
+    split = load(resample=resample).split("val")
     assert split.images.shape == (2, 5, 5, 3)
     assert split.images.dtype == np.uint8
     assert split.labels.tolist() == [0, 1]
@@ -155,7 +155,7 @@ def test_blank_lines_at_the_end_windows_ends_and_a_bom_are_fine(load, data):
   path = data / "toy" / "val200.txt"
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")
                    + b"\r\n  \r\n\n")
-  assert load().labels["val200"].tolist() == [0, 1]
+  assert load().labels["val"].tolist() == [0, 1]
 
 
 def test_classes_txt_names_the_classes(load, data):
@@ -182,8 +182,10 @@ def test_vtab_names_have_their_group(data, name, group):
     ("../toy2/out.png 1", "leads out of"), ("../.. 1", "leads out of"),
     ("../nowhere/a.png 1", "leads out of"),
     ("{abs}/images/no 7.png 1", "must be relative"),
-    ("images/link.png 1", "leads out of"),
-    ("linked/out.png 1", "leads out of"),
+    ("images/gone.png 1", "no image file"),
+    ("linked/../../toy2/out.png 1", "leads out of"),
+    ("images\\no 7.png 1", "separated by '/'"),
+    ("images/no 7.png,1", "label must be a whole number"),
     ("images/no 77.png 1", "no image file 'images/no 77.png'"),
     ("images 1", "no image file"), ("images/\0 1", "no image file"),
     ("images/" + "a" * 5000 + " 1", "no image file"),
@@ -191,7 +193,7 @@ def test_vtab_names_have_their_group(data, name, group):
 def test_bad_lines_are_named(load, data, text, word):
   (data / "toy2").mkdir()
   Image.new("L", (2, 2)).save(data / "toy2" / "out.png")
-  (data / "toy" / "images" / "link.png").symlink_to(data / "toy2" / "out.png")
+  (data / "toy" / "images" / "gone.png").symlink_to(data / "toy2" / "gone")
   (data / "toy" / "linked").symlink_to(data / "toy2")
   edit(data, "val200.txt", 1, text.format(abs=data / "toy"))
   with pytest.raises(errors.UserError) as error:
@@ -204,10 +206,179 @@ def test_links_inside_the_folder_and_to_it_are_followed(data, load):
   (data / "toy" / "images" / "no 7.png").symlink_to("../seven")
   (data / "toy").rename(data.parent / "elsewhere")
   (data / "toy").symlink_to(data.parent / "elsewhere")
-  assert load().split("val200").images.shape == (2, 5, 5, 3)
+  assert load().split("val").images.shape == (2, 5, 5, 3)
 
 
-@pytest.mark.parametrize("name", [f"{s}.txt" for s in tasks.SPLITS[1:]])
+@pytest.mark.parametrize("how", ["folder", "files"])
+def test_links_out_of_the_folder_are_followed(data, load, how):
+  """The images may be on another disk; the same digests as without links."""
+  want, task = load(), data / "toy" / "images"
+  disk = data.parent / "disk"
+  task.rename(disk)
+  if how == "folder":
+    task.symlink_to(disk)
+  else:
+    task.mkdir()
+    for path in disk.iterdir():
+      (task / path.name).symlink_to(path)
+  got = load()
+  assert got.digest == want.digest
+  for part in got.splits:
+    assert got.split(part).digest == want.split(part).digest
+  edit(data, "test.txt", 1, "other.png 0")  # a leak under another name
+  (data / "toy" / "other.png").symlink_to(disk / "no 3.png")
+  with pytest.raises(errors.UserError, match="other.png also stands in"):
+    load()
+
+
+# Further test sets, and tasks within tasks.
+
+def test_a_file_test_NAME_is_a_further_test_set(data, load):
+  digest = load().digest
+  Image.new("L", (2, 2)).save(data / "toy" / "images" / "new.png")
+  (data / "toy" / "test_v2.txt").write_text("images/new.png 2\n")
+  (data / "toy" / "test_a-b.txt").write_text("images/no 9.png 0\n")
+  task = load()
+  assert task.tests == ("test", "a-b", "v2")
+  assert task.splits == ("train", "val", "trainval", "test", "a-b", "v2")
+  assert task.split("v2").labels.tolist() == [2]
+  assert (task.split("v2").images == 0).all()
+  assert task.digest != digest
+  edit(data, "test_v2.txt", 1, "images/no 7.png 1")
+  with pytest.raises(errors.UserError, match=(
+      r"test_v2.txt:1: images/no 7.png also stands in train800val200.txt")):
+    load()
+  edit(data, "test_v2.txt", 1, "images/no 10.png 9")
+  (data / "toy" / "classes.txt").write_text("a\nb\nc\n")
+  with pytest.raises(errors.UserError, match=r"test_v2.txt:1: the label 9"):
+    load()
+
+
+@pytest.mark.parametrize("name", ["val", "test", "trainval", "a b", "-"])
+def test_a_test_set_cannot_have_any_name(data, load, name):
+  (data / "toy" / f"test_{name}.txt").write_text("images/no 9.png 0\n")
+  with pytest.raises(errors.UserError, match="rename the file"):
+    load()
+
+
+def test_a_task_within_a_task_finds_the_images_above(data, load):
+  inner = data / "toy" / "inner"
+  inner.mkdir()
+  for path in (data / "toy").glob("*.txt"):
+    (inner / path.name).write_text(path.read_text())
+  assert "toy/inner" in tasks.names(str(data))
+  assert folder.names(str(data)) == ("toy",)  # "all" means those
+  task = tasks.load("toy/inner", size=5, data=str(data))
+  assert task.name == "toy/inner" and task.digest == load().digest
+  (data / "toy" / "classes.txt").write_text("a\nb\nc\n")
+  (inner / "images").mkdir()
+  Image.new("L", (2, 2)).save(inner / "images" / "no 6.png")
+  task = tasks.load("toy/inner", size=5, data=str(data))
+  assert task.classes == ("a", "b", "c")
+  assert (task.split("val").images[0] == 0).all()  # the nearest one
+  for path, word in (("../images/no 6.png", "leads out"),
+                     ("toy/images/no 6.png", "no image file")):
+    edit(data, "inner/val200.txt", 1, f"{path} 0")
+    with pytest.raises(errors.UserError, match=word):
+      tasks.load("toy/inner", size=5, data=str(data))
+
+
+@pytest.mark.parametrize("name", ["../data/toy", "toy/../toy", "toy/", "/toy",
+                                  "toy/images", "", "."])
+def test_no_name_leads_out_of_the_data_folder(data, name):
+  with pytest.raises(errors.UserError, match="unknown task"):
+    tasks.load(name, size=5, data=str(data))
+
+
+def test_a_family_is_one_file(tmp_path, monkeypatch):
+  (tmp_path / "toy_family.py").write_text('''
+import numpy as np
+from PIL import Image
+from ttc_jax.tasks import Task, images
+
+def names(data):
+  return ("grey",)
+
+def load(name, data):
+  source = images.Source(3, lambda i: Image.new("RGB", (4, 4), (i, i, i)))
+  parts = ("train", "val", "trainval", "easy", "hard")
+  return Task(name, "Other", ("a", "b"), dict.fromkeys(
+      parts, np.array([0, 1, 1], np.int32)), dict.fromkeys(parts, source),
+      "1", tests=("easy", "hard"))
+''')
+  monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+  tasks._families.cache_clear()
+  try:
+    assert "grey" in tasks.names(None)
+    split = tasks.load("grey", size=2).split("hard")
+    assert split.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+  finally:
+    tasks._families.cache_clear()
+    sys.modules.pop("ttc_jax.tasks.toy_family", None)
+
+
+# What identifies a split.
+
+def test_the_digest_of_a_split_is_that_of_its_pixels_and_labels(
+    load, data, tmp_path):
+  digests = {part: load().split(part).digest for part in load().splits}
+  assert len(set(digests.values())) == 4
+  assert all(len(d) == 32 for d in digests.values())
+  split = load().split("val")
+  plain = tasks.Split(np.array(split.images), split.labels)
+  assert plain.digest == split.digest == digests["val"]  # cached or not
+  images_, labels = split  # unpacks
+  assert tasks.Split(images_, labels).digest == split.digest
+  assert tasks.Split(images_[::-1], labels).digest != split.digest
+  assert tasks.Split(images_, labels[::-1]).digest != split.digest
+  assert load(size=6).split("val").digest != split.digest
+  (data / "toy").rename(data / "other")  # wherever it lies
+  moved = tasks.load("other", size=5, data=str(data),
+                     cache=str(tmp_path / "elsewhere"))
+  assert {p: moved.split(p).digest for p in moved.splits} == digests
+
+
+def test_the_digest_of_a_stream_follows_sizes_times_and_a_sample(load, data):
+  def stream():
+    return load(cache_gib=0).split("val").digest
+  first = stream()
+  assert first == stream()
+  path = data / "toy" / "images" / "no 6.png"
+  stat = os.stat(path)
+  os.utime(path, ns=(1, 1))
+  assert stream() != first
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert stream() == first
+  noise = np.full((9, 14, 3), 7, np.uint8)
+  content = path.read_bytes()
+  Image.fromarray(noise).save(path)
+  path.write_bytes(path.read_bytes().ljust(len(content), b"\0"))
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert os.stat(path).st_size == stat.st_size
+  assert stream() != first
+
+
+def test_a_split_is_decoded_opened_and_hashed_once(load, reads, monkeypatch):
+  hashed, digest = [], images.digest
+  monkeypatch.setattr(images, "digest",
+                      lambda rows: hashed.append(1) or digest(rows))
+  task = load()
+  splits = [task.split("val") for _ in range(3)]
+  assert splits[0] is splits[2] and len(reads) == 2
+  assert len({s.digest for s in splits}) == 1
+  assert len(hashed) == 1  # on opening the cache
+
+
+def test_a_task_without_a_size_says_so():
+  pytest.importorskip("sklearn")
+  task = tasks.find("digits", None)
+  with pytest.raises(ValueError, match="tasks.at_size"):
+    task.split("val")
+  assert tasks.at_size(task, 8).split("val").images.shape == (200, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["val200.txt", "train800val200.txt", "test.txt"])
 def test_missing_and_empty_lists_are_named(load, data, name):
   (data / "toy" / name).write_text("\n\n")
   with pytest.raises(errors.UserError, match=f"{name} is empty"):
@@ -354,26 +525,46 @@ def cached(tmp_path):
 
 
 def test_cache_is_reused_and_equals_decoding(load, reads, tmp_path):
-  first = load().split("train800").images
+  first = load().split("train").images
   assert len(reads) == 6 and isinstance(first, np.memmap)
   assert not first.flags.writeable
-  again = load().split("train800").images
+  again = load().split("train").images
   assert len(reads) == 6
   np.testing.assert_array_equal(first, again)
   np.testing.assert_array_equal(
-      first, load(cache_gib=0).split("train800").images[:])
+      first, load(cache_gib=0).split("train").images[:])
   assert sorted(p.suffix for p in cached(tmp_path)) == [".json", ".npy"]
 
 
+def test_the_cache_is_keyed_by_content(load, data, reads):
+  """Another image of the same size and time of change is another image."""
+  path = data / "toy" / "images" / "no 6.png"
+  stat = os.stat(path)
+  first = np.array(load().split("val").images)
+  white = Image.new("RGB", (14, 9), "white")
+  white.save(path)
+  path.write_bytes(path.read_bytes().ljust(stat.st_size, b"\0"))
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (
+      stat.st_size, stat.st_mtime_ns)
+  images_ = load().split("val").images
+  assert (images_[0] == 255).all() and (images_[1] == first[1]).all()
+  os.utime(path, ns=(1, 1))  # a copy is the same image
+  (data / "toy").rename(data / "copy")
+  tasks.load("copy", size=5, data=str(data),
+             cache=str(data.parent / "cache")).split("val")
+  assert len(reads) == 4
+
+
 def test_cache_follows_size_resample_and_file_changes(load, reads, data):
-  small, task = load().split("val200").images, load(size=6)
-  assert task.split("val200").images.shape == (2, 6, 6, 3)
-  load(resample="bilinear").split("val200")
+  small, task = load().split("val").images, load(size=6)
+  assert task.split("val").images.shape == (2, 6, 6, 3)
+  load(resample="bilinear").split("val")
   assert len(reads) == 6
   path = data / "toy" / "images" / "no 6.png"
   Image.new("RGB", (9, 9), "red").save(path)
   os.utime(path, ns=(1, 1))
-  assert load().split("val200").images[0].tolist() == [[[255, 0, 0]] * 5] * 5
+  assert load().split("val").images[0].tolist() == [[[255, 0, 0]] * 5] * 5
   assert small[0].tolist() != [[[255, 0, 0]] * 5] * 5
 
 
@@ -388,23 +579,23 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["flip", "cut", "empty", "other"])
 def test_damaged_cache_is_rebuilt_with_a_warning(load, reads, tmp_path,
                                                  caplog, how):
-  want = np.array(load().split("val200").images)
+  want = np.array(load().split("val").images)
   (path,) = (tmp_path / "cache").glob("*.npy")
   damage(path, how)
-  np.testing.assert_array_equal(load().split("val200").images, want)
+  np.testing.assert_array_equal(load().split("val").images, want)
   assert len(reads) == 4
   assert [r.levelname for r in caplog.records] == ["WARNING"]
-  load().split("val200")
+  load().split("val")
   assert len(reads) == 4
 
 
 @pytest.mark.parametrize("note", [None, "", "{}", "[]", '{"crc32": 1}'])
 def test_damaged_checksum_is_rebuilt(load, reads, tmp_path, note):
-  load().split("val200")
+  load().split("val")
   (path,) = (tmp_path / "cache").glob("*.json")
   right = json.loads(path.read_text())
   path.unlink() if note is None else path.write_text(note)
-  load().split("val200")
+  load().split("val")
   assert len(reads) == 4 and json.loads(path.read_text()) == right
 
 
@@ -419,7 +610,7 @@ def test_nothing_stays_of_a_broken_off_cache(load, tmp_path, monkeypatch,
     return read(path)
   monkeypatch.setattr(images, "read", broken)
   with pytest.raises(type(raised)):
-    load().split("val200")
+    load().split("val")
   assert cached(tmp_path) == []
 
 
@@ -434,29 +625,29 @@ def test_a_full_disk_says_where_and_leaves_nothing(
   monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
   message = f"{word}.*{tmp_path}/cache.*config.cache"
   with pytest.raises(errors.UserError, match=message):
-    load().split("val200")
+    load().split("val")
   assert cached(tmp_path) == []
 
 
 def test_an_impossible_cache_folder_names_the_setting(load, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="config.cache"):
-    load(cache=str(tmp_path / "file" / "cache")).split("val200")
+    load(cache=str(tmp_path / "file" / "cache")).split("val")
 
 
 def test_the_default_cache_follows_xdg(load, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  load(cache=None).split("val200")
+  load(cache=None).split("val")
   assert len(list((tmp_path / "xdg/ttc_jax/images").glob("*.npy"))) == 1
 
 
 def test_a_split_above_the_limit_streams_and_equals_the_cached(load, tmp_path):
   gib = (8 * 5 * 5 * 3 - 1) / 2**30  # one byte too little for 8 images
-  want = np.array(load().split("train800val200").images)
-  stream = load(cache_gib=gib).split("train800val200").images
+  want = np.array(load().split("trainval").images)
+  stream = load(cache_gib=gib).split("trainval").images
   assert isinstance(stream, images.Stream) and stream.shape == want.shape
   assert len(stream) == 8 and len(cached(tmp_path)) == 2
-  assert isinstance(load(cache_gib=gib).split("train800").images, np.memmap)
+  assert isinstance(load(cache_gib=gib).split("train").images, np.memmap)
   for index in (slice(0, 3), slice(3, 6), slice(6, 9), slice(0, 3),
                 slice(5, 2), slice(None, None, 3), slice(-2, None), 4, -1,
                 np.array([5, 0, 5]), np.array([], int)):
@@ -484,7 +675,7 @@ def test_streaming_decodes_the_next_slice_ahead_once():
 
 def test_a_corrupt_image_in_a_stream_is_named(load, data):
   (data / "toy" / "images" / "no 7.png").write_bytes(b"?")
-  stream = load(cache_gib=0).split("val200").images
+  stream = load(cache_gib=0).split("val").images
   with pytest.raises(errors.UserError, match="no 7.png"):
     stream[0:2]
 
@@ -493,34 +684,7 @@ def test_an_image_that_vanishes_is_named(load, data):
   task = load()
   (data / "toy" / "images" / "no 7.png").unlink()
   with pytest.raises(errors.UserError, match="no 7.png"):
-    task.split("val200")
-
-
-# Normalisation.
-
-@pytest.mark.parametrize("how, want", [
-    ("half", [-1.0, 0.6, 1.0]), ("none", [0.0, 0.8, 1.0]),
-    ("imagenet", [-2.117904, 1.535714, 2.64])])
-def test_normalise_by_hand(how, want):
-  pixels = np.array([[0, 204, 255]], np.uint8)
-  got = images.normalise(pixels, how)
-  assert got.dtype == np.float32
-  np.testing.assert_allclose(got, [want], atol=2e-6)
-
-
-@pytest.mark.parametrize("how", sorted(images.NORMALISATIONS))
-def test_normalise_is_the_same_in_jax(how):
-  jnp = pytest.importorskip("jax.numpy")
-  pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 11
-  got = images.normalise(jnp.asarray(pixels), how)
-  assert got.dtype == np.float32 and not isinstance(got, np.ndarray)
-  np.testing.assert_allclose(got, images.normalise(pixels, how), rtol=1e-5,
-                             atol=1e-6)
-
-
-def test_unknown_normalisation_is_refused():
-  with pytest.raises(errors.UserError, match="did you mean imagenet"):
-    images.normalise(np.zeros(3, np.uint8), "imagenett")
+    task.split("val")
 
 
 # Digits and real folders.
@@ -528,21 +692,22 @@ def test_unknown_normalisation_is_refused():
 def test_digits_are_scikit_learns_split_once_each():
   datasets = pytest.importorskip("sklearn.datasets")
   task = tasks.load("digits", size=8)
-  splits = {s: task.split(s) for s in tasks.SPLITS}
+  splits = {s: task.split(s) for s in task.splits}
   assert [len(s.labels) for s in splits.values()] == [800, 200, 1000, 797]
-  assert (np.bincount(splits["train800"].labels) == 80).all()
-  assert (np.bincount(splits["val200"].labels) == 20).all()
+  assert (np.bincount(splits["train"].labels) == 80).all()
+  assert (np.bincount(splits["val"].labels) == 20).all()
   for part, split in splits.items():
     np.testing.assert_array_equal(split.labels, task.labels[part])
   np.testing.assert_array_equal(
-      splits["train800val200"].images,
-      np.concatenate([splits["train800"].images, splits["val200"].images]))
+      splits["trainval"].images,
+      np.concatenate([splits["train"].images, splits["val"].images]))
   def key(image, label):  # at native size the pixels come back exactly
     return (np.round(image / 255 * 16).astype(int).tobytes(), int(label))
-  got = [key(i[..., 0], y) for part in ("train800val200", "test")
-         for i, y in zip(splits[part].images, splits[part].labels)]
+  got = [key(i[..., 0], y) for part in ("trainval", "test")
+         for i, y in zip(splits[part].images, splits[part].labels,
+                                           strict=True)]
   pixels, target = datasets.load_digits(return_X_y=True)
-  want = [key(x * 255 / 16, y) for x, y in zip(pixels, target)]
+  want = [key(x * 255 / 16, y) for x, y in zip(pixels, target, strict=True)]
   assert sorted(got) == sorted(want)
 
 
@@ -551,6 +716,6 @@ def test_digits_are_scikit_learns_split_once_each():
     ("fashion_mnist", 10), ("shapes_count", 8)])
 def test_real_folders_load(name, classes, tmp_path):
   task = tasks.load(name, size=16, data=str(SHARED), cache=str(tmp_path))
-  split = task.split("val200")
-  assert len(task.classes) == classes and len(task.labels["train800"]) == 800
+  split = task.split("val")
+  assert len(task.classes) == classes and len(task.labels["train"]) == 800
   assert split.images.shape == (200, 16, 16, 3) and split.images.std() > 10

@@ -5,19 +5,22 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import types
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from tests.command import run_command
+from tests.vtab_sets import build, builder, rewrite_as_tfrecord, small
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
 from ttc_jax.tasks import __main__ as cli
-from ttc_jax.tasks import check, export, facts, fingerprint, prepare, vtab
-from tests.vtab_sets import build, builder, rewrite_as_tfrecord, small
+from ttc_jax.tasks import folder
+from ttc_jax.tasks import tfds as reader
+from ttc_jax.tasks import vtab as family
+from ttc_jax.vtab import check, export, facts, fingerprint, prepare
+from ttc_jax.vtab import rows as vtab
 
 SETS = ["caltech101", "dtd", "oxford_flowers102", "svhn_cropped", "dsprites",
         "cifar100"]
@@ -43,10 +46,7 @@ def options(**given):
 
 
 def run(*args):
-  return subprocess.run(
-      [sys.executable, "-m", "ttc_jax.tasks", *map(str, args)],
-      capture_output=True, text=True,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"})
+  return run_command("tasks", *args)
 
 
 # --- The command line ---------------------------------------------------------
@@ -58,8 +58,8 @@ def test_list_names_the_protocol():
   assert [r["name"] for r in rows] == list(vtab.ROWS)
   assert rows[2] == {
       "name": "dtd", "group": "Natural", "tfds": "dtd:3.*.*",
-      "train800": "train[:800]", "val200": "validation[:200]",
-      "train800val200": "train[:800]+validation[:200]", "test": "test",
+      "train": "train[:800]", "val": "validation[:200]",
+      "trainval": "train[:800]+validation[:200]", "test": "test",
       "num_classes": 47, "test_count": 1880, "status": "unknown"}
   assert {r["name"]: r["tfds"] for r in rows if r["group"] == "Structured"} == {
       "clevr_count": "clevr:3.*.*", "clevr_dist": "clevr:3.*.*",
@@ -110,7 +110,7 @@ def test_the_list_tells_what_is_there(prepared, tmp_path):
   rewrite_as_tfrecord(prepared / "dtd" / "3.0.1", tmp_path / "dtd" / "3.0.1")
   for name, labels in (("mine", "0 1 2"), ("broken", "0 x")):
     (tmp_path / name).mkdir()
-    for part in tasks.SPLITS:
+    for part in folder.LISTS.values():
       (tmp_path / name / f"{part}.txt").write_text("".join(
           f"{part}_{i}.png {y}\n" for i, y in enumerate(labels.split())))
       for i in range(3):
@@ -126,6 +126,72 @@ def test_the_list_tells_what_is_there(prepared, tmp_path):
   assert rows["digits"]["test_count"] == 797
   text = cli.table(list(rows.values()))
   assert "tfrecord 3.0.1" in text and "10,000" in text
+
+
+def test_names_are_listed_without_a_folder(capsys):
+  pytest.importorskip("sklearn")
+  assert cli.list_(["digits"], options(json=True)) == 0
+  (row,) = json.loads(capsys.readouterr().out)
+  assert (row["num_classes"], row["status"]) == (10, "built in")
+  assert cli.list_(["dtd", "scene_count"], options()) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == ["name", "dtd", "scene_count"]
+  with pytest.raises(UserError, match="did you mean digits"):
+    cli.list_(["digit"], options())
+
+
+# --- Tasks in folders ---------------------------------------------------------
+
+EVIL = "a\x1b[31m\u202e\nb"
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """Tasks "good", "cut" (one image is) and one whose name is not for print."""
+  rng = np.random.default_rng(0)
+  for name in ("good", "cut", EVIL):
+    (tmp_path / name / "inner").mkdir(parents=True)
+    for part, n in (("train800", 0), ("val200", 1), ("test", 2)):
+      noise = rng.integers(0, 256, (9, 9, 3), np.uint8)
+      Image.fromarray(noise).save(tmp_path / name / f"{n}.png")
+      (tmp_path / name / f"{part}.txt").write_text(f"{n}.png {n}\n")
+    (tmp_path / name / "train800val200.txt").write_text("0.png 0\n1.png 1\n")
+  for path in (tmp_path / "good").glob("*.txt"):
+    (tmp_path / "good" / "inner" / path.name).write_text(path.read_text())
+  (tmp_path / "cut" / "1.png").write_bytes(b"?")
+  return tmp_path
+
+
+def test_check_reads_folders(folders, capsys):
+  assert cli.check(["good"], options(data=str(folders))) == 0
+  assert "all well" in capsys.readouterr().out
+  assert cli.check([], options(data=str(folders), json=True)) == 1
+  reports = {r["name"]: r for r in json.loads(capsys.readouterr().out)}
+  assert set(reports) == {"good", "good/inner", "cut", EVIL}
+  assert reports["good"]["splits"] == reports["good/inner"]["splits"]
+  (wrong,) = reports["cut"]["wrong"]
+  assert wrong.startswith("val: cannot decode image ") and "1.png" in wrong
+  with pytest.raises(UserError, match="did you mean good"):
+    cli.check(["goood"], options(data=str(folders)))
+
+
+def test_a_fingerprint_tells_folders_apart(folders, capsys):
+  file = str(folders / "ours.json")
+  assert cli.check(["good"], options(data=str(folders), save=file)) == 0
+  (folders / "good" / "test_new.txt").write_text("2.png 2\n")
+  Image.new("RGB", (9, 9)).save(folders / "good" / "2.png")
+  assert cli.check(["good"], options(data=str(folders), against=file)) == 1
+  out = capsys.readouterr().out
+  assert out.count(f"(as in {file})") == 3
+  assert "test: not as in" in out and "has no such split" in out
+
+
+def test_names_are_printed_without_what_acts_on_a_terminal(folders, capsys):
+  assert cli.list_([EVIL], options(data=str(folders))) == 0
+  assert cli.check([EVIL], options(data=str(folders))) == 0
+  out = capsys.readouterr().out
+  assert out.count(r"a\x1b[31m\u202e\nb") == 2
+  assert "\x1b" not in out and "\u202e" not in out
 
 
 # --- prepare ------------------------------------------------------------------
@@ -165,7 +231,7 @@ def test_what_can_be_built_is_built_and_what_is_there_is_left(
   missing = prepare.prepare(names, data, lines.append)
   assert set(missing) == {"svhn_cropped", "resisc45"}
   assert tfds_builds == ["dtd:3.*.*", "svhn_cropped:3.*.*", "dsprites:2.*.*"]
-  assert vtab.names(data) == ("dtd", "dsprites_loc", "dsprites_ori")
+  assert family.names(data) == ("dtd", "dsprites_loc", "dsprites_ori")
   assert cli.vtab_row("dtd", data)["status"] == "array_record 3.0.1"
   assert "no route to host" in missing["svhn_cropped"]
   assert lines[-1] == ("2 of 4 data sets are there; missing: svhn_cropped, "
@@ -264,14 +330,15 @@ def test_what_check_reports_is_what_tfds_reads(
     labels = [int(example["label"]) for _, example in rows]
     assert split["count"] == len(rows)
     assert split["labels"] == [labels.count(c) for c in range(row.classes)]
-    lines = "".join(f"{i}\t{y}\n" for (i, _), y in zip(rows, labels))
+    lines = "".join(f"{i}\t{y}\n"
+                    for (i, _), y in zip(rows, labels, strict=True))
     assert split["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
 
 
 def test_what_stands_in_the_tables_is_whole():
   for name, counts in facts.TEST.items():
     assert len(counts) == vtab.ROWS[name].classes
-    assert sum(counts) == vtab.ROWS[name].count
+    assert sum(counts) == vtab.ROWS[name].test_count
   for name, most in facts.MOST.items():
     for part, count in most.items():
       assert count * vtab.ROWS[name].classes >= facts.COUNTS[part]
@@ -288,8 +355,8 @@ def test_both_formats_have_one_checksum(prepared, small_rows, tmp_path):
 def test_another_histogram_or_count_is_wrong(prepared, small_rows, monkeypatch):
   wrong = check.check("dtd", str(prepared))["wrong"]
   assert wrong == ["test: class 0 has 9 images, expected 40"]
-  monkeypatch.setitem(facts.MOST, "dtd", {"train800": 17})
-  assert "train800: class" in check.check("dtd", str(prepared))["wrong"][0]
+  monkeypatch.setitem(facts.MOST, "dtd", {"train": 17})
+  assert "train: class" in check.check("dtd", str(prepared))["wrong"][0]
   monkeypatch.undo()
   wrong = check.check("dtd", str(prepared))["wrong"]
   assert "test: 410 examples, expected 1880" in wrong
@@ -308,10 +375,10 @@ def test_an_image_in_two_splits_is_wrong_where_it_has_a_name(
   leak = "train[795:1000]"
   for name in ("oxford_flowers102", "dsprites_loc"):
     monkeypatch.setitem(vtab.ROWS, name, vtab.ROWS[name]._replace(
-        val=leak.replace("1000", "995"), test=leak, count=205))
+        val=leak.replace("1000", "995"), test=leak, test_count=205))
   named = check.check("oxford_flowers102", str(prepared))
   assert named["shared"] == {"ids": 200, "pixels": 200}
-  assert any(w.startswith("val200: 5 of its examples also stand in train800")
+  assert any(w.startswith("val: 5 of its examples also stand in train")
              for w in named["wrong"])
   assert any(w.startswith("test: 200 of its") for w in named["wrong"])
   pictures = check.check("dsprites_loc", str(prepared))  # all look the same
@@ -324,7 +391,7 @@ def test_an_example_that_stands_twice_is_wrong(prepared, small_rows,
                       vtab.ROWS["oxford_flowers102"]._replace(
                           val="validation[:100]+validation[:100]"))
   wrong = check.check("oxford_flowers102", str(prepared))["wrong"]
-  assert wrong[0].startswith("val200: 100 examples stand in it more than once")
+  assert wrong[0].startswith("val: 100 examples stand in it more than once")
 
 
 @pytest.mark.parametrize("name", ["oxford_flowers102", "cifar100", "eurosat",
@@ -332,20 +399,20 @@ def test_an_example_that_stands_twice_is_wrong(prepared, small_rows,
 def test_another_order_than_tfdss_is_wrong(prepared, small_rows, monkeypatch,
                                            tmp_path_factory, name):
   row = vtab.ROWS[name]
-  if not vtab.prepared(row, str(prepared)):
+  if not family.prepared(name, str(prepared)):
     build(prepared, tmp_path_factory.mktemp("pictures"), [row.tfds])
   monkeypatch.delitem(facts.TEST, name, raising=False)
   monkeypatch.delitem(facts.NAMES, row.tfds, raising=False)
   assert check.check(name, str(prepared))["wrong"] == []
   # the last two trade places, as two shards would
-  read = vtab.Source.__getitem__
+  read = reader.Source.__getitem__
 
   def traded(self, i):
     return read(self, {198: 199, 199: 198}.get(i, i)
                 if len(self) == 200 else i)
-  monkeypatch.setattr(vtab.Source, "__getitem__", traded)
+  monkeypatch.setattr(reader.Source, "__getitem__", traded)
   wrong = check.check(name, str(prepared))["wrong"]
-  assert wrong[0].startswith("val200: 1 examples do not stand where TFDS puts")
+  assert wrong[0].startswith("val: 1 examples do not stand where TFDS puts")
 
 
 def test_other_examples_than_tfdss_are_wrong(prepared, small_rows,
@@ -363,7 +430,7 @@ def test_other_examples_than_tfdss_are_wrong(prepared, small_rows,
                           val="validation[:200]"))
   count["validation"] = 204  # the last id is not known: what follows moves up
   wrong = check.check("oxford_flowers102", str(prepared))["wrong"]
-  assert [w.split(" ")[0] for w in wrong] == ["val200:", "train800val200:"]
+  assert [w.split(" ")[0] for w in wrong] == ["val:", "trainval:"]
   assert "are not those that TFDS puts there" in wrong[0]
 
 
@@ -378,7 +445,7 @@ def test_known_names_are_as_many_as_the_split(name, split, first):
   names = facts.NAMES[row.tfds](split, classes)
   assert names[0] == first and len(set(names)) == len(names)
   if row.test == split:
-    assert len(names) == row.count
+    assert len(names) == row.test_count
   else:
     assert len(names) == {"cifar100": 50_000, "patch_camelyon": 32_768,
                           "resisc45": 31_500}[name]
@@ -396,10 +463,10 @@ def test_damage_is_reported_and_the_rest_is_read(prepared, small_rows, tmp_path,
   shard.write_bytes(data)
   report = check.check("oxford_flowers102", str(tmp_path))
   assert [w.split(":")[0] for w in report["wrong"]] == [
-      "train800", "train800val200", *["test"] * 4]
+      "train", "trainval", *["test"] * 21]
   assert "record 0 is damaged" in report["wrong"][0]
   assert "more examples cannot be read" in report["wrong"][-1]
-  assert report["splits"]["val200"]["sha256"]
+  assert report["splits"]["val"]["sha256"]
   assert report["splits"]["test"]["sha256"] is None
   assert fingerprint.of([report]) == {}
   assert cli.check([], options(data=str(tmp_path))) == 1
@@ -454,13 +521,13 @@ def test_what_is_exported_loads_the_same(prepared, small_rows, tmp_path, name):
   out = str(tmp_path / "out")
   assert export.export(name, str(prepared), out) == os.path.join(out, name)
   assert os.listdir(out) == [name]
-  theirs = vtab.open_set(name, str(prepared))
+  theirs = family.open_set(name, str(prepared))
   one, two = (tasks.load(name, size=10, data=d, cache=str(tmp_path / "cache"))
               for d in (str(prepared), out))
   assert (one.classes, one.group) == (two.classes, two.group)
-  for part in tasks.SPLITS:
+  for part in vtab.SPLITS:
     np.testing.assert_array_equal(one.labels[part], two.labels[part])
-    with open(os.path.join(out, name, f"{part}.txt")) as file:
+    with open(os.path.join(out, name, f"{folder.LISTS[part]}.txt")) as file:
       paths = [line.rsplit(" ", 1)[0] for line in file]
     for i in range(0, len(paths), 7):
       with Image.open(os.path.join(out, name, paths[i])) as image:
@@ -481,14 +548,14 @@ def test_jpeg_and_png_are_copied_and_others_become_png(
   kinds = {"JPEG": picture, "PNG": picture.convert("RGBA"), "BMP": picture,
            "GIF": picture.convert("P")}
   files = [encoded(image, kind) for kind, image in kinds.items()]
-  read = vtab.Source.__getitem__
-  monkeypatch.setattr(vtab.Source, "__getitem__", lambda self, i: (
+  read = reader.Source.__getitem__
+  monkeypatch.setattr(reader.Source, "__getitem__", lambda self, i: (
       read(self, i) | {"image": files[i % 4]}))
   export.export("dtd", str(prepared), str(tmp_path))
   folder = tmp_path / "dtd" / "images"
   assert (folder / "test_00000.jpg").read_bytes() == files[0]
   assert (folder / "test_00001.png").read_bytes() == files[1]
-  source = vtab.open_set("dtd", str(prepared)).sources["test"]
+  source = family.open_set("dtd", str(prepared)).sources["test"]
   for i in (2, 3):
     with Image.open(folder / f"test_{i:05d}.png") as image:
       assert image.format == "PNG"

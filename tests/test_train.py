@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from ttc_jax import methods, model as model_lib, optim, parallel
-from ttc_jax import train, trees
+from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
+from ttc_jax import methods, optim, parallel, step, train, trees
+from ttc_jax import model as model_lib
 from ttc_jax.errors import RunError
 from ttc_jax.tasks import Split
-from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
 
-PLAN = train.Plan(batch_size=16, label_smoothing=0.0, flip=False,
+PLAN = step.Plan(batch_size=16, label_smoothing=0.0, flip=False,
                   smallest_crop=1.0, decay_all=False, optimiser="adamw")
 SETTINGS = dict(batch_size=16, epochs=2, warmup_epochs=1.0, lr=1e-2,
                 weight_decay=0.1, eval_every=1, save_seconds=1e9)
@@ -30,7 +30,7 @@ def ignore(*_):
 
 def make_hyper(**changes):
   """Numbers of a stage without a warm-up."""
-  hyper = train.Hyper(
+  hyper = step.Hyper(
       lr=np.float32(1e-2), weight_decay=np.float32(0.1), warmup=np.int32(0),
       steps=np.int32(10), classes=np.int32(CLASSES),
       warmup_lr=np.float32(0), min_lr=np.float32(0))
@@ -66,6 +66,7 @@ def run(job, params, directory):
   return outcome, trees.flatten(parallel.unreplicate(params))
 
 
+@pytest.mark.sweep(keep=3)
 @pytest.mark.parametrize("name,moved", [
     ("linear", r"head/.*"),
     ("layernorm", r"head/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
@@ -122,12 +123,12 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   labels = trees.label(params, rules)
   tuned, frozen = trees.split(params, labels, "tune")
   images, y = split.images[:16], split.labels[:16]
-  opt_state = train.make_init_fn(rules, "adamw")(
+  opt_state = step.make_init_fn(rules, "adamw")(
       parallel.replicate(tuned), parallel.replicate(frozen))
-  update_fn = parallel.pmap(train.make_update_fn(model, rules, PLAN))
+  update_fn = parallel.pmap(step.make_update_fn(model, rules, PLAN))
   learner, loss = update_fn(
-      train.Learner(parallel.replicate(tuned), opt_state),
-      parallel.replicate(train.Fixed(frozen, {}, make_hyper())),
+      step.Learner(parallel.replicate(tuned), opt_state),
+      parallel.replicate(step.Fixed(frozen, {}, make_hyper())),
       parallel.shard((images, y)), jnp.stack([jax.random.key(0)] * 2))
   got = learner.tuned
 
@@ -149,22 +150,22 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
 def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
   ours = optim.warmup_cosine(0.5, 20, 4)
   theirs = optax.warmup_cosine_decay_schedule(0, 0.5, 4, 20)
-  for step in range(20):
-    want = theirs(step + 1) if step < 4 else theirs(step)
-    np.testing.assert_allclose(ours(step), want, rtol=1e-5, atol=1e-8)
+  for i in range(20):
+    want = theirs(i + 1) if i < 4 else theirs(i)
+    np.testing.assert_allclose(ours(i), want, rtol=1e-5, atol=1e-8)
 
 
 def test_schedule_from_its_start_to_its_floor_is_the_formula():
   """With traced ends, so that another schedule compiles nothing."""
   lr, start, floor, warmup, steps = 0.01, 1e-4, 1e-3, 10, 100
   ours = jax.jit(lambda step, *ends: optim.warmup_cosine(*ends)(step))
-  for step in range(steps):
-    if step < warmup:
-      want = start + (lr - start) * (step + 1) / warmup
+  for i in range(steps):
+    if i < warmup:
+      want = start + (lr - start) * (i + 1) / warmup
     else:
-      share = (step - warmup) / (steps - warmup)
+      share = (i - warmup) / (steps - warmup)
       want = floor + (lr - floor) * (1 + np.cos(np.pi * share)) / 2
-    got = ours(step, lr, steps, warmup, start, floor)
+    got = ours(i, lr, steps, warmup, start, floor)
     np.testing.assert_allclose(got, want, rtol=1e-5)
   assert ours._cache_size() == 1
 
@@ -190,7 +191,7 @@ def test_the_optimisers_are_those_of_pytorch(optimiser):
                      lambda step: jnp.stack(rates)[step], 0.3,
                      optimiser=optimiser)
   state = tx.init(params)
-  for grad, rate in zip(grads, rates):
+  for grad, rate in zip(grads, rates, strict=True):
     for name, value in grad.items():
       theirs[name].grad = torch.tensor(value)
     for group in opt.param_groups:
@@ -282,6 +283,7 @@ def test_cached_features_give_the_head_that_the_whole_model_gives(
   assert cached.history[-1]["val_top1"] == slow.history[-1]["val_top1"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stage,epoch", [
     ("align", 1), ("align", 3), ("adapt", 1), ("adapt", 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(
@@ -349,15 +351,15 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
       "bias": np.zeros(2, np.float32)}}
   labels = trees.label(params, rules)
   tuned, frozen = trees.split(params, labels, "tune")
-  fn = train.make_epoch_fn(model_lib.Model(None, "none"), rules, PLAN)
+  fn = step.make_epoch_fn(model_lib.Model(None, "none"), rules, PLAN)
   hyper = make_hyper(weight_decay=np.float32(0), classes=np.int32(2))
   visited = []
   for epoch in range(2):
     start, fixed, images = parallel.replicate(
-        (tuned, train.Fixed(frozen, {}, hyper), tuple(data)))
-    opt_state = train.make_init_fn(rules, "adamw")(start, fixed.frozen)
+        (tuned, step.Fixed(frozen, {}, hyper), tuple(data)))
+    opt_state = step.make_init_fn(rules, "adamw")(start, fixed.frozen)
     learner, losses = fn(
-        train.Learner(start, opt_state), fixed, images,
+        step.Learner(start, opt_state), fixed, images,
         parallel.replicate(jax.random.key_data(jax.random.key(3))),
         parallel.replicate(np.int32(epoch)))
     out = parallel.unreplicate(learner.tuned)
@@ -372,8 +374,8 @@ def test_label_smoothing_is_optax_on_smoothed_targets(
     model, params, split):
   plan = PLAN._replace(label_smoothing=0.2)
   padded = params | {"head": model_lib.pad_head(params["head"])}
-  got = train.make_loss_fn(model, plan)(
-      padded, train.Fixed(None, {}, make_hyper()), tuple(split),
+  got = step.make_loss_fn(model, plan)(
+      padded, step.Fixed(None, {}, make_hyper()), tuple(split),
       jax.random.key(0))
   log_p = jax.nn.log_softmax(model.logits(params, split.images, {}))
   target = np.full((len(split.labels), CLASSES), 0.2 / CLASSES)
@@ -394,11 +396,11 @@ def test_a_padded_head_trains_as_the_task_s_own(
     frozen = jax.tree.map(lambda _: None, tuned)
     opt_state = optim.make_tx(
         trees.label(tuned, rules), lambda _: 0.0, 0.0).init(tuned)
-    step = parallel.pmap(train.make_update_fn(model, rules, plan))
-    learner = parallel.replicate(train.Learner(tuned, opt_state))
-    fixed = train.Fixed(frozen, *parallel.replicate(({}, make_hyper())))
+    step_fn = parallel.pmap(step.make_update_fn(model, rules, plan))
+    learner = parallel.replicate(step.Learner(tuned, opt_state))
+    fixed = step.Fixed(frozen, *parallel.replicate(({}, make_hyper())))
     for _ in range(3):
-      learner, loss = step(
+      learner, loss = step_fn(
           learner, fixed, parallel.shard((one, split.labels[:16])),
           jnp.stack([key] * 2))
     return parallel.unreplicate(learner.tuned), loss
@@ -424,11 +426,11 @@ def test_decay_leaves_the_padding_where_it_is(model, params, split):
   tuned, frozen = trees.split(padded, trees.label(padded, rules), "tune")
   opt_state = optim.make_tx(trees.label(padded, rules), lambda _: 0.0, 0.0,
                             True, "sgd").init(padded)
-  step = parallel.pmap(train.make_update_fn(model, rules, plan))
-  learner = parallel.replicate(train.Learner(tuned, opt_state))
-  fixed = parallel.replicate(train.Fixed(frozen, {}, hyper))
+  step_fn = parallel.pmap(step.make_update_fn(model, rules, plan))
+  learner = parallel.replicate(step.Learner(tuned, opt_state))
+  fixed = parallel.replicate(step.Fixed(frozen, {}, hyper))
   for _ in range(40):  # 0.5^40: without care, a probability of one over 512
-    learner, loss = step(
+    learner, loss = step_fn(
         learner, fixed, parallel.shard((split.images[:16], split.labels[:16])),
         jnp.stack([jax.random.key(0)] * 2))
   bias = parallel.unreplicate(learner.tuned)["head"]["bias"]

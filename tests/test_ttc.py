@@ -4,12 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import DEPTH, WIDTH, features, numpy_tree, random_adapter
 from ttc_jax import backbones, methods, optim, parallel, trees
 from ttc_jax.errors import UserError
-from ttc_jax.methods import tuned_rules
-from ttc_jax.methods import ttc
-from tests.conftest import (
-    DEPTH, WIDTH, features, numpy_tree, random_adapter)
+from ttc_jax.methods import ttc, tuned_rules
 
 K = 4
 

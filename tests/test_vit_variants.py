@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 
 from tests.conftest import (
-    CLASSES, SIZE, WIDTH, features, numpy_tree, random_adapter)
+  CLASSES,
+  SIZE,
+  WIDTH,
+  features,
+  numpy_tree,
+  random_adapter,
+)
 from tests.random_trees import random_params
 from tests.test_methods import prepared
-from ttc_jax import backbones, model as model_lib, optim, train, trees
+from ttc_jax import backbones, optim, train, trees
+from ttc_jax import model as model_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.methods import layernorm
 
@@ -45,7 +52,8 @@ def gelu(x):
 
 def attention(q, x, p):
   """Flax's MultiHeadDotProductAttention of one image."""
-  project = lambda x, p: np.einsum("nd,dhe->nhe", x, p["kernel"]) + p["bias"]
+  def project(x, p):
+    return np.einsum("nd,dhe->nhe", x, p["kernel"]) + p["bias"]
   q, k, v = (project(y, p[name]) for y, name in (
       (q, "query"), (x, "key"), (x, "value")))
   scores = np.einsum("qhe,khe->hqk", q, k) / np.sqrt(q.shape[-1])

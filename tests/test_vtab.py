@@ -1,15 +1,25 @@
 """VTAB's 19 rows: label rules by hand, and data sets that TFDS wrote."""
 import json
+import operator
 import shutil
 
 import numpy as np
 import pytest
 
+from tests.vtab_sets import (
+  SMALL,
+  build,
+  features,
+  rewrite_as_tfrecord,
+  small,
+  write_tfrecord,
+)
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
-from ttc_jax.tasks import tfrecord, vtab
-from tests.vtab_sets import (
-    SMALL, build, features, rewrite_as_tfrecord, small, write_tfrecord)
+from ttc_jax.tasks import tfds as reader
+from ttc_jax.tasks import tfrecord
+from ttc_jax.tasks import vtab as family
+from ttc_jax.vtab import rows as vtab
 
 # --- Label rules --------------------------------------------------------------
 
@@ -59,7 +69,7 @@ def test_the_rows_are_the_benchmark():
   for row in vtab.ROWS.values():
     start, end = row.val.split("[")[1].rstrip("]").split(":")
     assert int(end) - int(start or 0) == 200
-    assert row.splits["train800val200"] == f"train[:800]+{row.val}"
+    assert row.splits["trainval"] == f"train[:800]+{row.val}"
 
 
 # --- Data sets ----------------------------------------------------------------
@@ -96,7 +106,7 @@ def small_rows(monkeypatch):
 
 
 def test_all_19_are_found(data):
-  assert vtab.names(str(data)) == tuple(vtab.ROWS)
+  assert family.names(str(data)) == tuple(vtab.ROWS)
   assert set(vtab.ROWS) <= set(tasks.names(str(data)))
 
 
@@ -110,17 +120,17 @@ def test_a_row_reads_its_data_set(data, small_rows, tmp_path, name):
   task = tasks.load(name, size=16, data=str(data), cache=str(tmp_path))
   row = vtab.ROWS[name]
   assert task.group == row.group and len(task.classes) == row.classes
-  for part in tasks.SPLITS:
+  for part in vtab.SPLITS:
     split = task.split(part)
     assert split.labels.dtype == np.int32
-    count = {"train800": 800, "val200": 200, "train800val200": 1000}.get(part)
+    count = {"train": 800, "val": 200, "trainval": 1000}.get(part)
     assert len(split.labels) == len(split.images) > 0
     assert count in (None, len(split.labels))
     assert 0 <= split.labels.min() and split.labels.max() < row.classes
     np.testing.assert_array_equal(split.labels, task.labels[part])
-  both = task.split("train800val200")
+  both = task.split("trainval")
   np.testing.assert_array_equal(both.labels, np.concatenate(
-      [task.labels["train800"], task.labels["val200"]]))
+      [task.labels["train"], task.labels["val"]]))
   if "label" in features_of(row):  # of the example that the picture shows
     low, high, _ = both.images[:, 8, 8].astype(int).T
     np.testing.assert_array_equal(both.labels, (low + 256 * high) % row.classes)
@@ -153,7 +163,7 @@ def test_damaged_data_are_one_sentence(data, small_rows, tmp_path):
     shard.unlink()
   with pytest.raises(UserError, match="prepare"):
     task = tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
-    task.labels["train800"]
+    task.labels["train"]
   (folder / "features.json").write_text("{")
   with pytest.raises(UserError, match="is no whole TFDS data set"):
     tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
@@ -185,10 +195,10 @@ def test_half_made_and_later_versions_are_passed_by(tmp_path):
     folder = tmp_path / row.tfds / version
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").touch()
-  assert vtab.prepared(row, str(tmp_path)).endswith("3.10.0")
+  assert family.prepared("oxford_iiit_pet", str(tmp_path)).endswith("3.10.0")
   shutil.rmtree(tmp_path / row.tfds / "3.10.0")
   shutil.rmtree(tmp_path / row.tfds / "3.1.0")
-  assert vtab.prepared(row, str(tmp_path)).endswith("4.0.0")
+  assert family.prepared("oxford_iiit_pet", str(tmp_path)).endswith("4.0.0")
 
 
 # --- TFRecord -----------------------------------------------------------------
@@ -207,10 +217,10 @@ def test_the_order_is_that_of_tfds(array_records, tfrecords, split):
           split, decoders={"image": tfds.decode.SkipDecoding()})
   theirs = [e["file_name"] for e in theirs]
   builder = tfds.builder_from_directory(tfrecords / "dtd" / "3.0.1")
-  ours = vtab.Source(builder, split, "folder", {})
+  ours = reader.Source(builder, split, "folder", {})
   assert [ours[i]["file_name"] for i in range(len(ours))] == theirs
   # and from the end, with nothing indexed yet
-  ours = vtab.Source(builder, split, "folder", {})
+  ours = reader.Source(builder, split, "folder", {})
   assert [ours[i]["file_name"] for i in reversed(range(len(ours)))
           ] == theirs[::-1]
 
@@ -220,7 +230,7 @@ def test_only_the_shards_that_are_needed_are_opened(tfrecords, tmp_path):
   shutil.copytree(tfrecords / "dtd" / "3.0.1", folder)
   tfds = pytest.importorskip("tensorflow_datasets")
   builder = tfds.builder_from_directory(folder)
-  ours = vtab.Source(builder, "train[:800]", "folder", {})
+  ours = reader.Source(builder, "train[:800]", "folder", {})
   (folder / "dtd-train.tfrecord-00002-of-00003").unlink()
   ours[0], ours[500]
   with pytest.raises(UserError, match="00002-of-00003 cannot be read .No such"):
@@ -255,11 +265,11 @@ def test_what_tfds_wrote_as_tfrecord_reads_as_tfds_reads_it(
     return list(builder.as_dataset(
         split, decoders={"image": tfds.decode.SkipDecoding()},
         read_config=tfds.ReadConfig(**how)).as_numpy_iterator())
-  ours = vtab.Source(builder, split, "folder", {})
+  ours = reader.Source(builder, split, "folder", {})
   ours = [ours[i] for i in range(len(ours))]
   assert ours == theirs(interleave_cycle_length=1) != []
   # By default it reads several shards in turns: the same examples.
-  number = lambda e: e["file_name"]
+  number = operator.itemgetter("file_name")
   assert sorted(ours, key=number) == sorted(theirs(), key=number)
 
 
@@ -311,7 +321,8 @@ def test_the_checksum_is_crc32c():
 
 
 def test_parts_skip_and_take(file):
-  part = lambda skip, take: tfrecord.Part(str(file), skip, take)
+  def part(skip, take):
+    return tfrecord.Part(str(file), skip, take)
   records = tfrecord.Records([part(3, 2), part(0, 0), part(1, 1)])
   assert [len(r) for r in records] == [30, 40, 10]
   with pytest.raises(IndexError):
@@ -369,4 +380,4 @@ def test_damaged_tfrecords_of_a_task_are_one_sentence(
   shard.write_bytes(data)
   task = tasks.load("dtd", size=8, data=str(tmp_path), cache=str(tmp_path))
   with pytest.raises(UserError, match=r"00000-of-00003: record 0 is damaged"):
-    task.labels["train800"]
+    task.labels["train"]

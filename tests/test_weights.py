@@ -21,11 +21,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ttc_jax import backbones, trees
-from ttc_jax import weights
+from ttc_jax import backbones, trees, weights
 from ttc_jax.backbones import vit
-from ttc_jax.weights import formats, resampling, sources
 from ttc_jax.errors import UserError
+from ttc_jax.weights import formats, resampling, sources
 
 D, L, H, F, P, S = 8, 2, 2, 16, 4, 16
 
@@ -630,6 +629,28 @@ def test_a_local_path_is_returned_as_it_is(tmp_path):
   check_source(f"{path}#sha256=123", tmp_path, "64")
   check_source(str(tmp_path / "none"), tmp_path, "does not exist")
   check_source(str(tmp_path), tmp_path, "folder without model.safetensors")
+
+
+def test_a_source_is_located_and_hashed_once(tmp_path, monkeypatch):
+  monkeypatch.setitem(vit.SIZES, "ti", (D, L, H, F))
+  monkeypatch.setenv("HOME", str(tmp_path))
+  path = save(tmp_path / "t.safetensors", as_timm(flat_params()))
+  found = weights.open_source("~/t.safetensors")
+  assert found == ("~/t.safetensors", path, weights.sha256(path))
+  assert (found.name, found.address) == ("t.safetensors", path)
+  monkeypatch.setattr(sources, "locate", None)  # not again
+  check_equal(trees.flatten(weights.load("vit_ti4", found, 16)[1]),
+              flat_params())
+
+
+def test_random_is_a_source():
+  found = weights.open_source("random")
+  assert found == ("random", None, "random")
+  assert (found.name, found.address) == ("random", "random")
+  for source in ("random", found):
+    made, params = weights.load("vit_ti16", source, 32, gelu="exact")
+    assert made.gelu == "exact"
+    assert params["cls"].shape == (1, 1, 192)
 
 
 def test_the_default_cache(monkeypatch):

@@ -16,7 +16,9 @@ def features(f):
     return version, {"image": f.Image(shape=shape),
                      "label": f.ClassLabel(num_classes=count), **more}
   text, box = f.Text(), f.BBoxFeature
-  vector = lambda: f.Tensor(shape=(3,), dtype=np.float32)
+
+  def vector():
+    return f.Tensor(shape=(3,), dtype=np.float32)
   return {
       "cifar100": labelled("3.0.2", 100, (32, 32, 3), id=text,
                            coarse_label=f.ClassLabel(num_classes=20)),
@@ -133,7 +135,8 @@ def builder(path, root, pictures, **options):
         del manager
         starts = np.cumsum([0, *SMALL.values()])
         return {split: examples(start, count)
-                for start, (split, count) in zip(starts, SMALL.items())}
+                for start, (split, count) in zip(
+                    starts, SMALL.items(), strict=False)}
 
       def _generate_examples(self):  # abstract, but the splits bring theirs
         raise NotImplementedError
@@ -180,5 +183,5 @@ def small(row):
   row = row._replace(**{
       part: split for part, split in late.items()
       if getattr(row, part).startswith("train")})
-  return row._replace(count={
+  return row._replace(test_count={
       "train[1000:]": 10, "test[50%:]": 205}.get(row.test) or SMALL[row.test])

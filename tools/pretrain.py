@@ -25,7 +25,7 @@ import optax
 from PIL import Image
 
 from ttc_jax import augment, backbones, files, weights
-from ttc_jax.tasks.images import normalise
+from ttc_jax.normalisation import apply as normalise
 
 _IMAGES = flags.DEFINE_string(
     "images", None, "tar of train/<class>/<number>.jpg", required=True)

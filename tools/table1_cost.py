@@ -44,10 +44,10 @@ def main(argv):
   forward = forward_flops(_BACKBONE.value, _SIZE.value)
   trained = len(rows) * _STAGES.value * _EPOCHS.value * (
       800 * _SETTINGS.value + 1000 * _SEEDS.value)
-  tested = (_SEEDS.value * sum(row.count for row in rows)
+  tested = (_SEEDS.value * sum(row.test_count for row in rows)
             + 200 * _SETTINGS.value * len(rows))
   flops = forward * (_STEP.value * trained + tested)
-  splits = [count for row in rows for count in (800, 200, 1000, row.count)]
+  splits = [count for row in rows for count in (800, 200, 1000, row.test_count)]
   image = 3 * _SIZE.value ** 2
   cached = sum(n * image for n in splits if n * image
                <= _CACHE_GIB.value * 2 ** 30)

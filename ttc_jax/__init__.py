@@ -5,6 +5,11 @@
   tuned = ttc_jax.predict.load("WORKDIR/runs/RUN/bundle")
 """
 import importlib
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m ttc_jax.COMMAND, before its imports
+  from ttc_jax import interrupt
+  interrupt.starting()
 
 
 def __getattr__(name):

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 
 def random_crop(images: jax.Array, key: jax.Array, size: int,
                 smallest: float) -> jax.Array:
-  """Square crops of a random area, resized by bicubic interpolation.
+  """Returns square crops of a random area, resized by bicubic interpolation.
 
   Args:
     images: (B, S, S, 3), any dtype, values 0 to 255.
-    size: pixels a side of the result.
-    smallest: least share of the area; 1 resizes the whole image.
+    size: pixels per side of the result.
+    smallest: smallest area of a crop, as a share of the image's, above 0 to 1;
+      1 resizes the whole image.
 
   Returns:
     float32 (B, size, size, 3) in 0 to 255.
@@ -29,6 +30,6 @@ def random_crop(images: jax.Array, key: jax.Array, size: int,
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
-  """Mirrors half of the images, left to right."""
+  """Mirrors each image (B, S, S, 3) left to right with probability 1/2."""
   flip = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
   return jnp.where(flip, images[:, :, ::-1], images)

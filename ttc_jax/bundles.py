@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 
-from ttc_jax import checkpoint, cli, files
+from ttc_jax import checkpoint, cli, files, normalisation
 from ttc_jax.checkpoint import Flat, explain_disk_errors, fill, unfill
 from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images
@@ -52,21 +52,18 @@ def _is_sha(value):
 
 
 def _is_normalisation(value):
-  """Whether it is a name, or {"mean": [R, G, B], "std": [R, G, B]} of 0..1."""
-  if isinstance(value, str):
-    return value in images.NORMALISATIONS
-  return value.keys() == {"mean", "std"} and all(
-      isinstance(v, list) and len(v) == 3
-      and all(type(x) in (int, float) and -1e3 < x < 1e3 for x in v)
-      for v in value.values()) and min(value["std"]) > 1e-3
+  try:
+    return bool(normalisation.mean_and_std(value))
+  except UserError:
+    return False
 
 
-# Keys that a bundle cannot be used without: {key: (type, further condition)}.
+# What a bundle cannot be used without: a type, and what else must hold.
 _NEEDED: dict[str, tuple[Any, Any]] = {
     "task": (str, bool), "method": (str, bool), "options": (dict, None),
     "backbone": (str, bool), "fields": (dict, None),
     "image_size": (int, lambda n: 0 < n < 10_000),
-    "normalisation": ((str, dict), _is_normalisation),
+    "normalisation": (str, _is_normalisation),
     "resample": (str, images.RESAMPLES.__contains__),
     "dtype": (str, lambda v: v in ("float32", "bfloat16")),
     "weights_sha256": (str, _is_sha), "weights_source": (str, bool),
@@ -168,15 +165,6 @@ def _public_url(url):
   fragment = f"#{parts.fragment}" if parts.fragment else ""
   return (f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
           f"{fragment}")
-
-
-def normalisation(meta: dict[str, Any]) -> Any:
-  """Returns the normalisation as `model.Model` takes it: a name, or the pair
-  (mean, std) of three numbers each."""
-  value = meta["normalisation"]
-  if isinstance(value, str):
-    return value
-  return tuple(value["mean"]), tuple(value["std"])
 
 
 def load(path: str) -> Bundle:

@@ -97,10 +97,15 @@ class StageStore:
       self._manager.save(saved.epoch, args=args, force=True)
 
   def latest_epoch(self) -> int | None:
+    """Returns the epoch of the newest state; None where there is none."""
     return self._manager.latest_step()
 
   def load(self) -> Saved | None:
-    """The newest state; one that is damaged is deleted, aloud."""
+    """Reads the newest state; deletes a damaged one with a warning.
+
+    Raises:
+      UserError: the file system fails; the state may be whole.
+    """
     epoch = self.latest_epoch()
     if epoch is None:
       return None
@@ -118,16 +123,18 @@ class StageStore:
         raise UserError(
             f"the saved state '{self.path}' cannot be read ({e}); start the "
             "same command again, or delete that folder") from e
-      return self._drop(epoch, e)
+      self._drop(epoch, type(e).__name__)
     except Exception as e:  # orbax and tensorstore raise many kinds
-      return self._drop(epoch, e)
+      self._drop(epoch, type(e).__name__)
+    return None
 
-  def _drop(self, epoch, error) -> None:
+  def _drop(self, epoch: int, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
-                    "again", self.path, type(error).__name__)
+                    "again", self.path, why)
     self._manager.delete(epoch)
 
   def close(self) -> None:
+    """Releases the stage for other processes."""
     self._manager.close()
     self._lock.close()
 
@@ -145,7 +152,7 @@ class _Loop(asyncio.SelectorEventLoop):
   """Drops what arrives after the loop was closed."""
 
   def call_soon_threadsafe(
-      self, callback: Callable[[Unpack[_Args]], object], *args: Unpack[_Args],
+      self, callback: Callable[[Unpack[_Args]], object], *args: *_Args,
       context: contextvars.Context | None = None) -> asyncio.Handle:
     try:
       return super().call_soon_threadsafe(callback, *args, context=context)

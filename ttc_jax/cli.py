@@ -1,62 +1,52 @@
 """Command lines whose errors are one sentence and an exit code.
 
-2: the user can mend it (`UserError`, a wrong flag). 1: a run cannot go on.
+2: the user can fix it (`UserError`, a wrong flag). 1: a run cannot go on.
+128 + n: ended by signal n, 130 for Ctrl-C.
 """
 from collections.abc import Callable
 import errno
+import io
 import os
-import signal
+import re
 import sys
+from typing import Any
 
 from absl import app, flags, logging
-import jax
 
-from ttc_jax.errors import RunError, UserError
+from ttc_jax import config_file, interrupt
+from ttc_jax.errors import RunError, Stopped, UserError, printable
 
-# A disk that is full, over quota, read-only or forbidden is no bug of ours.
+flags.disclaim_key_flags()  # flags defined here belong to the calling command
+
+# The disk is full, over quota, read-only, ...: not a fault of this program.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
          errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-
-
-def _parse(argv: list[str]) -> list[str]:
-  logging.set_verbosity(logging.WARNING)
-  _check_config_files(argv)
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
-    raise UserError(_sentence(error)) from error
-
-
-def _check_config_files(argv):
-  """config_flags reports a missing file in ten lines; one is enough."""
-  for name in argv[1:]:
-    if name.startswith(("--config=", "-config=")):
-      file = name.partition("=")[2].partition(":")[0]
-      if not os.path.isfile(file):
-        raise UserError(f"configuration '{file}' does not exist")
-
-
-def _sentence(error):
-  text = " ".join(str(error).replace("\\n", " ").split())
-  if isinstance(error, AttributeError):  # of a ConfigDict
-    return "unknown key of config: " + text.replace("\\", "").strip("'\"")
-  return text
+_HELP = ("-h", "-help", "--help", "-?", "--helpshort")
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-  """`absl.app.run` with errors as above.
+  """Runs a command: `absl.app.run` with errors as above.
 
-  SIGTERM ends like Ctrl-C, so that nothing half-written stays; `main` of
-  training listens to it itself.
+    if __name__ == "__main__":
+      cli.run(main)
+
+  Signals raise in the main thread, so that nothing half-written stays;
+  training calls `interrupt.listen`.
   """
-  signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+  interrupt.ending()
+  for stream in (sys.stdout, sys.stderr):  # an ASCII terminal is no error
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
   try:
     app.run(main, flags_parser=_parse)
   except UserError as error:
     _exit(error, 2)
   except RunError as error:
     _exit(error, 1)
-  except BrokenPipeError:  # whoever read has seen enough: `| head`
+  except Stopped as stop:
+    _exit(f"{stop}; start the same command again to go on",
+          interrupt.exit_code(), "")
+  except BrokenPipeError:  # the reader has seen enough: `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
   except OSError as error:
@@ -64,15 +54,93 @@ def run(main: Callable[[list[str]], int | None]) -> None:
       raise
     _exit(f"{error.filename or 'a file'}: {error.strerror}; mend that and "
           "start the same command again, nothing finished is lost", 2)
-  except jax.errors.JaxRuntimeError as error:
+  except RuntimeError as error:  # JAX's is one
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     _exit("the device has too little memory for this batch: lower "
           "config.batch_size", 1)
   except KeyboardInterrupt:
-    _exit("interrupted; start the same command again to go on", 1)
+    _exit("interrupted; start the same command again to go on", 130)
 
 
-def _exit(message, code):
-  print(f"error: {message}", file=sys.stderr)
+def _exit(message, code, kind="error: "):
+  lines = str(message).split("\n")
+  print(kind + "\n".join(map(printable, lines)), file=sys.stderr)
   sys.exit(code)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  logging.set_verbosity(logging.WARNING)
+  if any(arg in _HELP for arg in argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+  argv, overrides = _take_overrides(argv)
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    text = " ".join(str(error).split())
+    missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
+    raise UserError(f"--{missing[1]} is missing" if missing else text
+                    ) from error
+  for path, text in overrides.items():
+    config_file.override(flags.FLAGS.config, path, text)
+  if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+    flags.FLAGS.config.lock()
+  return rest
+
+
+# --- Configurations -----------------------------------------------------------
+
+class _ConfigFlag(flags.Flag):
+  """A flag whose value is the configuration of FILE[:key=value,...].
+
+  Attributes:
+    config_filename: FILE.
+  """
+  config_filename = ""
+
+  def _parse(self, argument: str) -> Any:
+    self.config_filename, arg = config_file.split(argument)
+    return config_file.load(self.config_filename, arg)
+
+
+def define_config() -> flags.FlagHolder:
+  """Defines --config=FILE[:key=value,...] and --config.KEY=VALUE.
+
+    _CONFIG = cli.define_config()
+    def main(argv):
+      config = _CONFIG.value  # ConfigDict, locked
+  """
+  return flags.DEFINE_flag(_ConfigFlag(
+      flags.ArgumentParser(), flags.ArgumentSerializer(), "config", None,
+      "configuration, FILE[:key=value,...]; --config.KEY=VALUE sets a key"))
+
+
+def config_filename() -> str:
+  """Returns the file of --config."""
+  flag = flags.FLAGS["config"]
+  return flag.config_filename if isinstance(flag, _ConfigFlag) else ""
+
+
+def _take_overrides(argv):
+  """Returns (argv without --config.KEY=VALUE, {key: value})."""
+  if "config" not in flags.FLAGS:
+    return argv, {}
+  rest, found, args = [], {}, iter(argv)
+  for arg in args:
+    match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", arg, re.DOTALL)
+    if arg == "--" or not match:
+      rest.append(arg)
+      if arg == "--":
+        break
+      continue
+    no, path, value = match.groups()
+    switch = config_file.is_switch(path)
+    if no and (value is not None or not switch):
+      raise UserError(f"{arg}: only a key that is true or false takes 'no', "
+                      "as --noconfig.flip")
+    if value is None:
+      value = str(not no) if switch else next(args, None)
+    if value is None:
+      raise UserError(f"{arg} has no value: give {arg}=VALUE")
+    found[path] = value
+  return [*rest, *args], found

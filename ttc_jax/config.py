@@ -1,8 +1,12 @@
 """The configuration: every key with its default, and the `:key=value` grammar.
 
-A config file holds `get_config(arg)`; what follows its name after a colon is
-`arg`, as in Big Vision: `--config=configs/vtab.py:task=dtd,method=ttc`.
+A config file has a function `get_config(arg)`; `arg` is the text after the
+colon, as in Big Vision: `--config=configs/vtab.py:task=dtd,method=ttc`.
 """
+from collections.abc import Iterator
+import functools
+import math
+import re
 from typing import Any
 
 import ml_collections
@@ -12,14 +16,19 @@ from ttc_jax.errors import UserError, check_known
 
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
-# Loaded once for all runs.
+# Keys that all runs share.
 SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "window",
           "dtype", "matmul_precision", "image_size", "resample", "cache",
           "cache_gib", "plots", "compilation_cache", "keep_stages")
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns every key there is; config files change values only."""
+  """Returns all keys with their defaults, locked: files change values only.
+
+    config = default()
+    config.lr = 3e-3
+    config.learning_rate = 3e-3  # AttributeError
+  """
   c = ml_collections.ConfigDict()
 
   # What: the runs are tasks x variants x seeds.
@@ -82,14 +91,17 @@ def default() -> ml_collections.ConfigDict:
   c.tune_norm = True          # in stage 2
   c.tune = "channels"         # rows: the kernel's selected rows (Table 7)
 
-  # The other methods, as published; k and scale are SCT's too.
+  # The other methods, as published; k, blocks and scale are SCT's too.
   c.adapter = ml_collections.ConfigDict(dict(
-      width=8, placement="parallel",     # or pfeiffer, houlsby
-      activation="relu",
-      # None: 0.1 for parallel, as AdaptFormer; else 1, as Houlsby, Pfeiffer.
-      scale=config_dict.placeholder(float)))
+      width=8, placement="parallel",     # or pfeiffer, houlsby, noah
+      activation="relu",                 # silu; GELU: exact, tanh, quick
+      # None: 0.1 for parallel, as AdaptFormer; else 1.
+      scale=config_dict.placeholder(float),
+      dropout=0.0))                      # of the hidden units
   c.lora = ml_collections.ConfigDict(dict(
-      rank=8, alpha=8.0, sites=("q", "v")))
+      rank=8, alpha=8.0, sites=("q", "v"),
+      shared=False,                      # one A for q, k and v of a block
+      dropout=0.0))                      # of the input
   c.vpt = ml_collections.ConfigDict(dict(prompts=10, dropout=0.1))
   c.ssf = ml_collections.ConfigDict(dict(spread=0.02))  # around 1 and 0
   c.sct = ml_collections.ConfigDict(dict(
@@ -98,6 +110,8 @@ def default() -> ml_collections.ConfigDict:
   c.noah = ml_collections.ConfigDict(dict(
       prompts=(0, 5, 10), rank=(0, 4, 8), width=(0, 4, 8),  # sizes of a block
       budget=0,                          # parameters; 0: half of the largest
+      released=False,                    # the network of the authors' code
+      dropout=0.0,                       # of all three modules
       population=50, generations=15, parents=10,
       mutations=25, crossovers=25, mutation_rate=0.2))
 
@@ -109,37 +123,67 @@ def default() -> ml_collections.ConfigDict:
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
   c.cache_gib = 8.0           # larger splits are decoded as they stream
   c.compilation_cache = ""    # empty: ~/.cache/ttc_jax/programs; or "none"
+  c.lock()
+  for section in (c.variants, c.per_task):
+    section.unlock()
   return c
 
 
 def variants(**labelled: dict[str, Any]) -> ml_collections.ConfigDict:
-  """{label: {key: value}}, kept in the order given: that of the table."""
+  """Returns {label: {key: value}} in the given order, that of the table.
+
+    config.variants = variants(linear=dict(method="linear", lr=1e-2),
+                               ttc=dict(method="ttc"))
+  """
   return ml_collections.ConfigDict(labelled, sort_keys=False)
 
 
 def parse_arg(arg: str | None, **known: Any) -> ml_collections.ConfigDict:
   """Parses "task=dtd,eurosat,method=ttc,runlocal" by Big Vision's grammar.
 
+  Commas separate. A value with a comma stands in quotes, single or double
+  (colons and blanks need none, but the shell wants quotes around blanks):
+
+    --config='configs/vtab.py:task=pets,data="/data/cats, dogs"'
+
   Args:
-    known: the keys with their defaults; a value gets its default's type. A
+    arg: the text after the colon of --config=FILE:...
+    **known: the keys with their defaults; a value gets its default's type. A
       tuple takes a list: "seeds=0,1,2". A bare key is True.
+
+  Returns:
+    `known`, with the values of `arg`.
 
   Raises:
     UserError: an unknown key or a value of another type.
   """
-  values, last = {}, None
-  for piece in filter(None, (arg or "").split(",")):
-    key, equals, value = piece.partition("=")
-    if equals or key in known:
+  values: dict[str, list[str]] = {}
+  last = None
+  for key, value in _pieces(arg or ""):
+    if key is None and value in known:
+      key, value = value, "True"
+    if key is not None:
       last = check_known("config argument", key, known)
-      values[key] = [value] if equals else ["True"]
+      values[key] = [value]
     elif last and isinstance(known[last], tuple):
-      values[last].append(piece)  # the list goes on
+      values[last].append(value)  # the list goes on
     else:
-      check_known("config argument", key, known)
+      check_known("config argument", value, known)
   return ml_collections.ConfigDict(
       {k: _convert(k, values[k], v) if k in values else v
        for k, v in known.items()})
+
+
+_PIECE = re.compile(r"""(?:([^,="']*)=)?("[^"]*"|'[^']*'|[^,]*)(?:,|$)""")
+
+
+def _pieces(arg: str) -> Iterator[tuple[str | None, str]]:
+  """Yields (key or None, value without its quotes) of "key=value,value"."""
+  for key, value in _PIECE.findall(arg):
+    if value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1:
+      value = value[1:-1]
+    if key or value:
+      yield key or None, value
 
 
 def _convert(key, texts, like):
@@ -151,14 +195,17 @@ def _convert(key, texts, like):
     if isinstance(like, bool):
       return {"true": True, "false": False, "1": True, "0": False}[
           texts[0].lower()]
-    return type(like)(texts[0])
+    value = type(like)(texts[0])
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError
+    return value
   except (KeyError, ValueError) as e:
     raise UserError(f"config argument '{key}={texts[0]}': expected "
                     f"{type(like).__name__}") from e
 
 
 def run_locally(config: ml_collections.ConfigDict) -> None:
-  """Shrinks a configuration so that it runs on a laptop in a minute."""
+  """Shrinks a configuration: it runs on a laptop in a minute."""
   config.update(dict(
       backbone="vit_ti16", weights="random", image_size=32, limit=64,
       epochs=2, warmup_epochs=1.0, batch_size=16, seeds=(0,), eval_every=1,
@@ -174,7 +221,12 @@ def resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Checks what needs no file. Raises UserError with the one thing to fix."""
+  """Checks the values that can be checked without any file.
+
+  Raises:
+    UserError: one value is wrong; the sentence says which are right.
+  """
+  _check_present("", config, _default_once())
   check_known("protocol", config.protocol, PROTOCOLS)
   check_known("optimiser", config.optimiser, OPTIMISERS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
@@ -225,6 +277,24 @@ def check(config: ml_collections.ConfigDict) -> None:
     where = f"config.variants.{label}"
     _check_keys(where, overrides, config, SHARED)
     _check_per_task(where, overrides, config)
+
+
+_default_once = functools.cache(default)
+
+
+def _check_present(where, values, like):
+  """Checks that no number is nan or inf, and that None is allowed."""
+  for key, value in values.items():
+    name = f"{where}{key}"
+    if hasattr(value, "items") and name in ("variants", "per_task"):
+      continue  # checked where they are applied
+    if hasattr(value, "items"):
+      _check_present(f"{name}.", value, like[key])
+    elif value is None and like[key] is not None:
+      raise UserError(f"config.{name} is None; give a value, as {like[key]!r}")
+    elif any(isinstance(x, float) and not math.isfinite(x)
+             for x in (value if isinstance(value, tuple) else (value,))):
+      raise UserError(f"config.{name} is {value}; give a finite number")
 
 
 def _check_per_task(where, holder, config):

@@ -1,4 +1,4 @@
-"""What a tuned model costs where it is used."""
+"""Cost of a tuned model at inference, and memory of a training step."""
 from typing import Any
 
 import jax
@@ -9,27 +9,34 @@ from ttc_jax.model import Model
 
 
 def shapes(tree: trees.Tree) -> trees.Tree:
-  """Shapes and dtypes in place of arrays."""
+  """Returns the tree with every array replaced by its shape and dtype."""
   return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
 def flops(model: Model, params: trees.Tree, buffers: trees.Tree) -> float:
-  """FLOPs of the logits of one image, as XLA counts the program before it
-  optimises: products, sums and all elementwise work, no transcendentals.
+  """Returns the FLOPs of the logits of one image.
 
-  Nothing is computed: `params` and `buffers` may be shapes.
+  As XLA counts them in the program before optimisation: matrix products, sums
+  and all elementwise operations, without transcendental functions. Nothing is
+  computed: the leaves of `params` and `buffers` may be shapes.
   """
   size = model.backbone.image_size
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   lowered = jax.jit(lambda *args: model.logits(*args)).lower(
       shapes(params), image, shapes(buffers))
-  return lowered.cost_analysis()["flops"]
+  analysis = lowered.cost_analysis()
+  if analysis is None:
+    raise RuntimeError("XLA gives no cost analysis on this platform")
+  return analysis["flops"]
 
 
 def step_bytes(program: Any) -> int | None:
-  """Memory of a compiled program on one device: what goes in, what comes out
-  and what it needs meanwhile; None where the backend does not say."""
+  """Returns the bytes that a compiled program needs on one device.
+
+  The sum of its inputs, outputs and temporary buffers, without outputs that
+  reuse an input. None if the platform gives no memory analysis.
+  """
   memory = program.memory_analysis()
   return memory and (
       memory.argument_size_in_bytes + memory.output_size_in_bytes

@@ -7,23 +7,27 @@ import numpy as np
 
 from ttc_jax import interrupt, parallel, trees
 from ttc_jax.model import Model
+from ttc_jax.tasks.images import Stream
+
+Images = np.ndarray | Stream  # uint8 (N, S, S, 3)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pmapped(model: Model, output: str, *args):
   def fn(params, buffers, images):
     return getattr(model, output)(params, images, buffers, *args)
   return parallel.pmap(fn)
 
 
-def over(fn: Callable[..., Any], arrays: tuple[np.ndarray, ...],
+def over(fn: Callable[..., Any], arrays: tuple[Images, ...],
          batch_size: int) -> np.ndarray:
-  """What `fn` gives for batches of the arrays, one after another: (N, ...).
+  """Returns the results of `fn` for all batches of the arrays: (N, ...).
 
   Args:
     fn: pmapped; takes a batch of each array, on the devices.
-    arrays: with the same first axis N. Every batch is padded to `batch_size`,
-      rounded up for the devices.
+    arrays: with the same first axis N.
+    batch_size: rounded up to a multiple of the devices; the last batch is
+      padded to it.
   """
   count, outputs = len(arrays[0]), []
   batch_size = parallel.round_up(batch_size)
@@ -32,7 +36,7 @@ def over(fn: Callable[..., Any], arrays: tuple[np.ndarray, ...],
     batch = [x[start:start + batch_size] for x in arrays]
     padded = (parallel.shard(parallel.pad_to(x, batch_size)) for x in batch)
     outputs.append((fn(*padded), len(batch[0])))
-  # Only now wait for the device: the host has been a batch ahead of it.
+  # Wait for the device only now, so that the host runs a batch ahead of it.
   return np.concatenate([
       np.asarray(y).reshape(batch_size, *y.shape[2:])[:n] for y, n in outputs])
 
@@ -43,27 +47,32 @@ def _over(output, model, params, buffers, images, batch_size, *args):
 
 
 def logits(model: Model, params: trees.Tree, buffers: trees.Tree,
-           images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  """(N, S, S, 3) uint8 -> (N, C); params and buffers on every device."""
+           images: Images, batch_size: int = 256) -> np.ndarray:
+  """Returns logits (N, C) of uint8 images (N, S, S, 3).
+
+  Args:
+    params, buffers: on every device, see `parallel.replicate`.
+  """
   return _over("logits", model, params, buffers, images, batch_size)
 
 
 def features(model: Model, params: trees.Tree, buffers: trees.Tree,
-             images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-  """(N, S, S, 3) uint8 -> (N, D); params and buffers on every device."""
+             images: Images, batch_size: int = 256) -> np.ndarray:
+  """Returns features (N, D) of uint8 images; arguments as of `logits`."""
   return _over("features", model, params, buffers, images, batch_size)
 
 
 def compile_for(model: Model, params: trees.Tree, buffers: trees.Tree,
-                images: np.ndarray, batch_size: int = 256) -> None:
-  """Runs a first batch, so that what is timed next compiles nothing."""
+                images: Images, batch_size: int = 256) -> None:
+  """Runs one batch, so that a later timing includes no compilation."""
   logits(model, params, buffers, images[:batch_size], batch_size)
 
 
 def inputs(model: Model, params: trees.Tree, buffers: trees.Tree,
-           images: np.ndarray, block: int,
-           batch_size: int = 256) -> np.ndarray:
-  """The tokens (N, T, D) that enter a block, or beyond the last the features.
+           images: Images, block: int, batch_size: int = 256) -> np.ndarray:
+  """Returns the tokens (N, T, D) that enter a block.
+
+  For a block above the last, depth + 1, the features (N, D).
   """
   if block > model.backbone.depth:
     return features(model, params, buffers, images, batch_size)
@@ -71,9 +80,13 @@ def inputs(model: Model, params: trees.Tree, buffers: trees.Tree,
 
 
 def top1(model: Model, params: trees.Tree, buffers: trees.Tree,
-         images: np.ndarray, labels: np.ndarray,
+         images: Images, labels: np.ndarray,
          batch_size: int = 256) -> float:
-  """Top-1 accuracy in percent."""
+  """Returns the top-1 accuracy in percent; arguments as of `logits`.
+
+  Args:
+    labels: (N,) of int.
+  """
   predicted = logits(
       model, params, buffers, images, batch_size).argmax(-1)
   return 100 * float((predicted == labels).mean())

@@ -1,16 +1,16 @@
-"""Which channels matter to a task: scores and the top K of them.
+"""Importance of channels to a task: scores, and the K largest.
 
 The score of channel i of a linear layer y = W x + b (Sec. 3.2) is
   S_i = sum_j I(w_ij),  I(w_ij) = dL/dw_ij * w_ij          (Eq. 7 and 10)
 with L the cross-entropy summed over the training set. It is the derivative of
-L by a factor on row i, at 1: the gradient of the backbone's parameter mask.
+L with respect to a factor on row i, at 1: the gradient of the backbone's mask.
 
   taylor         as printed: the signed sum
   taylor_abs     S_i = sum_j |I(w_ij)|
   taylor_square  S_i = sum_j I(w_ij)^2, the square that Eq. 6 has
   l2             the norm of y_i over all examples and tokens
-  class_l2       that of the patch tokens of each class, averaged over classes
-                 (SCT's; of any tap, not only of linear layers)
+  class_l2       that norm over the patch tokens of a class, averaged over the
+                 classes (SCT's; of any site, not only of linear layers)
   random         a seeded draw
 """
 import functools
@@ -30,16 +30,25 @@ Scores = dict[str, list[np.ndarray]]
 def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
           images: np.ndarray, labels: np.ndarray, sites: tuple[str, ...],
           seed: int = 0, batch_size: int = 64) -> Scores:
-  """Returns {site: [(D_out,) of each block]}, float32, over a data set.
+  """Returns the scores {site: [(D_out,) of each block]}, float32.
 
   Args:
-    name: of a score above.
+    name: a key of `SCORES`.
     params, buffers: on every device, see `parallel.replicate`.
-    images: uint8 (N, S, S, 3); labels: (N,).
+    images: uint8 (N, S, S, 3).
+    labels: (N,).
     seed: of the random score; the others are deterministic.
+    batch_size: changes the memory needed, and the scores by rounding only.
 
   Raises:
-    UserError: unknown score. RunError: a score that is not finite.
+    UserError: unknown score.
+    RunError: a score that is not finite.
+
+  Example:
+    scores = importance.score(
+        "taylor", model, parallel.replicate(params), {}, images, labels,
+        sites=("fc2",))
+    channels = importance.top_k(scores["fc2"][0], 96)
   """
   check_known("score", name, SCORES)
   if name == "random":
@@ -85,7 +94,7 @@ def _mask_gradient(model, sites, params, buffers, batch):
 
 
 def kernel_paths(model: Model, site: str) -> list[str]:
-  """Names of the kernels of a site, block by block."""
+  """Returns the names of a site's kernels, one for each block."""
   return [f"{layer.path}/kernel" for layer in model.backbone.sites[site]]
 
 
@@ -100,7 +109,7 @@ def _kernel_gradient(model, sites, params, buffers, batch):
 
   def loss(kernels):
     new = {p: k for s in sites
-           for p, k in zip(kernel_paths(model, s), kernels[s])}
+           for p, k in zip(kernel_paths(model, s), kernels[s], strict=True)}
     backbone = trees.unflatten(flat | new)
     return _sum_loss(model, params | {"backbone": backbone}, buffers, batch)
   return jax.grad(loss)(_kernels(model, params, sites))
@@ -109,7 +118,7 @@ def _kernel_gradient(model, sites, params, buffers, batch):
 def _features(model, sites, params, buffers, images):
   """{site: [(B, N, D) of each block]}, float32."""
   model = model._replace(backbone=model.backbone.clone(every_token=True))
-  seen = {}
+  seen: dict[tuple[str, int], jax.Array] = {}
   model.features(params, images, buffers, extra_tap=taps.record(sites, seen))
   return {s: [y.astype(jnp.float32) for (site, _), y in sorted(seen.items())
               if site == s] for s in sites}
@@ -145,7 +154,7 @@ SCORES = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _accumulate(fn, model, sites):
   def step(params, buffers, *batch):
     return parallel.psum(fn(model, sites, params, buffers, batch))
@@ -163,20 +172,21 @@ def _reduce(name, total, model, params, sites):
   power = {"taylor_abs": np.abs, "taylor_square": np.square}[name]
   return {s: [
       power(g * w).reshape(-1, layer.width).sum(0)
-      for g, w, layer in zip(total[s], weights[s], model.backbone.sites[s])]
+      for g, w, layer in zip(total[s], weights[s], model.backbone.sites[s],
+                             strict=True)]
       for s in sites}
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-  """(D,) -> the indices of the K largest, (K,), ascending.
+  """Returns the indices of the K largest of (D,) scores: int32 (K,), ascending.
 
-  Among equal scores the lower index wins, so a selection never depends on
-  the sorting algorithm.
+  Among equal scores the lower index wins, so the result does not depend on the
+  sorting algorithm.
   """
   return np.sort(np.argsort(-scores, kind="stable")[:k]).astype(np.int32)
 
 
 def tied(scores: np.ndarray, k: int) -> bool:
-  """Whether a score equal to the smallest chosen one was left out."""
+  """Returns whether a score equal to the K-th largest was left out."""
   ordered = -np.sort(-scores)
   return k < len(scores) and ordered[k - 1] == ordered[k]

@@ -10,14 +10,12 @@ import os
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from ttc_jax import checkpoint, cli, compilation, interrupt, report
 from ttc_jax.errors import Stopped, UserError
 from ttc_jax.runs.session import Session
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configuration, FILE[:key=value,...]", lock_config=True)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where results go; default: a folder of checkpoints/runs "
     "named after the configuration")
@@ -25,7 +23,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def default_workdir(config, config_file: str) -> str:
   """Returns a folder of checkpoints/runs named after the configuration."""
-  stem = os.path.splitext(os.path.basename(config_file.split(":")[0]))[0]
+  stem = os.path.splitext(os.path.basename(config_file))[0]
   key = checkpoint.digest(json.loads(config.to_json_best_effort()))[:8]
   return os.path.join("checkpoints", "runs", f"{stem}-{key}")
 
@@ -38,8 +36,7 @@ def main(argv: list[str]) -> int:
   config = _CONFIG.value
   if config.plots:
     from ttc_jax import plots  # noqa: F401  an extra; missed before long work
-  workdir = _WORKDIR.value or default_workdir(
-      config, flags.FLAGS["config"].config_filename)
+  workdir = _WORKDIR.value or default_workdir(config, cli.config_filename())
   interrupt.listen()
   session = Session(config, workdir, functools.partial(print, flush=True))
   for task, why in session.missing.items():
@@ -48,7 +45,7 @@ def main(argv: list[str]) -> int:
     session.run_all()
   except Stopped as stop:
     print(f"{stop}; start the same command again to go on", file=sys.stderr)
-    return 0
+    return interrupt.exit_code()
   _conclude(session)
   for name, why in [*session.missing.items(), *session.failed.items()]:
     print(f"failed: {name}: {why}", file=sys.stderr)
@@ -57,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 def _conclude(session: Session) -> None:
   """Writes and prints the tables."""
-  workdir, rows = session.workdir, list(session.done.values())
+  workdir, rows = session.workdir, session.rows()
   if rows:
     text = report.summary(rows, [*session.tasks, *session.missing])
     if session.config.plots:

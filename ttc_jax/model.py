@@ -1,29 +1,28 @@
-"""A backbone with its taps bound, the normalisation before, a head after."""
+"""A backbone with its taps bound, the normalisation before, the head after."""
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttc_jax import taps
-from ttc_jax.tasks.images import normalise
+from ttc_jax import normalisation, taps
 
 Params = dict[str, Any]
 
 
 class Model(NamedTuple):
-  """Hashable, so that compiled functions can be cached by it.
+  """What computes logits. Hashable, so that compiled functions are cached.
 
   Attributes:
-    backbone: the Linen module; None where the inputs are its features.
-    normalisation: "half", "imagenet" or "none".
+    backbone: the backbone's Linen module; None if the inputs are its features.
+    normalisation: see the module `normalisation`.
     handlers: ((site, handler), ...) of the method.
-    start: the block to begin with; above 0 the inputs are its tokens.
+    start: number of the first block that runs; above 0 the inputs are the
+      tokens that enter it.
     sample: `(buffers, key) -> buffers` of a training step, the same on
-      every device; None where the buffers stay.
+      every device; None if the buffers do not change.
   """
-  backbone: nn.Module | None
+  backbone: Any
   normalisation: str
   handlers: tuple = ()
   start: int = 0
@@ -32,9 +31,15 @@ class Model(NamedTuple):
   def features(self, params: Params, images: jax.Array, buffers: Params,
                mask: Params | None = None, key: jax.Array | None = None,
                extra_tap: taps.Tap | None = None) -> jax.Array:
-    """uint8 images (B, S, S, 3) -> features (B, D).
+    """Returns features (B, D), float32.
 
-    A `key` means training: it drops paths and feeds the handlers.
+    Args:
+      params: {"backbone", "adapter", ...}.
+      images: uint8 (B, S, S, 3); see `start` and `backbone` for other inputs.
+      buffers: {site: {block: {name: array}}}, the handlers' other inputs.
+      mask: {site: [(D_out,) of each block]}, factors on rows of the kernels.
+      key: given in training only; it drops paths and goes to the handlers.
+      extra_tap: applied after the handlers, see `taps`.
     """
     if self.backbone is None:
       return images
@@ -43,15 +48,19 @@ class Model(NamedTuple):
       tap = taps.chain(tap, extra_tap)
     train = key is not None
     if not self.start:
-      images = normalise(images, self.normalisation)
+      images = normalisation.apply(images, self.normalisation)
+    start = {"start": self.start} if self.start else {}
     return self.backbone.apply(
         {"params": params["backbone"]}, images, mask=mask, tap=tap,
-        train=train, rngs={"drop_path": key} if train else None,
-        **({"start": self.start} if self.start else {}))
+        train=train, rngs={"drop_path": key} if train else None, **start)
 
   def tokens(self, params: Params, images: jax.Array, buffers: Params,
              block: int) -> jax.Array:
-    """uint8 images -> the residual stream that enters a block, (B, N, D)."""
+    """Returns the residual stream that enters a block, (B, N, D).
+
+    Args:
+      images: uint8 (B, S, S, 3).
+    """
     seen = {}
 
     def before_handlers(site, i, y, x):
@@ -63,14 +72,15 @@ class Model(NamedTuple):
 
   def logits(self, params: Params, images: jax.Array, buffers: Params,
              **kwargs: Any) -> jax.Array:
-    """uint8 images (B, S, S, 3) -> logits (B, C), float32."""
+    """Returns logits (B, C), float32; arguments as of `features`."""
     head = params["head"]
     return (self.features(params, images, buffers, **kwargs)
             @ head["kernel"] + head["bias"])
 
 
 def init_head(width: int, classes: int, seed: int) -> Params:
-  """A linear head: kernel of standard deviation 0.02 as in timm, zero bias."""
+  """Returns a linear head: a kernel (width, classes) of standard deviation
+  0.02, as timm's, and a bias (classes,) of 0."""
   kernel = 0.02 * jax.random.truncated_normal(
       jax.random.key(seed), -2, 2, (width, classes))
   return {"kernel": kernel, "bias": jnp.zeros(classes)}
@@ -81,11 +91,11 @@ _NEVER = -1e9  # a logit whose probability and gradient are 0 in float32
 
 
 def pad_head(head: Params, multiple: int = PADDED) -> Params:
-  """The head with classes that no image has, up to a multiple.
+  """Returns the head with further classes, up to a multiple of `multiple`.
 
-  Tasks of any number of classes share a compilation so. No gradient reaches
-  the new columns, which are 0; losses and gradients of the others are the same
-  to rounding.
+  So tasks with different numbers of classes share a compiled program. No image
+  has a label among the further classes, and no gradient reaches their columns,
+  which are 0; losses and the other gradients are the same to rounding.
   """
   more = -head["bias"].shape[-1] % multiple
   return {"kernel": jnp.pad(head["kernel"], ((0, 0), (0, more))),
@@ -93,12 +103,16 @@ def pad_head(head: Params, multiple: int = PADDED) -> Params:
 
 
 def keep_padding(head: Params, classes: jax.Array) -> Params:
-  """The padded head after a step: weight decay would move the padding."""
+  """Returns the padded head with its padding restored: weight decay moved it.
+
+  Args:
+    classes: of the task, (): the columns from this number on are padding.
+  """
   bias = head["bias"]
   known = jnp.arange(bias.shape[-1]) < classes
   return head | {"bias": jnp.where(known, bias, _NEVER)}
 
 
 def trim_head(head: Params, classes: int) -> Params:
-  """The inverse of `pad_head`, also with an axis of devices."""
+  """Inverse of `pad_head`; a leading axis of devices is allowed."""
   return {name: x[..., :classes] for name, x in head.items()}

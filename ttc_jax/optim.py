@@ -1,4 +1,4 @@
-"""Path rules -> labels -> optax: who is trained, and how fast."""
+"""Path rules -> labels -> optax: which leaves are trained, and how fast."""
 from collections.abc import Callable
 import re
 
@@ -9,6 +9,7 @@ import optax
 from ttc_jax import trees
 
 Schedule = Callable[[jax.Array], jax.Array]
+Number = jax.Array | float
 
 HEAD = (r"head/.*", "tune")
 NORM = (r"backbone/.*[nN]orm.*/(scale|bias)", "tune")
@@ -18,14 +19,13 @@ FREEZE = (r".*", "freeze")
 MOMENTUM = 0.9  # of SGD
 
 
-def warmup_cosine(lr: jax.Array, steps: jax.Array, warmup: jax.Array,
-                  warmup_lr: jax.Array = 0.0,
-                  min_lr: jax.Array = 0.0) -> Schedule:
-  """Linear from `warmup_lr` to `lr` in `warmup` steps, then half a cosine to
-  `min_lr` at `steps`.
+def warmup_cosine(lr: Number, steps: Number, warmup: Number,
+                  warmup_lr: Number = 0.0, min_lr: Number = 0.0) -> Schedule:
+  """Returns `step -> learning rate`: a line from `warmup_lr` to `lr` in
+  `warmup` steps, then half a cosine to `min_lr` at step `steps`.
 
-  As optax's, with every argument traceable: runs that differ in them share
-  one compilation. Step 0 has left `warmup_lr` already, by one part of `warmup`.
+  As optax's, but every argument may be traced: runs that differ in them share
+  one compiled program. Step 0 already has 1 / `warmup` of the rise.
   """
   def schedule(step):
     rise = (step + 1) / jnp.maximum(warmup, 1)
@@ -36,16 +36,17 @@ def warmup_cosine(lr: jax.Array, steps: jax.Array, warmup: jax.Array,
   return schedule
 
 
-def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: jax.Array,
+def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: Number,
             decay_all: bool = False,
             optimiser: str = "adamw") -> optax.GradientTransformation:
-  """An optimiser on the leaves labelled "tune"; the others stay as they are.
+  """Returns an optimiser of the leaves labelled "tune"; others do not change.
 
   Args:
     labels: "tune" or "freeze" for every leaf, see `trees.label`.
-    weight_decay: times the learning rate; may be traced. AdamW's is decoupled,
-      SGD's is added to the gradient and so has momentum, as in PyTorch.
-    decay_all: also decays biases and vectors: norms, scales, shifts.
+    weight_decay: multiplied by the learning rate; may be traced. AdamW's is
+      decoupled. SGD's is added to the gradient, before the momentum, as in
+      PyTorch.
+    decay_all: True also decays biases and vectors: norms, scales, shifts.
     optimiser: one of `config.OPTIMISERS`.
   """
   def decayed(params):
@@ -62,7 +63,13 @@ def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: jax.Array,
 
 
 def counts(tuned: trees.Tree) -> dict[str, int]:
-  """Scalars of the tuned leaves: norm, head, and module (all the rest)."""
+  """Returns the numbers of scalars: {"module", "norm", "head"}.
+
+  Args:
+    tuned: {"backbone", "adapter", "head"} with the tuned leaves only. Norm
+      means the LayerNorms of the backbone, module everything else that is not
+      the head.
+  """
   parts = {"module": 0, "norm": 0, "head": 0}
   for name, leaf in trees.flatten(tuned).items():
     part = ("head" if name.startswith("head/") else

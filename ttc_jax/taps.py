@@ -1,7 +1,7 @@
-"""Taps: where a method may act on a backbone, without knowing its class.
+"""Taps: a method acts on a backbone without knowing its class.
 
 A backbone calls `tap(site, block, y, x)` after the operation that turned x
-into y, and goes on with what comes back. Site names, the same in every block:
+into y, and continues with the result. Site names, the same in every block:
 
   input                 the residual stream that enters a block (y is x)
   q k v proj fc1 fc2    the linear layers (also what a mask scales)
@@ -9,17 +9,18 @@ into y, and goes on with what comes back. Site names, the same in every block:
   scores                of attention, (B, H, queries, keys), before softmax
   mlp                   the MLP from its normalised input to its output
   attention block       the residual stream, after MHSA and after the MLP
-  embedding tokens norm patches, the sequence that enters, the final norm;
-                        these count as block 0, as do the norms that some
-                        backbones have: pre_norm pool_norm map_norm
-                        embedding_norm
+  embedding tokens norm the patches, the sequence that enters block 0, the
+                        final norm; these count as block 0, and so do the norms
+                        that only some backbones have: pre_norm pool_norm
+                        map_norm embedding_norm
 
-A handler is `handler(p, y, x) -> y`: what a method does at a site, with `p`
-its parameters there. In training `p["key"]` is a random key of the site, block
-and step.
+A handler is `handler(p, y, x) -> y`: what a method computes at a site, where
+`p` has the method's parameters and buffers of that site and block. In training
+`p["key"]` is a random key of the site, block and step. `Shared(site, handler)`
+gives a handler those of another site, so that several sites share parameters.
 """
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import jax
@@ -29,26 +30,42 @@ from ttc_jax.backbones.layers import Tap
 Handler = Callable[[dict[str, jax.Array], jax.Array, jax.Array], jax.Array]
 
 
-def bind(handlers: Mapping[str, Handler], adapter: Mapping[str, Any],
+class Shared(NamedTuple):
+  """A handler with the parameters, buffers and random key of another site.
+
+  Attributes:
+    site: the other site, which a backbone has in the same blocks.
+    handler: what acts at this site.
+  """
+  site: str
+  handler: Handler
+
+
+def bind(handlers: Mapping[str, Handler | Shared], adapter: Mapping[str, Any],
          buffers: Mapping[str, Any], key: jax.Array | None = None) -> Tap:
   """Returns the tap that calls each site's handler with its parameters.
 
-  Where neither tree has a parameter, y flows on.
+  At a site and block that neither tree has, y is returned unchanged.
 
   Args:
     handlers: {site: handler}.
     adapter: {site: {block: {name: array}}}, trained; a block is "0", "1", ...
-    buffers: likewise, not trained: channel indices and other inputs.
-    key: of the step, in training.
+    buffers: likewise, not trained: channel indices, scales, rates, sizes.
+    key: of the training step; None at inference.
   """
   def tap(site, block, y, x):
+    handler = handlers.get(site)
+    if isinstance(handler, Shared):
+      site, handler = handler
     params = {**_at(adapter, site, block), **_at(buffers, site, block)}
     if not params:
       return y
+    if handler is None:
+      raise ValueError(f"parameters at site {site!r}, which has no handler")
     if key is not None:
       params["key"] = jax.random.fold_in(
           key, zlib.crc32(f"{site}/{block}".encode()))
-    return handlers[site](params, y, x)
+    return handler(params, y, x)
   return tap
 
 
@@ -57,7 +74,7 @@ def _at(tree, site, block):
 
 
 def chain(*taps: Tap) -> Tap:
-  """The tap that applies each in turn."""
+  """Returns the tap that applies several taps in order."""
   def tap(site, block, y, x):
     for one in taps:
       y = one(site, block, y, x)
@@ -65,8 +82,9 @@ def chain(*taps: Tap) -> Tap:
   return tap
 
 
-def record(sites: tuple[str, ...], into: dict) -> Tap:
-  """A tap that leaves y alone and keeps it: `into[site, block] = y`.
+def record(sites: tuple[str, ...],
+           into: dict[tuple[str, int], jax.Array]) -> Tap:
+  """Returns a tap that stores y of some sites: `into[site, block] = y`.
 
   `into` must be local to the traced function, like any side effect in JAX.
   """

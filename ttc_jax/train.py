@@ -1,11 +1,10 @@
 """One run: a method's stages in order, each an optimisation of its leaves.
 
-`run(job, base, directory)` is what a session calls. Below it, from the inside
-out: `make_loss_fn` (a batch), `make_update_fn` (a step), `make_epoch_fn` (an
-epoch in one dispatch), `StageRun` (the epochs of a stage, saved and resumed).
+`run(job, base, directory)` is what a session calls. `StageRun` trains the
+epochs of one stage, saves and resumes them. The module `step` has the compiled
+functions.
 """
 from collections.abc import Callable
-import functools
 import time
 from typing import Any, NamedTuple
 
@@ -13,73 +12,22 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
-from ttc_jax import augment, checkpoint, cost, evaluate, interrupt, optim
-from ttc_jax import parallel, trees
+from ttc_jax import checkpoint, cost, evaluate, interrupt, parallel, trees
 from ttc_jax.errors import RunError
 from ttc_jax.methods import Context, Method, Stage
-from ttc_jax.model import Model, init_head, keep_padding, pad_head
+from ttc_jax.model import Model, init_head, pad_head
+from ttc_jax.step import (
+  Fixed,
+  Learner,
+  compiled_epoch_fn,
+  make_hyper,
+  make_init_fn,
+  make_plan,
+)
 from ttc_jax.tasks import Split
 
 Record = dict[str, Any]
-
-
-class Plan(NamedTuple):
-  """Configuration values that are compiled into an epoch.
-
-  Everything else is an argument of the compiled function.
-  """
-  batch_size: int
-  label_smoothing: float
-  flip: bool
-  smallest_crop: float
-  decay_all: bool
-  optimiser: str
-
-
-def make_plan(config: ml_collections.ConfigDict) -> Plan:
-  """Returns the values of `Plan` that a configuration has."""
-  return Plan(*(config[field] for field in Plan._fields))
-
-
-class Hyper(NamedTuple):
-  """Numbers in which runs differ without another compilation.
-
-  Attributes:
-    warmup, steps: optimiser steps of the stage.
-    classes: of the task; the head's columns beyond are padding.
-  """
-  lr: float
-  weight_decay: float
-  warmup: int
-  steps: int
-  classes: int
-  warmup_lr: float
-  min_lr: float
-
-
-def make_hyper(config: ml_collections.ConfigDict, steps_per_epoch: int,
-               classes: int) -> Hyper:
-  """Returns a stage's numbers, as numpy scalars."""
-  return Hyper(
-      np.float32(config.lr), np.float32(config.weight_decay),
-      np.int32(round(config.warmup_epochs * steps_per_epoch)),
-      np.int32(config.epochs * steps_per_epoch), np.int32(classes),
-      np.float32(config.warmup_lr), np.float32(config.min_lr))
-
-
-class Learner(NamedTuple):
-  """What a step changes: the tuned leaves and the optimiser's state."""
-  tuned: trees.Tree
-  opt_state: trees.Tree
-
-
-class Fixed(NamedTuple):
-  """What a step reads and never changes: frozen leaves, buffers, numbers."""
-  frozen: trees.Tree
-  buffers: trees.Tree
-  hyper: Hyper
 
 
 class State(NamedTuple):
@@ -126,124 +74,6 @@ class Job(NamedTuple):
   classes: int
   seed: int
   report: Callable[[str, int, int, Record], None]
-
-
-# --- A batch, a step, an epoch ------------------------------------------------
-
-def make_loss_fn(model: Model, plan: Plan) -> Callable:
-  """Returns `loss_fn(params, fixed, batch, key)`.
-
-  It is the mean cross-entropy of a batch (images, labels), with augmentation
-  and label smoothing (Szegedy et al., 2016) as the plan says.
-  """
-  def loss_fn(params, fixed, batch, key):
-    images, labels = batch
-    crop_key, flip_key, path_key = jax.random.split(key, 3)
-    if plan.smallest_crop < 1:
-      images = augment.random_crop(
-          images, crop_key, images.shape[1], plan.smallest_crop)
-    if plan.flip:
-      images = augment.random_flip(images, flip_key)
-    logits = model.logits(params, images, fixed.buffers, key=path_key)
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
-    if plan.label_smoothing:  # over the task's classes, not the padding
-      classes = fixed.hyper.classes
-      known = jnp.arange(logits.shape[-1]) < classes
-      targets = ((1 - plan.label_smoothing) * targets
-                 + plan.label_smoothing * known / classes)
-    return optax.softmax_cross_entropy(logits, targets).mean()
-  return loss_fn
-
-
-def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
-  """Returns `update_fn(learner, fixed, batch, key) -> (learner, loss)`.
-
-  It is one optimiser step on one device; gradients are averaged over devices.
-  Only tuned leaves are carried: XLA removes the unused gradients of frozen
-  leaves.
-  """
-  loss_fn = make_loss_fn(model, plan)
-
-  def update_fn(learner, fixed, batch, key):
-    hyper = fixed.hyper
-    params = trees.join(learner.tuned, fixed.frozen)
-    labels = trees.label(params, rules)
-    tx = optim.make_tx(
-        labels, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup,
-                                    hyper.warmup_lr, hyper.min_lr),
-        hyper.weight_decay, plan.decay_all, plan.optimiser)
-    if model.sample is not None:
-      fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
-    key = jax.random.fold_in(key, parallel.device_index())
-    loss, grads = jax.value_and_grad(loss_fn)(params, fixed, batch, key)
-    updates, opt_state = tx.update(
-        parallel.pmean(grads), learner.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    params["head"] = keep_padding(params["head"], hyper.classes)
-    tuned, _ = trees.split(params, labels, "tune")
-    return Learner(tuned, opt_state), parallel.pmean(loss)
-  return update_fn
-
-
-@functools.cache
-def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
-  """Returns the pmapped epoch: shuffling and all its steps in one dispatch.
-
-  `epoch_fn(learner, fixed, data, key, epoch) -> (learner, losses)`: `data` is
-  the whole training set (images uint8 or features, labels), on every device;
-  `losses` has one value a step, NaN where a tuned leaf is not finite at the
-  end. The last N mod B images of an epoch's order are left out, others in each
-  epoch. The learner is donated.
-  """
-  update_fn = make_update_fn(model, rules, plan)
-
-  def epoch_fn(learner, fixed, data, key, epoch):
-    images, labels = data
-    key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
-    shuffle_key, steps_key = jax.random.split(key)
-    steps = len(labels) // plan.batch_size
-    order = jax.random.permutation(shuffle_key, len(labels))
-    order = order[:steps * plan.batch_size].reshape(
-        steps, len(parallel.devices()), -1)
-    order = order[:, parallel.device_index()]
-
-    def step(learner, inputs):
-      rows, i = inputs
-      return update_fn(learner, fixed, (images[rows], labels[rows]),
-                       jax.random.fold_in(steps_key, i))
-    learner, losses = jax.lax.scan(
-        step, learner, (order, jnp.arange(steps)))
-    # The last step's loss is older than its parameters.
-    finite = jnp.array(
-        [jnp.isfinite(x).all() for x in jax.tree.leaves(learner.tuned)])
-    return learner, jnp.where(finite.all(), losses, jnp.nan)
-  return parallel.pmap(epoch_fn, donate=(0,))
-
-
-@functools.cache
-def make_init_fn(rules: trees.Rules, optimiser: str) -> Callable:
-  """Returns the pmapped `init_fn(tuned, frozen) -> opt_state`."""
-  def init_fn(tuned, frozen):
-    params = trees.join(tuned, frozen)
-    return optim.make_tx(
-        trees.label(params, rules), lambda step: 0.0, 0.0,
-        optimiser=optimiser).init(params)
-  return parallel.pmap(init_fn)
-
-
-_COMPILED: dict[tuple, Any] = {}
-
-
-def compiled_epoch_fn(model: Model, rules: trees.Rules, plan: Plan,
-                      args: tuple) -> tuple[Any, float]:
-  """Returns (the compiled epoch, seconds spent on compiling it; 0 if known)."""
-  avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
-  key = (model, rules, plan, str(avals))
-  if key in _COMPILED:
-    return _COMPILED[key], 0.0
-  start = time.perf_counter()
-  _COMPILED[key] = make_epoch_fn(model, rules, plan).lower(*args).compile()
-  return _COMPILED[key], time.perf_counter() - start
 
 
 # --- A run --------------------------------------------------------------------
@@ -309,9 +139,12 @@ class Clock(NamedTuple):
 
   def plus(self, other: "Clock") -> "Clock":
     """Returns the sums, and the larger memory."""
-    sums = Clock(*(a + b for a, b in zip(self, other, strict=True)))
-    return sums._replace(
-        memory_bytes=max(self.memory_bytes, other.memory_bytes))
+    return Clock(
+        self.seconds + other.seconds,
+        self.prepare_seconds + other.prepare_seconds,
+        self.compile_seconds + other.compile_seconds,
+        self.images + other.images,
+        max(self.memory_bytes, other.memory_bytes))
 
 
 def with_handlers(job: Job, state: State) -> Model:
@@ -386,6 +219,9 @@ class StageRun:
     """Trains the epochs that are left, saving now and then."""
     config, last_save = self.job.config, time.perf_counter()
     fixed, key = self._fixed(inputs, frozen)
+    # Not within `held`, since it may take minutes.
+    progress = self._compile(inputs, fixed, key, progress)
+    interrupt.check()
     for epoch in range(done, self.epochs):
       with interrupt.held():  # an epoch that has begun ends, and is saved
         progress, losses = self._epoch(inputs, fixed, key, epoch, progress)
@@ -425,7 +261,8 @@ class StageRun:
 
   def _prepared(self, state):
     """(state that the stage starts from, records that `prepare` logged)."""
-    job, log = self.job, []
+    job = self.job
+    log: list[Record] = []
     if not self.stage.prepare:
       return state, log
 
@@ -434,7 +271,7 @@ class StageRun:
       self._report(record)
     adapter, buffers = self.stage.prepare(Context(
         with_handlers(job, state), state.params, state.buffers,
-        job.train.images, job.train.labels, job.seed,
+        np.asarray(job.train.images), job.train.labels, job.seed,
         job.holdout and job.holdout[1], self.store.path, keep))
     params = {**state.params, "adapter": parallel.replicate(adapter)}
     return State(params, parallel.replicate(buffers)), log
@@ -446,7 +283,8 @@ class StageRun:
     once and the rest trains on what it gave: the same numbers, sooner.
     """
     plan, stage = self.plan, self.stage
-    model, params, buffers = with_handlers(self.job, state), *state
+    model, params = with_handlers(self.job, state), state.params
+    buffers = state.buffers
     start = frozen_blocks(model.backbone, params, stage.rules)
     random = (plan.flip or plan.smallest_crop < 1
               or model.backbone.drop_path > 0 or stage.sample)
@@ -490,17 +328,28 @@ class StageRun:
 
   # --- An epoch ---------------------------------------------------------------
 
-  def _epoch(self, inputs, fixed, key, epoch, progress):
-    """Dispatches an epoch and waits for its losses."""
+  def _compiled(self, inputs, fixed, key, epoch, progress):
+    """Returns (compiled epoch, its arguments, seconds of compilation)."""
     args = (progress.learner, fixed, inputs.data, key,
             parallel.replicate(np.int32(epoch)))
-    fn, compile_seconds = compiled_epoch_fn(
+    fn, seconds = compiled_epoch_fn(
         inputs.model, self.stage.rules, self.plan, args)
+    return fn, args, seconds
+
+  def _compile(self, inputs, fixed, key, progress):
+    """Compiles the epoch, if it is not yet, and adds the time to the clock."""
+    *_, seconds = self._compiled(inputs, fixed, key, 0, progress)
+    return progress._replace(
+        clock=progress.clock.plus(Clock(compile_seconds=seconds)))
+
+  def _epoch(self, inputs, fixed, key, epoch, progress):
+    """Dispatches an epoch and waits for its losses."""
+    fn, args, _ = self._compiled(inputs, fixed, key, epoch, progress)
     begin = time.perf_counter()
     learner, losses = fn(*args)
     losses = np.asarray(losses[0])
     clock = progress.clock.plus(Clock(
-        time.perf_counter() - begin, 0.0, compile_seconds,
+        time.perf_counter() - begin, 0.0, 0.0,
         len(losses) * self.plan.batch_size, cost.step_bytes(fn) or 0))
     return progress._replace(learner=learner, clock=clock), losses
 
@@ -508,9 +357,9 @@ class StageRun:
     bad = losses[~np.isfinite(losses)]
     if not bad.size:
       return
-    kept = self.store.latest_epoch()
-    kept = (f"the state after epoch {kept} is kept in '{self.store.path}'"
-            if kept else "no epoch of this stage had been saved")
+    last = self.store.latest_epoch()
+    kept = (f"the state after epoch {last} is kept in '{self.store.path}'"
+            if last else "no epoch of this stage had been saved")
     raise RunError(
         f"training diverged in stage '{self.stage.name}', epoch {epoch + 1} "
         f"of {self.epochs}: the loss or a parameter became {bad[0]}; lower "

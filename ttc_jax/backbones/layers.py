@@ -1,7 +1,8 @@
-"""What ViT and Swin share: dense layers with a mask, norms, attention, GELU."""
+"""What families share: dense layers with a mask, norms, attention, GELU; and
+the records by which a family describes itself."""
+from collections.abc import Callable
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,15 +30,58 @@ class Work(NamedTuple):
   """Multiply-adds of an image's matrix products, without the head.
 
   Attributes:
-    patches: the embedding, below all that is tuned.
-    linear: by kernels.
-    attention: q k^T and weights v, between activations.
-    outputs: for each block, the tokens that its MLP computes.
+    patches: of the patch embedding, which comes before all tuned layers.
+    linear: of products with kernels.
+    attention: of products of activations, q k^T and weights v.
+    outputs: for each block, the number of tokens that its MLP computes.
   """
   patches: int
   linear: int
   attention: int
   outputs: tuple[int, ...]
+
+
+class Field(NamedTuple):
+  """A field of a module that belongs to the weights: its possible values.
+
+  Attributes:
+    values: the allowed values, all of one type; `float` for any number
+      between 0 and 1.
+    required: whether a file must state it, because no shape shows it.
+  """
+  values: tuple[Any, ...] | type[float]
+  required: bool = False
+
+  def allows(self, value: Any) -> bool:
+    """Returns whether the field may have the value; True is not 1 here."""
+    if isinstance(self.values, tuple):
+      return type(value) is type(self.values[0]) and value in self.values
+    return type(value) is float and 0 < value < 1
+
+  def __str__(self) -> str:
+    if not isinstance(self.values, tuple):
+      return "a float between 0 and 1"
+    if len(self.values) < 5:
+      return " or ".join(map(repr, self.values))
+    return f"{self.values[0]} to {self.values[-1]}"
+
+
+class Identity(NamedTuple):
+  """The architecture that the shapes in a file show.
+
+  Attributes:
+    kind: for messages, e.g. "a ViT".
+    sizes: e.g. {"width": 384, "patch": 14, ...}, most telling first; None for
+      one that the file does not show.
+    name: of the backbone with these sizes, None if no backbone has them.
+    reason: why there is none, e.g. "width 240 is none of 192, 384".
+    image_size: pixels a side that the positions are made for, None if any.
+  """
+  kind: str
+  sizes: dict[str, Any]
+  name: str | None
+  reason: str = ""
+  image_size: int | None = None
 
 
 def no_tap(site: str, block: int, y: jax.Array, x: jax.Array) -> jax.Array:
@@ -74,7 +118,7 @@ class Dense(nn.Module):
     kernel = kernel.reshape(math.prod(inputs), math.prod(outputs))
     y = x @ kernel.astype(self.dtype)
     if mask is not None:
-      # Bias is no weight of row i (Eq. 10): the mask leaves it alone.
+      # The mask scales row i of the kernel, not the bias (Eq. 10).
       y = y * mask.astype(self.dtype)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, outputs)

@@ -11,6 +11,7 @@ the window is the grid, and its biases are the centre of the table.
 Blocks are numbered through all stages. Shapes: B batch, N = n^2 tokens, D
 width of the stage, H heads, w window.
 """
+from collections.abc import Callable
 import functools
 import re
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttc_jax.backbones import layers
-from ttc_jax.backbones.layers import Dense, Site, Work
+from ttc_jax.backbones.layers import Dense, Field, Identity, Site, Work
 from ttc_jax.errors import UserError, check_known
 
 # name: (width of stage 1, depths, heads of stage 1)
@@ -31,11 +32,20 @@ SIZES = {
     "l": (192, (2, 2, 18, 2), 6),
 }
 
+# For `backbones` and `weights`, see the docstring of `backbones`.
+FIELDS = {
+    "window": Field(tuple(range(1, 65))),
+    "gelu": Field(tuple(layers.GELU), required=True),
+    "epsilon": Field(float, required=True),
+}
+_TABLE = "attention/relative_position_bias"
+PARAMETERS = {f"stage_.*/{_TABLE}": "window", "embedding/kernel": "patch"}
+
 _OUTSIDE = -100.0  # added to scores across the edge of a shifted image
 
 
 def places(depths: tuple[int, ...]) -> list[tuple[int, int]]:
-  """(stage, block of the stage) of each block."""
+  """Returns (stage, number within the stage) of each block."""
   return [(s, i) for s, depth in enumerate(depths) for i in range(depth)]
 
 
@@ -52,8 +62,8 @@ def position_index(window: int, table_window: int) -> np.ndarray:
 
 
 def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
-  """(windows, w^2, w^2), 0 or `_OUTSIDE`: rolling the grid by `shift` brings
-  together what is no neighbour in the image."""
+  """(windows, w^2, w^2), 0 or `_OUTSIDE`: rolling the grid by `shift` puts
+  tokens into one window that are not neighbours in the image."""
   region = np.zeros(side, np.int64)
   region[side - window:side - shift] = 1
   region[side - shift:] = 2
@@ -81,7 +91,7 @@ def grid(x, side: int):
 
 
 class Common(NamedTuple):
-  """What all blocks have in common, see `Swin`."""
+  """Attributes that all blocks share, see `Swin`."""
   window: int
   gelu: str
   epsilon: float
@@ -89,7 +99,7 @@ class Common(NamedTuple):
 
 
 class WindowAttention(nn.Module):
-  """Self-attention within (shifted) windows, with a bias for each offset."""
+  """Self-attention within (shifted) windows, with a learnt bias per offset."""
   common: Common
   heads: int
   shifted: bool
@@ -158,7 +168,7 @@ class Block(nn.Module):
 
 
 class Merge(nn.Module):
-  """2 x 2 tokens side by side, normalised, to twice the width."""
+  """Concatenates 2 x 2 tokens, normalises, projects to twice the width."""
   common: Common
 
   @nn.compact
@@ -169,7 +179,7 @@ class Merge(nn.Module):
     x = jnp.pad(x.reshape(B, side, side, D),
                 ((0, 0), (0, odd), (0, odd), (0, 0)))
     half = (side + odd) // 2
-    # The authors' order: down first, then to the right.
+    # The authors' order of the four: down first, then right.
     x = x.reshape(B, half, 2, half, 2, D).transpose(0, 1, 3, 4, 2, 5)
     x = x.reshape(B, half ** 2, 4 * D)
     norm = layers.LayerNorm(
@@ -186,9 +196,9 @@ class Swin(nn.Module):
     embed: width of stage 1; of the last stage it is `width`.
     depths: blocks of each stage.
     heads: of stage 1; they double with the width.
-    window: w that the bias tables are made for.
-    gelu, epsilon, drop_path, dtype: as of `vit.ViT`.
-    every_token: means nothing here, for the pooling reads them all.
+    window: w, tokens a side, that the bias tables are made for.
+    gelu, epsilon, drop_path, dtype: as in `vit.ViT`.
+    every_token: without effect, because the pooling reads all tokens.
   """
   embed: int
   depths: tuple[int, ...]
@@ -207,28 +217,29 @@ class Swin(nn.Module):
 
   @property
   def width(self) -> int:
-    """D of the features."""
+    """D, the width of the features."""
     return self.embed * 2 ** (len(self.depths) - 1)
 
   @property
   def depth(self) -> int:
-    """L, blocks of all stages."""
+    """L, the number of blocks of all stages."""
     return sum(self.depths)
 
   @property
   def default_k(self) -> int:
-    """The paper's 96 channels of Swin-B."""
+    """K where the user does not set it: the paper's 96 of Swin-B."""
     return 3 * self.embed // 4
 
   @property
   def default_blocks(self) -> int:
-    """The paper's: the last half of stage 3, and stage 4."""
+    """Number of tuned blocks where the user does not set it: the last half of
+    stage 3, and stage 4, as in the paper."""
     *_, third, last = self.depths
     return third // 2 + last
 
   @property
   def sides(self) -> tuple[int, ...]:
-    """Tokens a side, of each stage."""
+    """Tokens a side in each stage."""
     sides = [self.image_size // self.patch]
     for _ in self.depths[1:]:
       sides.append(-(-sides[-1] // 2))
@@ -236,23 +247,23 @@ class Swin(nn.Module):
 
   @property
   def takes_prompts(self) -> bool:
-    """Whether tokens that are no patches may stand among them."""
+    """Whether prompts may be inserted between the tokens."""
     return False
 
   @property
   def pads(self) -> bool:
-    """Whether attention sees zeros, which no norm reaches."""
+    """Whether attention reads padding, which is added after the norm."""
     return any(side > self.window and side % self.window
                for side in self.sides)
 
   @property
   def fields(self) -> dict[str, Any]:
-    """What belongs to the weights: files and bundles repeat it."""
-    return {"window": self.window, "gelu": self.gelu, "epsilon": self.epsilon}
+    """The fields that belong to the weights; files and bundles keep them."""
+    return {name: getattr(self, name) for name in FIELDS}
 
   @property
   def sites(self) -> dict[str, tuple[Site, ...]]:
-    """The linear layers with a bias by name, a `Site` for each block."""
+    """{name: a `Site` for each block} of the linear layers with a bias."""
     layer = {
         "q": (1, 1, "attention/query"), "k": (1, 1, "attention/key"),
         "v": (1, 1, "attention/value"), "proj": (1, 1, "attention/out"),
@@ -277,7 +288,8 @@ class Swin(nn.Module):
     """
     linear = attention = 0
     outputs = []
-    for stage, (depth, side) in enumerate(zip(self.depths, self.sides)):
+    for stage, (depth, side) in enumerate(
+        zip(self.depths, self.sides, strict=True)):
       D, N, w = self.embed * 2 ** stage, side ** 2, min(self.window, side)
       Z = (-(-side // w) * w) ** 2
       linear += depth * (3 * Z + 9 * N) * D * D
@@ -290,7 +302,7 @@ class Swin(nn.Module):
 
   @property
   def norms(self) -> dict[str, tuple[str, ...]]:
-    """The paths of the LayerNorms by name."""
+    """{name: paths of the LayerNorms}."""
     names = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
     norms = {name: tuple(f"{_block(*place)}/{path}"
                          for place in places(self.depths))
@@ -300,16 +312,17 @@ class Swin(nn.Module):
             "merge_norm": merges, "norm": ("norm",)}
 
   def block_of(self, name: str) -> int:
-    """The block that a parameter belongs to: -1 before, L after them all."""
+    """Returns the number of the block of a parameter: -1 for parameters before
+    the blocks, L for those after."""
     if match := re.match(r"stage_(\d+)_block_(\d+)/", name):
       return places(self.depths).index((int(match[1]), int(match[2])))
-    if match := re.match(r"merge_(\d+)/", name):  # it follows its stage's last
+    if match := re.match(r"merge_(\d+)/", name):  # with the stage's last block
       return sum(self.depths[:int(match[1]) + 1]) - 1
     return self.depth if name.startswith("norm/") else -1
 
   @nn.compact
   def __call__(self, images, mask=None, tap=None, train=False, start=0):
-    """As of `vit.ViT`."""
+    """Computes the features of images, see `vit.ViT`."""
     mask, tap = mask or {}, tap or layers.no_tap
     first = layers.at_block(tap, 0)
     x = images if start else self._tokens(images, mask, first)
@@ -348,8 +361,7 @@ def _block(stage, i):
 
 
 def make(name: str, image_size: int, **fields) -> Swin | None:
-  """Returns the Swin called e.g. "swin_b", or None if that is no Swin's name.
-  """
+  """Returns the Swin of a name such as "swin_b", None for other names."""
   size = name.removeprefix("swin_")
   if size == name or size not in SIZES:
     return None
@@ -363,3 +375,37 @@ def make(name: str, image_size: int, **fields) -> Swin | None:
 def examples() -> tuple[str, ...]:
   """Names to show a user."""
   return tuple(f"swin_{size}" for size in SIZES)
+
+
+def identify(shape: Callable[[str], tuple[int, ...] | None]
+             ) -> Identity | None:
+  """Reads a Swin's sizes off its parameters' shapes; None if these are no
+  Swin's.
+
+  Args:
+    shape: `shape(name)` of a parameter, None if it is missing.
+  """
+  embedding = shape("embedding/kernel") or ()
+  table = shape(f"{_block(0, 0)}/{_TABLE}") or ()
+  if (len(embedding), len(table)) != (4, 2):
+    return None
+  depths: list[int] = []
+  while blocks := _count(shape, len(depths)):
+    depths.append(blocks)
+  parts = (embedding[-1], tuple(depths), table[-1])
+  sizes = dict(zip(("width", "depths", "heads"), parts, strict=True),
+               patch=embedding[0])
+  size = next((k for k, v in SIZES.items() if v == parts), None)
+  if size and embedding[:3] == (4, 4, 3):
+    return Identity("a Swin", sizes, f"swin_{size}")
+  known = "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in SIZES.items())
+  return Identity("a Swin", sizes, None,
+                  f"known (width, depths, heads) with patch 4 are {known}")
+
+
+def _count(shape, stage):
+  """Number of blocks of a stage."""
+  count = 0
+  while shape(f"{_block(stage, count)}/LayerNorm_0/scale"):
+    count += 1
+  return count

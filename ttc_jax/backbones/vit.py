@@ -1,11 +1,13 @@
 """The Vision Transformer (Dosovitskiy et al., 2021), with taps and a mask.
 
-Parameters are named as in Big Vision's ViT, so that its `.npz` files, and
-after `weights.py` those of `vision_transformer` and timm, load by name.
+Parameters are named as in Big Vision's ViT, so that its `.npz` files load by
+name; `ttc_jax.weights` maps the names of other formats to these.
 
 Shapes: B batch, N tokens, D width, H heads, L blocks, F hidden width.
 """
+from collections.abc import Callable
 import functools
+import math
 import re
 from typing import Any
 
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttc_jax.backbones import layers
-from ttc_jax.backbones.layers import Dense, Site, Work
+from ttc_jax.backbones.layers import Dense, Field, Identity, Site, Work
 from ttc_jax.errors import check_known
 
 # name: (width, depth, heads, hidden width)
@@ -30,18 +32,34 @@ SIZES = {
 
 POOLS = ("cls", "gap", "map")
 
-# Of parameters, as Big Vision names them; {} is the number of the block.
+# Names of parameters, as in Big Vision; {} is the number of the block.
 BLOCK = "Transformer/encoderblock_{}"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_0"
 _MLP = f"{BLOCK}/MlpBlock_0"
+
+# For `backbones` and `weights`, see the docstring of `backbones`.
+FIELDS = {
+    "pool": Field(POOLS),
+    "registers": Field(tuple(range(65))),
+    "rope": Field((0.0, 100.0)),
+    "pre_norm": Field((False, True)),
+    "layer_scale": Field((False, True)),
+    "final_norm": Field((False, True)),
+    "pool_norm": Field((False, True)),
+    "gelu": Field(tuple(layers.GELU), required=True),
+    "epsilon": Field(float, required=True),
+}
+PARAMETERS = {"cls": "tokens", "registers": "tokens", "pos_embedding": "grid",
+              "embedding/kernel": "patch"}
 
 
 class Attention(nn.Module):
   """Multi-head attention of `queries` (B, M, D) to x (B, N, D).
 
   Attributes:
-    angles: (P, D/H/2), by which the last P of the N tokens, the patches, are
-      rotated, and so the queries, being the first of them; None for none.
+    angles: (P, D/H/2), by which keys of the last P of the N tokens, the
+      patches, are rotated. The M queries are the first M tokens and are
+      rotated alike. None rotates nothing.
   """
   heads: int
   dtype: Any
@@ -60,7 +78,7 @@ class Attention(nn.Module):
     k = project("k", "key", x)
     v = project("v", "value", x)
     angles = self.angles
-    if angles is not None:  # [CLS], registers and prompts have no place
+    if angles is not None:  # [CLS], registers and prompts are not rotated
       angles = np.pad(angles, ((x.shape[1] - len(angles), 0), (0, 0)))
     y = layers.attention(q, k, v, H, tap, angles)
     out = Dense((H, D // H, D), contract=2, dtype=self.dtype, name="out")
@@ -71,7 +89,7 @@ class Block(nn.Module):
   """Pre-LN: x + attention(norm(x)), then x + mlp(norm(x)).
 
   Attributes:
-    queries: how many of the first tokens go on; None for all.
+    queries: how many of the first tokens the block returns; None for all.
   """
   vit: "ViT"
   drop_path: float
@@ -127,14 +145,14 @@ class Encoder(nn.Module):
 class MAPHead(nn.Module):
   """Pooling by attention (Zhai et al., 2022): (B, N, D) -> (B, D).
 
-  What a learnt probe sees of the tokens, and an MLP beside it.
+  A learnt probe attends to the tokens; a residual MLP follows.
   """
   vit: "ViT"
 
   @nn.compact
   def __call__(self, x, tap):
     vit, shape = self.vit, (1, 1, x.shape[-1])
-    # Its layers are nobody's sites: they belong to no block.
+    # Its layers belong to no block, so methods do not act on them.
     alone = layers.at_block(layers.no_tap, 0)
     probe = self.param("probe", nn.initializers.xavier_uniform(), shape)
     probe = jnp.broadcast_to(probe.astype(vit.dtype), (len(x), *shape[1:]))
@@ -152,17 +170,19 @@ class ViT(nn.Module):
   Attributes:
     pool: "cls" (a learnt token), "gap" (the mean of the patch tokens) or "map"
       (attention to them: SigLIP).
-    registers: learnt tokens before the patches that no pooling reads.
+    registers: number of learnt tokens before the patches that the pooling
+      does not read.
     rope: base of the periods of rotary position embeddings (DINOv3: 100); 0
       for learnt position embeddings.
     pre_norm: a LayerNorm before the blocks (CLIP).
-    final_norm: one of all tokens, after the blocks.
-    pool_norm: one of what was pooled (timm's fc_norm).
+    final_norm: a LayerNorm of all tokens after the blocks.
+    pool_norm: a LayerNorm of the pooled features (timm's fc_norm).
     gelu: "exact" (timm, DINO), "tanh" (Big Vision, vision_transformer) or
       "quick" (CLIP).
     epsilon: of every LayerNorm.
     drop_path: rate of the last block; it rises linearly from 0.
-    every_token: in the last block, computes also those that nobody reads.
+    every_token: the last block computes all tokens, also those that the
+      pooling does not read.
     dtype: of the computation; parameters, LayerNorm statistics and softmax
       stay float32.
   """
@@ -187,48 +207,48 @@ class ViT(nn.Module):
 
   @property
   def tokens_read(self) -> int | None:
-    """How many of the first tokens the last block hands on; None for all.
+    """How many of the first tokens the last block returns; None for all.
 
-    The features are [CLS] alone where that is the pooling. To leave out the
-    others' queries, MLP and gradients saves 1/14 of the work of 12 blocks.
+    With pool="cls" the features are one token: leaving out the queries, MLP
+    and gradients of the others saves 1/14 of the work of 12 blocks.
     """
     return 1 if self.pool == "cls" and not self.every_token else None
 
   @property
   def prefix(self) -> int:
-    """How many tokens stand before the patches."""
+    """Number of tokens before the patches."""
     return (self.pool == "cls") + self.registers
 
   @property
   def default_k(self) -> int:
-    """The paper's 96 channels of ViT-B."""
+    """K where the user does not set it: the paper's 96 of ViT-B."""
     return self.width // 8
 
   @property
   def default_blocks(self) -> int:
-    """The paper's: all."""
+    """Number of tuned blocks where the user does not set it: all, as in the
+    paper."""
     return self.depth
 
   @property
   def takes_prompts(self) -> bool:
-    """Whether tokens that are no patches may stand among them."""
+    """Whether prompts may be inserted between the tokens."""
     return True
 
   @property
   def pads(self) -> bool:
-    """Whether attention sees zeros, which no norm reaches."""
+    """Whether attention reads padding, which is added after the norm."""
     return False
 
   @property
   def fields(self) -> dict[str, Any]:
-    """What belongs to the weights: files and bundles repeat it."""
-    return {name: getattr(self, name) for name in (
-        "pool", "registers", "rope", "pre_norm", "layer_scale", "final_norm",
-        "pool_norm", "gelu", "epsilon")}
+    """The fields that belong to the weights; files and bundles keep them."""
+    return {name: getattr(self, name) for name in FIELDS}
 
   @property
   def angles(self) -> np.ndarray | None:
-    """Of the patches' queries and keys; None for learnt positions."""
+    """(P, D/H/2) rotation of the patches' queries and keys, in radians; None
+    for learnt positions."""
     if not self.rope:
       return None
     return layers.grid_angles(
@@ -236,8 +256,8 @@ class ViT(nn.Module):
 
   @property
   def sites(self) -> dict[str, tuple[Site, ...]]:
-    """The linear layers by name, a `Site` for each block: what a mask can
-    scale and merging can fold. The embedding is but one."""
+    """{name: a `Site` for each block} of the linear layers, which a mask can
+    scale and a merge can change. The embedding has one `Site` only."""
     D, F, M = self.width, self.hidden, 3 * self.patch ** 2
     layer = {
         "q": (D, D, f"{ATTENTION}/query"),
@@ -254,9 +274,9 @@ class ViT(nn.Module):
 
   @property
   def work(self) -> Work:
-    """Multiply-adds of an image, without those of a pooling by attention. With
-    P patches of M = 3 p^2 numbers, N tokens, R of them read after the last of L
-    blocks, T = (L - 1) N + R:
+    """Multiply-adds of an image, without a pooling by attention. With P patches
+    of M = 3 p^2 numbers, N tokens, of which the last of L blocks computes R,
+    and T = (L - 1) N + R:
 
       patches    P M D
       linear     L N 2 D^2 + T (2 D^2 + 2 D F)    k, v; q, proj and the MLP
@@ -273,7 +293,8 @@ class ViT(nn.Module):
 
   @property
   def norms(self) -> dict[str, tuple[str, ...]]:
-    """The paths of the LayerNorms by name, one for each block."""
+    """{name: the path of the LayerNorm in each block}; norms outside the
+    blocks have one path, or none."""
     names = {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
     norms = {name: tuple(f"{BLOCK.format(i)}/{path}"
                          for i in range(self.depth))
@@ -286,7 +307,8 @@ class ViT(nn.Module):
                     for name, (there, path) in outside.items()}
 
   def block_of(self, name: str) -> int:
-    """The block that a parameter belongs to: -1 before, L after them all."""
+    """Returns the number of the block of a parameter: -1 for parameters before
+    the blocks, L for those after."""
     match = re.search(r"encoderblock_(\d+)/", name)
     if match:
       return int(match[1])
@@ -296,19 +318,22 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, images, mask=None, tap=None, train=False, start=0):
-    """Args:
+    """Computes the features of images.
+
+    Args:
       images: (B, S, S, 3), normalised; with `start`, the tokens (B, N, D).
       mask: {site: (L, D_out)}, the factor on each row of the site's kernel.
       tap: `tap(site, block, y, x) -> y`, see `ttc_jax.taps`.
       train: drops paths, with the random stream "drop_path".
-      start: the block to begin with.
+      start: number of the first block to compute.
 
     Returns:
       features (B, D), float32.
     """
     mask, tap = mask or {}, tap or layers.no_tap
     first = layers.at_block(tap, 0)
-    vit = self.clone(parent=None)  # Linen sets up, so ends, who is handed on
+    # Unbound copy: Linen would register a bound module as a child.
+    vit = self.clone(parent=None)
     x = images if start else self._tokens(images, mask, first)
     x = Encoder(vit, name="Transformer")(x, mask, tap, train, start)
     if self.pool == "cls":
@@ -349,7 +374,7 @@ class ViT(nn.Module):
 
 
 def make(name: str, image_size: int, **fields) -> ViT | None:
-  """Returns the ViT called e.g. "vit_b16", or None if that is no ViT's name."""
+  """Returns the ViT of a name such as "vit_b16", None for other names."""
   match = re.fullmatch(rf"vit_({'|'.join(SIZES)})([1-9]\d*)", name)
   if not match:
     return None
@@ -364,3 +389,51 @@ def examples() -> tuple[str, ...]:
   """Names to show a user: any size works with any patch."""
   return ("vit_ti16", "vit_s14", "vit_s16", "vit_b8", "vit_b16", "vit_b32",
           "vit_l14", "vit_l16", "vit_so400m14", "vit_h14", "vit_g14")
+
+
+def identify(shape: Callable[[str], tuple[int, ...] | None]
+             ) -> Identity | None:
+  """Reads a ViT's sizes off its parameters' shapes; None if these are no ViT's.
+
+  Args:
+    shape: `shape(name)` of a parameter, None if it is missing.
+  """
+  embedding = shape("embedding/kernel") or ()
+  out = shape(f"{ATTENTION.format(0)}/out/kernel") or ()
+  fc1 = shape(f"{_MLP.format(0)}/Dense_0/kernel") or ()
+  if (len(embedding), len(fc1)) != (4, 2) or len(out) not in (2, 3):
+    return None
+  patch, rows, channels, width = embedding
+  if (rows, channels, math.prod(out[:-1]), out[-1], fc1[0]) != (
+      patch, 3, width, width, width):
+    return None
+  sizes = {"width": width, "patch": patch, "depth": _depth(shape),
+           "heads": out[0] if len(out) == 3 else None, "hidden": fc1[1]}
+  size, reason = _size(sizes)
+  positions = shape("pos_embedding")
+  return Identity(
+      "a ViT", sizes, size and f"vit_{size}{patch}", reason,
+      patch * math.isqrt(positions[1]) if positions else None)
+
+
+def _depth(shape):
+  """Number of blocks that have a tensor."""
+  depth = 0
+  while any(shape(f"{BLOCK.format(depth)}/{name}") for name in (
+      "LayerNorm_0/scale", "LayerNorm_1/scale", "MlpBlock_0/Dense_0/kernel")):
+    depth += 1
+  return depth
+
+
+def _size(sizes):
+  """-> (key of SIZES, ""), or (None, why there is none)."""
+  fitting = dict(SIZES)
+  for i, name in enumerate(("width", "depth", "heads", "hidden")):
+    known = sorted({parts[i] for parts in fitting.values()})
+    if sizes[name] is not None:
+      fitting = {k: v for k, v in fitting.items() if v[i] == sizes[name]}
+    if not fitting:
+      shown = "" if name == "width" else f" at width {sizes['width']}"
+      return None, (f"{name} {sizes[name]} is none of "
+                    f"{', '.join(map(str, known))}{shown}")
+  return next(iter(fitting)), ""

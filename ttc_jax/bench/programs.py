@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import backbones, methods, parallel, train, trees
+from ttc_jax import backbones, methods, optim, parallel, step, trees
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
@@ -47,7 +47,7 @@ def settings(**values: Any) -> Any:
     UserError: a value that does not fit.
   """
   config = config_lib.default()
-  config.update(values | {"score": "random", "warmup_epochs": 0.0})
+  config.update(values | {"score": "random"})
   config_lib.check(config)
   check_known("gelu", config.gelu, ("exact", "tanh"))
   if config.batch_size % len(parallel.devices()):
@@ -101,8 +101,8 @@ def of_backbone(backbone: Any, config: Any,
   base = backbones.init(backbone)
   return {
       "forward": forward(model, base, batch, work["forward"]),
-      "stage 1": epoch(model, align, base, config, steps, work["stage 1"]),
-      "stage 2": epoch(adapted, adapt, base, config, steps, work["stage 2"])}
+      "stage 1": epoch(model, align, base, batch, steps, work["stage 1"]),
+      "stage 2": epoch(adapted, adapt, base, batch, steps, work["stage 2"])}
 
 
 def forward(model: Model, base: trees.Tree, batch: int, work: float) -> Program:
@@ -115,32 +115,32 @@ def forward(model: Model, base: trees.Tree, batch: int, work: float) -> Program:
       lambda: jax.block_until_ready(program(*args)), work, 1, *measured)
 
 
-def epoch(model: Model, stage: methods.Stage, base: trees.Tree, config: Any,
+def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
           steps: int, work: float) -> Program:
   """An epoch of a stage, the program that `train` runs: all steps in one
   dispatch."""
-  params, images, labels = _inputs(
-      model.backbone, base, config.batch_size * steps)
+  params, images, labels = _inputs(model.backbone, base, batch * steps)
   buffers: trees.Tree = {}
   if stage.prepare:
     params["adapter"], buffers = stage.prepare(methods.Context(
         model, params, buffers, images, labels, 0))
-  tuned, frozen = parallel.replicate(trees.split(
-      params, trees.label(params, stage.rules), "tune"))
-  plan = train.make_plan(config)
-  learner = train.Learner(
-      tuned, train.make_init_fn(stage.rules, plan.optimiser)(tuned, frozen))
-  hyper = train.make_hyper(config, steps, CLASSES)
-  fixed = (
-      train.Fixed(frozen, *parallel.replicate((buffers, hyper))),
-      *parallel.replicate(((images, labels), jax.random.key_data(
-          jax.random.key(0)), np.int32(0))))
+  names = trees.label(params, stage.rules)
+  tuned, frozen = trees.split(params, names, "tune")
+  zero = jnp.zeros(())
+  opt_state = optim.make_tx(names, lambda step: zero, zero).init(params)
+  config = config_lib.resolved(config_lib.default())
+  config.batch_size = batch
+  learner, *rest = parallel.replicate((
+      step.Learner(tuned, opt_state),
+      step.Fixed(frozen, buffers, step.make_hyper(config, steps, CLASSES)),
+      (images, labels), jax.random.key_data(jax.random.key(0)), np.int32(0)))
   program, measured = compiled(
-      train.make_epoch_fn(model, stage.rules, plan), (learner, *fixed))
+      step.make_epoch_fn(model, stage.rules, step.make_plan(config)),
+      (learner, *rest))
 
   def run():
     nonlocal learner  # donated: the next run continues from its result
-    learner, losses = program(learner, *fixed)
+    learner, losses = program(learner, *rest)
     jax.block_until_ready(losses)
   return Program(run, work, steps, *measured)
 

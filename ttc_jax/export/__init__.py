@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import bundles, cost, files, predict, trees
+from ttc_jax import bundles, cost, files, normalisation, predict, trees
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
 from ttc_jax.predict import LoadedModel
-from ttc_jax.tasks import images
 
 NOTE = "ttc_jax.json"  # in every export, for machines
 
@@ -146,9 +145,8 @@ def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
   The image is resized to `size` x `size`, its aspect ratio not kept, divided
   by 255, and (x - mean) / std, each channel.
   """
-  black, white = (images.normalise(np.full(3, x, np.uint8),
-                                   bundles.normalisation(meta))
-                  for x in (0, 255))
+  black, white = (normalisation.apply(np.full(3, x, np.uint8),
+                                   meta["normalisation"]) for x in (0, 255))
   std = 1 / (np.float64(white) - black)
   return {"size": meta["image_size"], "resample": meta["resample"],
           "mean": [round(x, 6) for x in (-black * std).tolist()],

@@ -1,7 +1,12 @@
 """Methods: what is tuned, in which stages, and what acts at which site.
 
-The folder is the registry: `methods/NAME.py` with
-`make(config, backbone) -> Method` is the method NAME.
+The folder is the registry: a file `methods/NAME.py` is the method NAME, and
+nothing else needs an edit. It has
+
+  a docstring that begins "Title (source): what it does.", see `described`
+  OPTIONS            names of its configuration keys, if any; `config.py`
+                     holds their defaults
+  make(config, backbone) -> Method
 """
 from collections.abc import Callable
 import importlib
@@ -10,22 +15,32 @@ import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from ttc_jax import trees
-from ttc_jax.errors import check_known
+from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model
 from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
+from ttc_jax.taps import Handler, Shared
 from ttc_jax.tasks import Split
 
 
 class Context(NamedTuple):
-  """What a stage may look at before it starts.
+  """Input of a stage's `prepare`.
 
   Attributes:
-    images, labels: what the run trains on.
-    val: the Split val200, for methods that hold it out.
-    directory: path of the stage's states; beside it a file may be kept.
+    model: with the method's handlers where `params` has an adapter.
+    params: {"backbone", "adapter", "head"}, on every device.
+    buffers: of the stage before, on every device.
+    images: training images, uint8 (N, S, S, 3).
+    labels: their classes, (N,).
+    seed: of the run.
+    val: the validation split, for methods that hold it out; else None.
+    directory: path of the stage's saved states; files of the stage's own may
+      be kept beside it, with this path as the prefix of their names.
     log: takes records for the learning curve.
   """
   model: Model
@@ -39,96 +54,168 @@ class Context(NamedTuple):
   log: Callable[[dict[str, Any]], None] = lambda record: None
 
 
+# `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage
+# starts from. The adapter is trained; the buffers are further inputs of the
+# handlers that are not trained.
+Prepare = Callable[[Context], tuple[trees.Tree, trees.Tree]]
+# `(params, buffers, backbone) -> backbone params`, numpy in and out.
+Merge = Callable[[trees.Tree, trees.Tree, nn.Module], trees.Tree]
+
+
 class Stage(NamedTuple):
   """One optimisation of the leaves that `rules` label "tune".
 
   Attributes:
+    name: unique within the method.
+    rules: path rules; the first match labels a leaf.
     prepare: `(context) -> (adapter, buffers)` before the stage, or None.
-    holdout: trains on train800 alone, whatever the protocol.
-    sample: `(buffers, key) -> buffers` of a training step, or None.
+    holdout: True trains on the training split without the validation split,
+      whatever the protocol.
+    sample: `(buffers, key) -> buffers` of one training step, or None.
   """
   name: str
   rules: trees.Rules
-  prepare: Callable[[Context], tuple[trees.Tree, trees.Tree]] | None = None
+  prepare: Prepare | None = None
   holdout: bool = False
-  sample: Callable | None = None
+  sample: Callable[[trees.Tree, Any], trees.Tree] | None = None
 
 
-# Runs share a stage that is the same in name, rules and all before it.
+# Runs share a stage if its name, its rules and all stages before it agree.
 TUNE_HEAD = Stage("head", (HEAD, FREEZE))
 ALIGN = Stage("align", (NORM, HEAD, FREEZE))  # Eq. 4
 TUNE_ADAPTER = (ADAPTER, HEAD, FREEZE)
 
 
 class Method(NamedTuple):
-  """Attributes:
-    options: what distinguishes this variant, for the results row.
-    handlers: ((site, handler), ...).
+  """A method with its options, for one backbone.
+
+  Attributes:
+    stages: the optimisations, in order.
+    name: set by `load`.
+    options: {key: JSON value} of the method's `OPTIONS`, with everything that
+      depends on the backbone resolved: k = 0 has become 96 for ViT-B. `load`
+      makes the same method from them; runs are identified by them.
+    handlers: ((site, handler), ...), see `ttc_jax.taps`.
     merge: `(params, buffers, backbone) -> backbone params` that give the
-      same features without taps; None where there is nothing to fold.
-    cannot_merge: why not, if it cannot.
+      same features without taps; None if the method has no exact merge.
+    cannot_merge: reason the adapter cannot be merged, or an empty string.
   """
   stages: tuple[Stage, ...]
-  name: str = ""  # set by `load`
+  name: str = ""
   options: dict[str, Any] = {}
-  handlers: tuple = ()
-  merge: Callable | None = None
+  handlers: tuple[tuple[str, Handler | Shared], ...] = ()
+  merge: Merge | None = None
   cannot_merge: str = ""
 
 
 def tuned_rules(method: Method) -> trees.Rules:
-  """Rules for the leaves that any stage tunes: what is counted and saved."""
+  """Rules for the leaves that any stage tunes: these are counted and saved."""
   union = tuple(rule for stage in method.stages for rule in stage.rules
                 if rule[1] == "tune")
   return (*dict.fromkeys(union), FREEZE)
 
 
 def names() -> tuple[str, ...]:
-  """Every method there is."""
+  """Returns the names of all methods, sorted."""
   return tuple(m.name for m in pkgutil.iter_modules(__path__)
                if not m.name.startswith("_"))
 
 
+def _module(name):
+  return importlib.import_module(f"{__name__}.{name}")
+
+
 def option_keys() -> set[str]:
-  """Keys of the configuration that belong to some method: its `OPTIONS`."""
+  """Returns the configuration keys that belong to at least one method."""
   return {key for name in names() for key in options_of(name)}
 
 
 def options_of(name: str) -> tuple[str, ...]:
-  """Keys of the configuration that a method alone reads."""
-  module = importlib.import_module(f"{__name__}.{name}")
-  return getattr(module, "OPTIONS", ())
+  """Returns the configuration keys that a method reads: its `OPTIONS`."""
+  return getattr(_module(name), "OPTIONS", ())
 
 
 def described(name: str) -> tuple[str, str]:
   """Returns (source, what it does) of a method.
 
   A method's module documentation begins "Title (source): what it does.".
+
+  Raises:
+    ValueError: the documentation does not begin like this.
   """
-  module = importlib.import_module(f"{__name__}.{name}")
-  text = " ".join(module.__doc__.split("\n\n")[0].split())
-  source, what = re.fullmatch(r"[^(]*\((.*?)\): (.*)", text).groups()
-  return source, what
+  text = " ".join((_module(name).__doc__ or "").split("\n\n")[0].split())
+  match = re.fullmatch(r"[^(]*\((.*?)\): (.*)", text)
+  if match is None:
+    raise ValueError(f"methods/{name}.py: its docstring does not begin "
+                     "'Title (source): what it does.'")
+  return match[1], match[2]
 
 
-def options(config: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-  """The configuration's values of a method's `OPTIONS`, as JSON."""
-  return {key: value.to_dict() if hasattr(value := config[key], "to_dict")
-          else value for key in keys}
+def options(config: ml_collections.ConfigDict, keys: tuple[str, ...],
+            **resolved: Any) -> dict[str, Any]:
+  """Returns the configuration's values of `keys` as plain JSON values.
+
+  Args:
+    resolved: values that take the place of the configuration's; for a section
+      a dict of some of its keys: `adapter={"scale": 0.1}`.
+  """
+  values = {key: _json(config[key]) for key in keys}
+  for key, value in resolved.items():
+    values[key] = values[key] | value if isinstance(value, dict) else value
+  return values
+
+
+def _json(value):
+  if hasattr(value, "to_dict"):
+    return {k: _json(v) for k, v in value.items()}
+  return list(value) if isinstance(value, tuple) else value
 
 
 def uniform(rng: np.random.Generator, bound: float,
             shape: tuple[int, ...]) -> np.ndarray:
-  """float32, uniform within +-bound."""
+  """Draws float32 values, uniform in [-bound, bound)."""
   return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-def load(name: str, config: Any, backbone: nn.Module) -> Method:
-  """Returns a method, its options checked against the backbone.
+def dropout(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+  """Zeroes entries of x with probability p["dropout"] in training.
+
+  The others are divided by 1 - p["dropout"]. Returns x at inference, where p
+  has no "key", and for a method without dropout.
+  """
+  if "key" not in p or "dropout" not in p:
+    return x
+  keep = 1 - p["dropout"]
+  kept = jax.random.bernoulli(p["key"], keep, x.shape)
+  return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+def rate(dropout: float) -> dict[str, Any]:
+  """Returns the buffer of a dropout rate; none for 0."""
+  return {"dropout": np.float32(dropout)} if dropout else {}
+
+
+def check_rate(key: str, value: float) -> None:
+  """Raises UserError unless a dropout rate is in [0, 1)."""
+  if not 0 <= value < 1:
+    raise UserError(f"config.{key} is {value}; give 0 to below 1")
+
+
+def load(name: str, config: ml_collections.ConfigDict,
+         backbone: nn.Module) -> Method:
+  """Returns a method with its options checked and resolved for a backbone.
+
+  Args:
+    config: has the keys that `options_of(name)` lists; others are not read.
+    backbone: as `backbones.make` returns it; no parameters are needed.
 
   Raises:
     UserError: unknown method, or an option that does not fit.
+
+  Example:
+    backbone = backbones.make("vit_b16", 224)
+    method = methods.load("ttc", config.default(), backbone)
+    method.options["k"]  # 96
   """
   check_known("method", name, names())
-  module = importlib.import_module(f"{__name__}.{name}")
-  return module.make(config, backbone)._replace(name=name)
+  return _module(name).make(config, backbone)._replace(name=name)

@@ -7,25 +7,33 @@ import sys
 from typing import Any
 
 from absl import flags
+import flax.linen as nn
+import ml_collections
+import numpy as np
 
-from ttc_jax import backbones, cli, config as config_lib, cost, methods
-from ttc_jax import optim, trees
+from ttc_jax import backbones, cli, cost, methods, optim, trees
+from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model, init_head
 
 
-def row(name: str, backbone: Any, config: Any, classes: int) -> dict[str, Any]:
-  """A method with its published defaults; extra FLOPs are of one image.
+def row(name: str, backbone: nn.Module, config: ml_collections.ConfigDict,
+        classes: int) -> dict[str, Any]:
+  """Returns a method's parameters and cost: a JSON object.
 
-  NOAH's is the supernet: the largest of what its search may find.
+  FLOPs are of one image. NOAH's row is its supernet, the largest network that
+  its search may find.
   """
   method = methods.load(name, config, backbone)
   params = {"backbone": backbones.shapes(backbone), "adapter": {},
             "head": init_head(backbone.width, classes, 0)}
-  plain, buffers = Model(backbone, "half"), {}
+  plain = Model(backbone, "half")
+  buffers: trees.Tree = {}
+  size = backbone.image_size
+  images, labels = np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int32)
   for prepare in [s.prepare for s in method.stages if s.prepare][:1]:
     params["adapter"], buffers = prepare(
-        methods.Context(plain, params, {}, None, None, 0))
+        methods.Context(plain, params, {}, images, labels, 0))
   rules = methods.tuned_rules(method)
   counts = optim.counts(
       trees.split(params, trees.label(params, rules), "tune")[0])
@@ -42,7 +50,7 @@ def row(name: str, backbone: Any, config: Any, classes: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """The list as text, a method a line."""
+  """Returns the rows as aligned text, one line for each method."""
   lines = [("method", "module", "norm", "head", "extra MFLOPs", "merged",
             "source", "")]
   for r in rows:
@@ -53,20 +61,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{r['extra_flops_merged'] / 1e6:.1f}", r["source"],
         r["what"] if r["mergeable"]
         else f"{r['what']} Cannot be merged, because {r['cannot_merge']}."))
-  widths = [max(map(len, column)) for column in zip(*lines)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   numbers = range(1, 6)
   return "\n".join(
       "  ".join(c.rjust(w) if i in numbers else c.ljust(w)
-                for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+                for i, (c, w) in enumerate(zip(line, widths, strict=True))
+                ).rstrip()
       for line in lines)
 
 
 def main(argv: list[str]) -> None:
+  """Prints the methods that run on the backbone; the others on stderr."""
   del argv
   backbone = backbones.make(_BACKBONE.value, _SIZE.value)
   config = config_lib.default()
-  config.k = backbone.default_k
-  # The scores need images, the list only their shapes.
+  # Any other score needs images; the list needs only the shapes.
   config.score = config.sct.score = "random"
   rows, unfit = [], []
   for name in methods.names():

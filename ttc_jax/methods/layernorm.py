@@ -2,19 +2,23 @@
 
 Scale and shift of every LayerNorm, and the head.
 """
+import flax.linen as nn
+import ml_collections
 import numpy as np
 
 from ttc_jax import trees
 from ttc_jax.methods import ALIGN, Method
 
+# The linear layers whose input is a norm's output.
 READERS = {"norm1": ("q", "k", "v"), "norm2": ("fc1",)}
 
 
-def merge(params, buffers, backbone):
+def merge(params: trees.Tree, buffers: trees.Tree,
+          backbone: nn.Module) -> trees.Tree:
   """Folds the blocks' norms into the linear layers that read them, exactly.
 
-  W' = W diag(gamma), b' = b + W beta, gamma' = 1, beta' = 0. The final norm,
-  which the features come from, stays.
+  W' = W diag(gamma), b' = b + W beta, gamma' = 1, beta' = 0. The final norm
+  stays: no linear layer of the backbone reads it.
   """
   del buffers
   flat = dict(trees.flatten(params["backbone"]))
@@ -34,7 +38,8 @@ def merge(params, buffers, backbone):
   return trees.unflatten(flat)
 
 
-def make(config, backbone) -> Method:
+def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
+  """Needs no options."""
   del config
   if backbone.pads:
     return Method((ALIGN,), cannot_merge="windows are padded with zeros after "

@@ -4,22 +4,27 @@ After the patch embedding, every norm, and every linear layer.
 """
 import functools
 
+import flax.linen as nn
+import jax
+import ml_collections
 import numpy as np
 
 from ttc_jax import trees
 from ttc_jax.errors import UserError
-from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options
+from ttc_jax.methods import TUNE_ADAPTER, Context, Method, Stage, options
 
 OPTIONS = ("ssf",)
 
 
-def scale_and_shift(p, y, x):
+def scale_and_shift(p: dict[str, jax.Array], y: jax.Array,
+                    x: jax.Array) -> jax.Array:
+  """Returns y * scale + shift, channel by channel."""
   del x
   return y * p["scale"].astype(y.dtype) + p["shift"].astype(y.dtype)
 
 
-def widths(backbone, params) -> dict[str, list[int]]:
-  """{site: [width of each block]} of the linear layers and the norms."""
+def widths(backbone: nn.Module, params: trees.Tree) -> dict[str, list[int]]:
+  """Returns {site: [D_out of each block]} of all linear layers and norms."""
   flat = trees.flatten(params["backbone"])
   linear = {site: [layer.width for layer in layers]
             for site, layers in backbone.sites.items()}
@@ -28,7 +33,9 @@ def widths(backbone, params) -> dict[str, list[int]]:
   return linear | norms
 
 
-def prepare(context, *, spread):
+def prepare(context: Context, *,
+            spread: float) -> tuple[trees.Tree, trees.Tree]:
+  """Draws scales around 1 and shifts around 0, of deviation `spread`."""
   rng = np.random.default_rng(context.seed)
 
   def near(mean, width):
@@ -39,8 +46,13 @@ def prepare(context, *, spread):
               context.model.backbone, context.params).items()}, {}
 
 
-def merge(params, buffers, backbone):
-  """(Eq. 4) Scales rows and biases of linear layers, and of norms."""
+def merge(params: trees.Tree, buffers: trees.Tree,
+          backbone: nn.Module) -> trees.Tree:
+  """Folds scale and shift into linear layers and norms, exactly (Eq. 4).
+
+  W' = diag(scale) W, b' = scale * b + shift, and the same of a norm's scale
+  and bias.
+  """
   del buffers
   flat = dict(trees.flatten(params["backbone"]))
   for site, blocks in params["adapter"].items():
@@ -60,7 +72,8 @@ def merge(params, buffers, backbone):
   return trees.unflatten(flat)
 
 
-def make(config, backbone) -> Method:
+def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
+  """Reads `config.ssf`."""
   spread = config.ssf.spread
   if not spread >= 0:
     raise UserError(f"config.ssf.spread is {spread}; give 0 or more")

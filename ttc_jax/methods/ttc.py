@@ -2,7 +2,7 @@
 channels that matter to the task.
 
 Stage 1 aligns the backbone to the task: the LayerNorms and the head (Eq. 4).
-In between, the Taylor score picks the K channels that matter (Eq. 6-10).
+Then the Taylor score selects the K channels that matter (Eq. 6-10).
 Stage 2 adapts them: a K x K linear map on the selected channels (Eq. 11).
 
 Variants of the paper's tables, by configuration:
@@ -14,18 +14,28 @@ Variants of the paper's tables, by configuration:
 import functools
 
 from absl import logging
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from ttc_jax import importance, trees
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.methods import ALIGN, TUNE_ADAPTER, TUNE_HEAD, Method, Stage
-from ttc_jax.methods import options
+from ttc_jax.methods import (
+  ALIGN,
+  TUNE_ADAPTER,
+  TUNE_HEAD,
+  Context,
+  Method,
+  Stage,
+  options,
+)
 from ttc_jax.optim import NORM
 
-# Where the map acts, as in Table 5c: on the output of a branch, before the
-# residual addition (then it folds into the linear layer before it), or on the
-# residual stream after it.
+# Position of the map (Table 5c): the output of a branch, before the residual
+# addition, where it folds into the linear layer; or the residual stream after
+# the addition.
 POSITIONS = {
     "mlp": ("fc2",),
     "mhsa": ("proj",),
@@ -38,39 +48,57 @@ SCORED_AT = {"fc2": "fc2", "proj": "proj", "block": "fc2", "attention": "proj"}
 
 STAGE_1 = {"norm": (ALIGN,), "linear": (TUNE_HEAD,), "none": ()}
 
-# Keys of the configuration that this method reads.
 OPTIONS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
            "tune_norm", "tune")
 
 
-def adapt(p, y, x):
-  """Eq. 11: x'' = x' + s Linear(x') takes the place of x' = y[channels]."""
+def adapt(p: dict[str, jax.Array], y: jax.Array, x: jax.Array) -> jax.Array:
+  """Eq. 11: x'' = x' + s Linear(x') takes the place of x' = y[channels].
+
+  Args:
+    p: kernel (K, K), channels (K,), scale s; bias (K,) or none.
+    y: (B, N, D).
+  """
   del x
-  picked = jnp.take(y, p["channels"], axis=-1)
-  change = picked @ p["kernel"].astype(y.dtype)
+  selected = jnp.take(y, p["channels"], axis=-1)
+  change = selected @ p["kernel"].astype(y.dtype)
   if "bias" in p:
     change = change + p["bias"].astype(y.dtype)
   scale = p["scale"].astype(y.dtype)
   return y.at[..., p["channels"]].add(scale * change)
 
 
-def adapt_rows(p, y, x):
-  """Table 7: the rows w_i of the selected channels change by `kernel`."""
+def adapt_rows(p: dict[str, jax.Array], y: jax.Array,
+               x: jax.Array) -> jax.Array:
+  """Table 7: the rows w_i of the selected channels change by `kernel`.
+
+  Args:
+    p: kernel (D_in, K), channels (K,), scale s; bias (K,) or none.
+    y: (B, N, D_out), the linear layer's output; x: (B, N, D_in), its input.
+  """
   change = x @ p["kernel"].astype(y.dtype)
   if "bias" in p:
     change = change + p["bias"].astype(y.dtype)
   return y.at[..., p["channels"]].add(p["scale"].astype(y.dtype) * change)
 
 
-def select_channels(context, *, sites, score, k, blocks, scale, bias, rows):
-  """The top K channels of every insertion point, and maps that start at 0."""
+def select_channels(
+    context: Context, *, sites: tuple[str, ...], score: str, k: int,
+    blocks: int, scale: float, bias: bool,
+    rows: bool) -> tuple[trees.Tree, trees.Tree]:
+  """Returns maps that start at 0, and the K channels with the largest scores.
+
+  Both for every site in the last `blocks` blocks. Raises RunError for a score
+  that is not finite.
+  """
   layers = context.model.backbone.sites
   scored = tuple(SCORED_AT[s] for s in sites)
   scores = importance.score(
       score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
-  adapter, buffers = {}, {}
-  for site, at in zip(sites, scored):
+  adapter: trees.Tree = {}
+  buffers: trees.Tree = {}
+  for site, at in zip(sites, scored, strict=True):
     adapter[site], buffers[site] = {}, {}
     depth = len(layers[at])
     for i in range(depth - blocks, depth):
@@ -87,19 +115,20 @@ def select_channels(context, *, sites, score, k, blocks, scale, bias, rows):
   return adapter, buffers
 
 
-def merge(params, buffers, backbone, rows=False):
+def merge(params: trees.Tree, buffers: trees.Tree, backbone: nn.Module,
+          rows: bool = False) -> trees.Tree:
   """Folds the maps into the linear layers before them, exactly.
 
   W' = (I + s P^T A P) W and b' = (I + s P^T A P) b + s P^T c, with P the
-  K x D selection and c the map's own bias; here W is a Flax kernel, the
-  transpose of the paper's. Tuned rows: W' = W + s P^T A.
+  K x D selection matrix and c the map's own bias. Here W is a Flax kernel,
+  the transpose of the paper's. Tuned rows: W' = W + s P^T A.
   """
   flat = dict(trees.flatten(params["backbone"]))
   for site, blocks in params["adapter"].items():
     for block, p in blocks.items():
       layer = backbone.sites[site][int(block)]
-      chosen = buffers[site][block]
-      channels = np.asarray(chosen["channels"])
+      fixed = buffers[site][block]
+      channels = np.asarray(fixed["channels"])
       for leaf in ("kernel", "bias"):
         name = f"{layer.path}/{leaf}"
         value = np.asarray(flat[name], np.float64).reshape(-1, layer.width)
@@ -107,16 +136,48 @@ def merge(params, buffers, backbone, rows=False):
         if not rows:
           change = value[:, channels] @ change
         elif leaf == "bias":
-          change = 0
+          change = np.zeros(())
         if leaf == "bias":
           change = change + p.get("bias", 0)
         value = value.copy()
-        value[:, channels] += chosen["scale"] * change
+        value[:, channels] += fixed["scale"] * change
         flat[name] = value.reshape(flat[name].shape).astype(np.float32)
   return trees.unflatten(flat)
 
 
-def make(config, backbone) -> Method:
+def resolve_k(config: ml_collections.ConfigDict, backbone: nn.Module,
+              widths: list[int]) -> int:
+  """Returns K, the paper's for config.k = 0: D / 8 of a ViT.
+
+  Args:
+    widths: D_out of the layers where K channels are selected.
+
+  Raises:
+    UserError: fewer channels than K.
+  """
+  k, width = config.k or backbone.default_k, min(widths)
+  if not 1 <= k <= width:
+    raise UserError(f"config.k is {k}; it selects among the {width} channels "
+                    f"of this backbone, so give 1 to {width}, or 0 for the "
+                    "paper's")
+  return k
+
+
+def resolve_blocks(config: ml_collections.ConfigDict, backbone: nn.Module,
+                   depth: int) -> int:
+  """Returns how many of the last blocks are adapted, the paper's for 0.
+
+  Raises:
+    UserError: the backbone has fewer blocks, `depth`.
+  """
+  blocks = config.blocks or backbone.default_blocks
+  if not 1 <= blocks <= depth:
+    raise UserError(f"config.blocks is {blocks}; this backbone has {depth} "
+                    f"blocks, so give 1 to {depth}, or 0 for the paper's")
+  return blocks
+
+
+def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
   """Reads the keys of `OPTIONS`; `config.py` explains them."""
   check_known("position", config.position, POSITIONS)
   check_known("score", config.score, importance.SCORES)
@@ -124,15 +185,8 @@ def make(config, backbone) -> Method:
   check_known("tune", config.tune, ("channels", "rows"))
   sites = POSITIONS[config.position]
   layers = backbone.sites[SCORED_AT[sites[0]]]
-  k, depth = config.k, len(layers)
-  blocks = config.blocks or backbone.default_blocks
-  if not 1 <= blocks <= depth:
-    raise UserError(f"config.blocks is {blocks}; this backbone has {depth} "
-                    f"blocks, so give 1 to {depth}, or 0 for the paper's")
-  width = min(layer.width for layer in layers[depth - blocks:])
-  if not 1 <= k <= width:
-    raise UserError(f"config.k is {k}; it selects among the {width} channels "
-                    f"of this backbone, so give 1 to {width}")
+  blocks = resolve_blocks(config, backbone, len(layers))
+  k = resolve_k(config, backbone, [x.width for x in layers[-blocks:]])
   stream, rows = config.position.startswith("stream"), config.tune == "rows"
   if stream and rows:
     raise UserError("config.tune=rows changes a linear layer, but "
@@ -145,7 +199,7 @@ def make(config, backbone) -> Method:
   adapt_stage = Stage("adapt", rules, prepare)
   return Method(
       (*STAGE_1[config.stage1], adapt_stage),
-      options=options(config, OPTIONS),
+      options=options(config, OPTIONS, k=k, blocks=blocks),
       handlers=tuple((site, adapt_rows if rows else adapt) for site in sites),
       merge=None if stream else functools.partial(merge, rows=rows),
       cannot_merge="it acts on the residual stream, after the addition"

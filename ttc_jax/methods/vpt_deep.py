@@ -1,21 +1,31 @@
 """VPT-Deep (Jia et al., 2022, Eq. 7): new prompts in every block.
 
-Those that leave a block are replaced by the next block's.
+The next block's prompts replace those that leave a block.
 """
 import functools
 
+import flax.linen as nn
+import ml_collections
 import numpy as np
 
-from ttc_jax.methods import TUNE_ADAPTER, Method, Stage, options
-from ttc_jax.methods import vpt_shallow
+from ttc_jax import trees
+from ttc_jax.methods import (
+  TUNE_ADAPTER,
+  Context,
+  Method,
+  Stage,
+  options,
+  vpt_shallow,
+)
+from ttc_jax.taps import Handler
 
 OPTIONS = ("vpt",)
 
 
 # Cached, since compiled functions are found by their handlers.
 @functools.cache
-def replace(first: int):
-  """The handler that overwrites the tokens from number `first` on."""
+def replace(first: int) -> Handler:
+  """Returns the handler that overwrites the tokens from number `first` on."""
   def handler(p, y, x):
     del x
     count = len(p["prompts"])
@@ -23,23 +33,26 @@ def replace(first: int):
   return handler
 
 
-def prepare(context, *, count, dropout):
+def prepare(context: Context, *, count: int,
+            rate: float) -> tuple[trees.Tree, trees.Tree]:
+  """Returns prompts for every block, and their dropout rate."""
   backbone, rng = context.model.backbone, np.random.default_rng(context.seed)
   later = [str(i) for i in range(1, backbone.depth)]
   adapter = {
       "tokens": {"0": vpt_shallow.init(rng, backbone, count)},
       "input": {i: vpt_shallow.init(rng, backbone, count) for i in later}}
-  rate = {"dropout": np.float32(dropout)}
-  buffers = {"tokens": {"0": rate}, "input": {i: rate for i in later}}
+  dropout = {"dropout": np.float32(rate)}
+  buffers = {"tokens": {"0": dropout}, "input": {i: dropout for i in later}}
   return adapter, buffers | vpt_shallow.pooling(backbone, count)
 
 
-def make(config, backbone) -> Method:
+def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
+  """Reads `config.vpt`."""
   vpt_shallow.check(config, backbone)
   first = backbone.prefix
   return Method(
       (Stage("vpt", TUNE_ADAPTER, functools.partial(
-          prepare, count=config.vpt.prompts, dropout=config.vpt.dropout)),),
+          prepare, count=config.vpt.prompts, rate=config.vpt.dropout)),),
       options=options(config, OPTIONS),
       handlers=(("tokens", vpt_shallow.insert(first)),
                 ("input", replace(first)),

@@ -45,7 +45,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: Any,
   _check_backbone(bundle, saved, method, bare)
   params = checkpoint.overlay(bare, saved.tuned)
   buffers = trees.unflatten(saved.buffers)
-  model = Model(module, bundles.normalisation(meta), method.handlers)
+  model = Model(module, meta["normalisation"], method.handlers)
   _check_fit(bundle, saved, model, params, buffers)
   if merge and method.merge:
     backbone = method.merge(params, buffers, module)

@@ -1,25 +1,60 @@
 """NOAH (Zhang et al., 2022, arXiv 2206.04673), by ZhangYuanhan-AI/NOAH at
-e9c55f3: configs/*, supernet_train_prompt.py, lib/datasets.py.
+e9c55f3: configs/*, experiments/*, supernet_train_prompt.py, model/*,
+lib/datasets.py.
 
 One learning rate and weight decay for all tasks: how they trained the LoRA,
 the adapters and the prompts that they compare NOAH with, and NOAH's winner.
+All have a dropout of 0.1: prompts, the input of LoRA, the hidden units of
+adapters.
+
+  adapter   width 8, after the MLP and its drop-path, quick GELU, scale 1
+  lora      rank 8 on q, k and v with one down-projection, scale 1
+  noah      sizes 5, 10, 50 and 100 of all three; see `noah.released`
 
 Not reproduced:
 - NOAH's supernet has 500 epochs at 5e-4 there; here both stages have the same
   epochs and learning rate.
+- NOAH's depths: there the last blocks have no prompts (or LoRA, or adapter),
+  and 3, 6, 9 or 12 of 12 blocks have some. Here 0 is one more size of a block.
+- The limit of parameters is an argument of their search. 640,000, its default
+  in evolution.py, is used here. Their count includes up to 84,480 parameters of
+  prompts that their block 0 replaces; ours counts what is used.
+- The sizes of the winners in experiments/NOAH/subnet are 1, 5 and 10, not
+  those of the supernet's file: it is not certain which space they came from.
+- Their search normalises by 0.5 and 0.5 (--inception) what the supernet was
+  trained on with ImageNet's values; here both have the latter.
+- Their LoRA and adapters start at random (normal, deviation 0.02: timm's
+  initialisation of the whole model overwrites theirs), here at 0; prompts are
+  uniform within other bounds.
+- Their prompts for method=vpt_*: other counts per task; see
+  config.vpt.prompts.
 - Their images went through JPEG once more (PIL's default quality) on their
   way from TFDS to files; give data= such a folder to have that too.
-- Dropout of 0.1 in adapters and LoRA; here prompts alone have it.
 
-Pixels are normalised by ImageNet's mean and deviation, but for VPT, whose
+Pixels are normalised by ImageNet's mean and deviation, except for VPT, whose
 script alone asks for 0.5 and 0.5.
 """
+from typing import Any
+
 METHOD = "noah"
 
+SIZES = (5, 10, 50, 100)
+DROPOUT = 0.1
 
-def settings(method: str) -> dict:
+
+def settings(method: str) -> dict[str, Any]:
+  """Returns the settings; the normalisation depends on the method."""
   inception = method.startswith("vpt")
+  sizes = (0, *SIZES)
   return dict(
+      adapter=dict(width=8, placement="noah", activation="quick", scale=1.0,
+                   dropout=DROPOUT),
+      lora=dict(rank=8, alpha=8.0, sites=("q", "k", "v"), shared=True,
+                dropout=DROPOUT),
+      vpt=dict(dropout=DROPOUT),
+      noah=dict(prompts=sizes, rank=sizes, width=sizes, budget=640_000,
+                released=True, dropout=DROPOUT, population=50, generations=15,
+                parents=10, mutations=25, crossovers=25, mutation_rate=0.2),
       protocol="final", seeds=(0,), resample="bicubic",
       normalisation="half" if inception else "imagenet", drop_path=0.1,
       optimiser="adamw", decay_all=False, batch_size=64, epochs=100,

@@ -9,12 +9,14 @@ Not reproduced:
 - Ten more epochs at the floor of the cosine (timm's cool-down).
 - The weights are timm's vit_base_patch16_224_in21k; give them as weights=.
 
-Pixels are normalised by 0.5 and 0.5, as that model's entry in timm says; the
-authors of PETL-ViT say that the published results used none.
+Pixels are normalised by 0.5 and 0.5, as timm's entry of that model says; the
+authors of PETL-ViT say that the published results used no normalisation.
 
 A task that is not of VTAB-1K has the values that most tasks have; none is
 published.
 """
+from typing import Any
+
 METHOD = "ssf"
 
 # lr, weight decay, drop-path
@@ -46,7 +48,8 @@ def _row(lr, weight_decay, drop_path):
   return dict(lr=lr, weight_decay=weight_decay, drop_path=drop_path)
 
 
-def settings(method: str) -> dict:
+def settings(method: str) -> dict[str, Any]:
+  """Returns the settings, the same for every method."""
   del method
   return dict(
       protocol="final", seeds=(42,), resample="bicubic", normalisation="half",

@@ -9,16 +9,17 @@ Not reproduced:
 - The number of prompts is chosen for each task there; see config.vpt.prompts.
 - Batches of 64 for many prompts, and of 1024 for linear probing, more than
   there are images; here both have 128.
-- The runs of the grid have no fixed seed there, the first of the five here.
-- TensorFlow's bilinear resize, which does not smooth what it makes smaller;
-  Pillow's does.
+- The runs of the grid have no fixed seed there; here the first of the five.
+- TensorFlow's bilinear resize does not smooth when it shrinks; Pillow's does.
 - The first epoch has learning rate 0 there.
 - Full tuning: where the grid says 0 they use SGD, and AdamW decays by 0.01
   wherever it says anything else, by norms too; here AdamW and 0.01 alone.
 
 Pixels are normalised by ImageNet's mean and deviation, as in the code; the
-authors of PETL-ViT say that the published results used none.
+authors of PETL-ViT say that the published results used no normalisation.
 """
+from typing import Any
+
 METHOD = "vpt_deep"
 
 BASE_LR = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0)
@@ -34,7 +35,8 @@ def _solver(batch_size, base_lr, weight_decay, **more):
       grid=dict(lr=lr, weight_decay=weight_decay), **more)
 
 
-def settings(method: str) -> dict:
+def settings(method: str) -> dict[str, Any]:
+  """Returns the settings; full tuning has another optimiser and grid."""
   solver = (_solver(384, BASE_LR_FULL, (0.01,), optimiser="adamw",
                     warmup_epochs=5.0) if method == "full" else
             _solver(128, BASE_LR, WEIGHT_DECAY, optimiser="sgd",

@@ -16,7 +16,6 @@ import numpy as np
 from ttc_jax.report import formats, tables
 from ttc_jax.report.rows import (
   Row,
-  append,
   best,
   by_seed,
   chosen,
@@ -26,7 +25,7 @@ from ttc_jax.report.rows import (
 )
 from ttc_jax.report.tables import Score
 
-__all__ = ["Row", "append", "best", "by_seed", "chosen", "collect", "costs",
+__all__ = ["Row", "best", "by_seed", "chosen", "collect", "costs",
            "protocols", "read", "summary"]
 
 

@@ -13,7 +13,7 @@ import time
 from absl import flags
 
 from ttc_jax import cli, files, report
-from ttc_jax.errors import UserError, check_known
+from ttc_jax.errors import UserError, check_known, printable
 from ttc_jax.report import formats, status, tables
 
 
@@ -21,8 +21,9 @@ def watch(workdirs: Sequence[str], every: float) -> None:
   """Prints the progress; on a terminal repeatedly, until Ctrl-C."""
   try:
     while True:
-      shown = "\n\n".join(f"{path}\n\n{status.text(status.gather(path))}"
-                          for path in workdirs)
+      shown = "\n\n".join(
+          f"{printable(path)}\n\n{status.text(status.gather(path))}"
+          for path in workdirs)
       if not sys.stdout.isatty():
         print(shown)
         return
@@ -69,7 +70,7 @@ def write(table: tables.Table, text: str, folder: str, suffix: str) -> None:
     written += plots.save(plots.by_task(table, _INTERVAL.value),
                           os.path.join(folder, "tasks"))
   for path in written:
-    print(f"written: {path}", file=sys.stderr)
+    print(f"written: {printable(path)}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

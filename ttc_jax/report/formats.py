@@ -3,8 +3,10 @@ from collections.abc import Callable, Sequence
 import csv as csv_lib
 import io
 import json as json_lib
+import re
 from typing import Any, NamedTuple
 
+from ttc_jax.errors import printable
 from ttc_jax.report import rows as rows_lib
 from ttc_jax.report.tables import PARTS, Line, Score, Table, extent
 
@@ -81,14 +83,15 @@ def notes(table: Table, interval: bool = False) -> list[str]:
                  "±: the sample standard deviation over seeds.")
   if None in ours:
     found.append("-: a run is missing, so the means over it are too.")
-  return [*found, *table.sources]
+  return [printable(note) for note in (*found, *table.sources)]
 
 
 def align(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-  """Pads cells to the width of their column.
+  """Pads cells to the width of their column; escapes control characters.
 
   The first column is aligned left, the others right.
   """
+  lines = [[*map(printable, line)] for line in lines]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return [[c.rjust(w) if i else c.ljust(w)
            for i, (c, w) in enumerate(zip(line, widths, strict=True))]
@@ -114,9 +117,10 @@ def markdown(table: Table, interval: bool = False) -> str:
 
 
 def pipes(lines: Sequence[Sequence[str]]) -> str:
-  """Writes a Markdown table; the first line is the header."""
-  first, *rest = ("| " + " | ".join(x) + " |" for x in align(lines))
-  dashes = [len(c) for c in align(lines)[0]]
+  r"""Writes a Markdown table; the first line is the header. "|" is "\|"."""
+  lines = align([[cell.replace("|", r"\|") for cell in x] for x in lines])
+  first, *rest = ("| " + " | ".join(x) + " |" for x in lines)
+  dashes = [len(c) for c in lines[0]]
   rule = "|" + "|".join("-" * (n + 1) + ":" if i else "-" * (n + 2)
                         for i, n in enumerate(dashes)) + "|"
   return "\n".join([first, rule, *rest])
@@ -160,7 +164,7 @@ def _latex_line(line):
   for i, cell in enumerate(line):
     if i and cell == "-":
       out.append("--")
-    elif i and cell[:1] in ("+", "-"):
+    elif i and re.fullmatch(r"[+-][\d.]+", cell):
       out.append(f"${cell}$")
     else:
       out.append(_escape(cell))
@@ -168,37 +172,46 @@ def _latex_line(line):
 
 
 def _escape(text_: str) -> str:
-  return "".join(_LATEX.get(c, c) for c in text_)
+  return "".join(_LATEX.get(c, c) for c in printable(text_))
 
 
 def csv(table: Table, interval: bool = False) -> str:
   """Writes tidy CSV, in full precision.
 
   One line per variant, task, test set and seed; published numbers have no
-  seed. `interval` is unused: there are no means.
+  seed. A spreadsheet takes text that begins with one of = + - @ for a formula:
+  it gets an apostrophe in front. `interval` is unused: there are no means.
   """
   del interval
   out = io.StringIO()
   writer = csv_lib.writer(out, lineterminator="\n")
-  writer.writerow(["kind", "variant", "method", "protocol", "task", "test",
-                   "group", "seed", "top1", "lr", "weight_decay",
-                   *(f"{part}_params" for part in PARTS), "backbone", "run"])
+
+  def write(*values):
+    writer.writerow([_csv_cell(x) for x in values])
+  write("kind", "variant", "method", "protocol", "task", "test", "group",
+        "seed", "top1", "lr", "weight_decay",
+        *(f"{part}_params" for part in PARTS), "backbone", "run")
   for line in table.lines:
     for r in line.rows:
       tests = ({"val": r["val_top1"]} if r["protocol"] == "val"
                else rows_lib.test_sets(r))
       for test, top1 in tests.items():
-        writer.writerow([
-            "run", r["variant"], r["method"], r["protocol"], r["task"], test,
-            r["group"], r["seed"], top1, r["lr"], r["weight_decay"],
-            *(r[f"{part}_params"] for part in PARTS), r["backbone"], r["run"]])
+        write("run", r["variant"], r["method"], r["protocol"], r["task"], test,
+              r["group"], r["seed"], top1, r["lr"], r["weight_decay"],
+              *(r[f"{part}_params"] for part in PARTS), r["backbone"], r["run"])
     if line.kind == "published":
       for column, score in zip(table.columns, line.scores, strict=True):
         if column.heading and score:
-          writer.writerow(["published", line.name, "", table.protocol,
-                           column.title, "", column.heading, "",
-                           round(score.mean, 2), *[""] * 7])
+          write("published", line.name, "", table.protocol, column.title, "",
+                column.heading, "", round(score.mean, 2), *[""] * 7)
   return out.getvalue()
+
+
+def _csv_cell(value):
+  if not isinstance(value, str):
+    return value
+  return ("'" if value.startswith(("=", "+", "-", "@")) else "") + printable(
+      value)
 
 
 def json(table: Table, interval: bool = False) -> str:

@@ -1,19 +1,18 @@
 """Rows of finished runs: read, merged from work directories, selected.
 
-Only `append` writes; every other function may be called while runs go on.
+Work directories are only read; runs may go on in them.
 """
 from collections.abc import Mapping, Sequence
 import json
 import os
-from typing import Any
 
 from absl import logging
 import numpy as np
 
-from ttc_jax import files
 from ttc_jax.errors import UserError
+from ttc_jax.runs import workdir as workdir_lib
+from ttc_jax.runs.workdir import Row, WorkDir
 
-Row = dict[str, Any]
 SCORE = {"val": "val_top1", "final": "test_top1"}
 
 # The facts of a variant that its task, seed and tuned setting do not change.
@@ -27,37 +26,8 @@ _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
 
 
 def read(path: str) -> list[Row]:
-  """Reads the rows of a results file; warns of lines that are cut short."""
-  if not os.path.exists(path):
-    return []
-  rows = []
-  with open(path, encoding="utf-8") as f:
-    for number, line in enumerate(f, 1):
-      try:
-        row = json.loads(line)
-        row["run"]  # every row names its run
-        rows.append(row)
-      except (json.JSONDecodeError, KeyError, TypeError):
-        if not line.endswith("\n"):  # it may be in the middle of a write
-          continue
-        logging.warning("%s:%d is not a whole row; its run will be done "
-                        "again", path, number)
-  return rows
-
-
-def append(path: str, row: Row) -> None:
-  """Appends a row, under a lock, and waits until it is on the disk."""
-  line = json.dumps(row).encode() + b"\n"
-  folder, name = os.path.split(path)
-  with files.lock(os.path.join(folder, f".{name}.lock"), wait=True), open(
-      path, "ab+") as f:
-    if f.tell():
-      f.seek(-1, os.SEEK_END)
-      if f.read(1) != b"\n":  # the previous line was cut short
-        line = b"\n" + line
-    f.write(line)
-    f.flush()
-    os.fsync(f.fileno())
+  """Reads the rows of a results file; warns of lines that are damaged."""
+  return [row for row in workdir_lib.from_lines(path) if "run" in row]
 
 
 def collect(workdirs: Sequence[str]) -> list[Row]:
@@ -75,20 +45,23 @@ def collect(workdirs: Sequence[str]) -> list[Row]:
 
 
 def of(workdir: str) -> list[Row]:
-  """Returns the rows of a work directory; an empty list before the first.
+  """Returns the rows of a work directory, or of a results file of one.
+
+  The list is empty before the first finished run.
 
   Raises:
-    UserError: the directory is missing, or a row lacks a key.
+    UserError: neither exists, or a row lacks a key.
   """
-  if not os.path.isdir(workdir):
+  place = WorkDir(workdir)
+  if not place.exists() and not os.path.isfile(workdir):
     raise UserError(f"no work directory '{workdir}': give what main's "
                     "--workdir was, or what it printed last")
-  rows = read(os.path.join(workdir, "results.jsonl"))
+  rows = place.rows() if place.exists() else read(workdir)
   for row in rows:
     if lacking := [key for key in _NEEDED if key not in row]:
       raise UserError(
-          f"'{workdir}': the row of {row['run']} has no {lacking[0]!r}, it is "
-          "no row of ours; remove it from results.jsonl")
+          f"'{workdir}': the row of {row['run']} has no {lacking[0]!r}, so "
+          "this program did not write it; remove it")
   return rows
 
 

@@ -1,22 +1,18 @@
 """Progress of a work directory, which is only read.
 
-The plan, which `ttc_jax.main` writes, says which runs to expect: {"tasks":
-{task: {variant: {"settings": n, "seeds": [n], "protocol": "select" | "val" |
-"final", "epochs": n}}}, "missing": {task: sentence}}. Without a plan, the runs
-that exist are reported.
+Its plan says which runs to expect. Without a plan, the runs that exist are
+reported.
 """
 from collections.abc import Mapping, Sequence
-import json
-import os
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttc_jax import files
+from ttc_jax.errors import UserError, printable
 from ttc_jax.report import formats
 from ttc_jax.report import rows as rows_lib
-from ttc_jax.report.rows import Row
+from ttc_jax.runs.workdir import Expected, Row, WorkDir, stem
 
 Pair = tuple[str, str]  # (task, variant)
 _RUN = re.compile(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+")
@@ -41,14 +37,14 @@ class Status(NamedTuple):
   """The runs of a work directory, finished and expected.
 
   Attributes:
-    expected: {pair: number of runs}; empty without a plan.
+    expected: {pair: runs of the plan}; empty without a plan.
     done: {pair: {run: row}}.
     running: runs that a process works on.
     failed: {pair: {run: failure}}.
     missing: {task: why its data cannot be read}.
     seconds_left: estimate for one run at a time; None if unknown.
   """
-  expected: dict[Pair, int]
+  expected: dict[Pair, Expected]
   done: dict[Pair, dict[str, Row]]
   running: list[Running]
   failed: dict[Pair, dict[str, Mapping[str, Any]]]
@@ -62,20 +58,19 @@ def gather(workdir: str) -> Status:
   Raises:
     UserError: the directory does not exist.
   """
+  place = WorkDir(workdir)
+  if not place.exists():
+    raise UserError(f"no work directory '{workdir}': --watch takes what main's "
+                    "--workdir was, or what it printed last")
   rows = rows_lib.of(workdir)
-  finished = {r["run"] for r in rows}
-  plan = _json(os.path.join(workdir, "plan.json"))
-  failures = {f["run"]: f for f in _lines(
-      os.path.join(workdir, "failed.jsonl")) if f["run"] not in finished}
-  expected = _expected(plan)
-  done = _by_pair([r for r in rows if _is_planned(r, plan)])
-  failed = _by_pair(failures.values())
+  expected = place.expected()
+  done = _by_pair([r for r in rows if _is_planned(r, expected)])
+  at_work = place.running()
+  again = {*(r["run"] for r in rows), *at_work}
+  failed = _by_pair([f for f in place.failures() if f["run"] not in again])
   pairs = list(dict.fromkeys([*expected, *done, *failed]))
-  running = _running(workdir, plan, pairs, finished)
-  at_work = {r.run for r in running}  # some failed before
-  failed = {pair: {run: f for run, f in of.items() if run not in at_work}
-            for pair, of in failed.items()}
-  return Status(expected, done, running, failed, plan.get("missing", {}),
+  running = [_running(place, run, pairs, expected) for run in at_work]
+  return Status(expected, done, running, failed, place.plan()["missing"],
                 _seconds_left(expected, done, failed))
 
 
@@ -89,13 +84,14 @@ def text(status: Status) -> str:
   lines = [["", *variants]] + [
       [task, *(_cell(status, (task, v), at_work) for v in variants)]
       for task in tasks]
-  return "\n\n".join("\n".join(part) for part in (
+  parts = [
       ["  ".join(x).rstrip() for x in formats.align(lines)] * bool(tasks),
       [f"missing: {task}: {why}" for task, why in status.missing.items()],
       [f"running: {_line(r)}" for r in status.running],
       [f"failed: {run}: {f.get('error', 'no reason given')}"
        for of in status.failed.values() for run, f in of.items()],
-      [_sum(status)]) if part)
+      [_sum(status)]]
+  return "\n\n".join("\n".join(map(printable, p)) for p in parts if p)
 
 
 def _cell(status, pair, at_work):
@@ -104,8 +100,8 @@ def _cell(status, pair, at_work):
   if task in status.missing:
     return "missing"
   done = len(status.done.get(pair, ()))
-  parts = [f"{done}/{status.expected[pair]}" if pair in status.expected
-           else str(done)]
+  parts = [f"{done}/{status.expected[pair].runs}"
+           if pair in status.expected else str(done)]
   for what, number in (("running", at_work.count(pair)),
                        ("failed", len(status.failed.get(pair, ())))):
     if number:
@@ -129,7 +125,7 @@ def _line(running):
 def _sum(status):
   done, failed = (sum(map(len, of.values()))
                   for of in (status.done, status.failed))
-  total = sum(status.expected.values())
+  total = sum(expected.runs for expected in status.expected.values())
   line = f"{done} of {total} runs" if total else f"{done} runs"
   line += "".join(f", {number} {what}" for what, number in (
       ("running", len(status.running)), ("failed", failed)) if number)
@@ -151,49 +147,14 @@ def duration(seconds: float) -> str:
 
 def planned(workdir: str) -> list[str]:
   """Returns the tasks of the plan, missing ones too; [] without a plan."""
-  plan = _json(os.path.join(workdir, "plan.json"))
-  return list(dict.fromkeys([*plan.get("tasks", ()), *plan.get("missing", ())]))
+  plan = WorkDir(workdir).plan()
+  return list(dict.fromkeys([*plan["tasks"], *plan["missing"]]))
 
 
-def _json(path):
-  try:
-    with open(path, encoding="utf-8") as f:
-      return json.load(f)
-  except (OSError, json.JSONDecodeError):  # absent
-    return {}
-
-
-def _lines(path):
-  """Reads a JSON-lines file; skips lines that are not whole."""
-  found = []
-  if os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-      for line in f:
-        try:
-          found.append(dict(json.loads(line)))
-        except (json.JSONDecodeError, TypeError, ValueError):
-          continue
-  return found
-
-
-def _expected(plan):
-  """Returns {pair: number of runs}; `select` runs every setting, then seeds."""
-  return {(task, label): len(v["seeds"]) + (
-      v["settings"] if v["protocol"] == "select" else 0)
-          for task, of_task in plan.get("tasks", {}).items()
-          for label, v in of_task.items()}
-
-
-def _is_planned(row, plan):
+def _is_planned(row, expected):
   """Returns False for seeds and tasks that only an earlier start had."""
-  if not plan:
-    return True
-  variant = plan["tasks"].get(row["task"], {}).get(row["variant"])
-  if variant is None:
-    return False
-  if row["protocol"] == "val" and variant["protocol"] == "select":
-    return row["seed"] == variant["seeds"][0]
-  return row["seed"] in variant["seeds"]
+  pair = row["task"], row["variant"]
+  return not expected or pair in expected and expected[pair].includes(row)
 
 
 def _by_pair(objects):
@@ -203,25 +164,16 @@ def _by_pair(objects):
   return found
 
 
-def _running(workdir, plan, pairs: Sequence[Pair], finished):
-  """Returns the unfinished runs that a process holds."""
-  folder = os.path.join(workdir, "runs")
-  by_stem = {f"{task.replace('/', '-')}-{variant}": (task, variant)
+def _running(place, run, pairs: Sequence[Pair], expected):
+  """Returns what is known of a run that a process holds."""
+  by_stem = {stem(task, variant): (task, variant)
              for task, variant in pairs}
-  found = []
-  for run in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-    if run in finished or not files.is_locked(
-        os.path.join(folder, run, ".lock")):
-      continue
-    records = _lines(os.path.join(folder, run, "metrics.jsonl")) or [{}]
-    stem = _RUN.fullmatch(run)
-    pair = by_stem.get(stem[1]) if stem else None
-    epochs = None
-    if pair and "loss" in records[-1]:
-      epochs = plan.get("tasks", {}).get(pair[0], {}).get(
-          pair[1], {}).get("epochs")
-    found.append(Running(run, pair, records[-1], epochs))
-  return found
+  record = (place.curve(run) or [{}])[-1]
+  name = _RUN.fullmatch(run)
+  pair = by_stem.get(name[1]) if name else None
+  epochs = expected[pair].epochs if pair in expected and "loss" in record else (
+      None)
+  return Running(run, pair, record, epochs)
 
 
 def _seconds_left(expected, done, failed):
@@ -234,7 +186,7 @@ def _seconds_left(expected, done, failed):
     return None
   overall = np.mean(sum(times.values(), []))
   left = 0.0
-  for pair, number in expected.items():
-    todo = number - len(done.get(pair, ())) - len(failed.get(pair, ()))
+  for pair, runs in expected.items():
+    todo = runs.runs - len(done.get(pair, ())) - len(failed.get(pair, ()))
     left += max(0, todo) * float(np.mean(times.get(pair[1], overall)))
   return left

@@ -1,8 +1,9 @@
 """Turns rows into a table: a line per variant, a column per task, then means.
 """
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from absl import logging
 import numpy as np
 from scipy import special
 
@@ -17,6 +18,15 @@ _WHAT = {
     "final": "Top-1 (%) on the test set, last epoch, trained on train800val200",
     "val": "Top-1 (%) on val200, last epoch, trained on train800, the best "
            "setting of each task and seed"}
+
+
+# Settings that the notes show where rows differ; the first two always.
+_SETTINGS = ("epochs", "limit", "backbone", "weights_sha256", "image_size",
+             "normalisation", "dtype", "matmul_precision", "optimiser",
+             "batch_size", "device", "jax")
+# Of these, all rows of a table should have the same.
+_COMMON = ("limit", "backbone", "weights_sha256", "image_size",
+           "normalisation", "dtype", "matmul_precision")
 
 
 class Score(NamedTuple):
@@ -118,7 +128,11 @@ def make(rows: Sequence[Row], protocol: str, compare: bool = False,
                    {r["task"]: r["group"] for r in shown}, _more_tests(shown))
   lines = [line(variant, [r for r in shown if r["variant"] == variant], across)
            for variant in dict.fromkeys(r["variant"] for r in shown)]
-  table = Table(_WHAT[protocol], across, lines, protocol, _bases(shown))
+  mixed = _mixed(shown)
+  for sentence in mixed:
+    logging.warning("%s", sentence)
+  table = Table(_WHAT[protocol], across, lines, protocol,
+                [*_bases(shown), *_settings(shown), *mixed])
   return _compared(table) if compare else table
 
 
@@ -215,6 +229,48 @@ def _bases(rows):
       f"(sha256 {r['weights_sha256'][:12]})" for r in rows)
   return [f"Backbone {'; '.join(bases)}. Columns module, norm, head: tuned "
           "parameters."]
+
+
+def _setting(row, key):
+  if key == "jax":
+    return row.get("versions", {}).get("jax")
+  value = row.get(key)
+  return value[:12] if key == "weights_sha256" else value
+
+
+def _settings(rows):
+  """Returns a sentence on epochs, limit and settings that differ, or none."""
+  parts = []
+  for key in _SETTINGS:
+    of_value: dict[Any, dict[str, None]] = {}
+    for r in rows:
+      if (value := _setting(r, key)) is not None:
+        of_value.setdefault(value, {})[r["variant"]] = None
+    if len(of_value) > 1:
+      parts.append(f"{key} " + ", ".join(
+          f"{value} ({', '.join(names)})" for value, names in of_value.items()))
+    elif key in _SETTINGS[:2] and any(of_value):  # a limit of 0 is none
+      parts.append(f"{key} {next(iter(of_value))}")
+  return [f"Settings: {'; '.join(parts)}."] if parts else []
+
+
+def _mixed(rows):
+  """Returns sentences on rows that should not be in one table or one mean."""
+  def differ(part, keys):
+    return [key for key in keys
+            if len({_setting(r, key) for r in part} - {None}) > 1]
+  found = []
+  if keys := differ(rows, _COMMON):
+    found.append("Mixed in this table, so its lines cannot be compared: "
+                 f"{', '.join(keys)}.")
+  cells: dict[tuple[str, str], list[Row]] = {}
+  for r in rows:
+    cells.setdefault((r["variant"], r["task"]), []).append(r)
+  for (variant, task), part in cells.items():
+    if keys := differ(part, ("epochs", "optimiser", "batch_size")):
+      found.append(f"Seeds of {variant} on {task} differ in more than the "
+                   f"seed: {', '.join(keys)}.")
+  return found
 
 
 def _compared(table):

@@ -1,30 +1,27 @@
 """What runs start from: the backbone with its weights, and the tasks."""
-import os
 from typing import Any, NamedTuple
 
 from absl import logging
 import jax
 import jax.numpy as jnp
 
-from ttc_jax import backbones, methods, parallel, tasks, trees
+from ttc_jax import backbones, methods, parallel, tasks, trees, weights
 from ttc_jax.errors import UserError
 from ttc_jax.runs import plan
 from ttc_jax.vtab import rows as vtab
-from ttc_jax.weights import sources
 
 
 class Base(NamedTuple):
   """The pretrained backbone that all runs start from.
 
   Attributes:
+    backbone: the Linen module.
     params: on every device.
-    file, source: name of the weights file, and where it is.
+    source: of the weights, located and hashed.
   """
   backbone: Any
   params: trees.Tree
-  file: str
-  source: str
-  sha256: str
+  source: weights.Source
 
 
 def load_base(config) -> Base:
@@ -40,20 +37,12 @@ def load_base(config) -> Base:
     raise UserError(
         f"{config.backbone} needs pretrained weights: add weights=FILE (.npz "
         "or .safetensors), or weights=random to try the machinery")
-  if config.weights == "random":
-    module = backbones.make(config.backbone, config.image_size, **fields)
-    params, sha256 = backbones.init(module), "random"
-  else:
-    module, params = backbones.load(
-        config.backbone, config.weights, config.image_size, **fields)
-    sha256 = sources.sha256(sources.locate(config.weights))
-  return Base(module, parallel.replicate(params),
-              os.path.basename(config.weights), _found(config.weights), sha256)
-
-
-def _found(weights):
-  """The source of weights, valid from any folder."""
-  return os.path.abspath(weights) if os.path.exists(weights) else weights
+  # A wrong name costs no download.
+  backbones.make(config.backbone, config.image_size, **fields)
+  source = weights.open_source(config.weights)
+  module, params = weights.load(
+      config.backbone, source, config.image_size, **fields)
+  return Base(module, parallel.replicate(params), source)
 
 
 def load_task(config, name: str) -> tasks.Task:
@@ -89,8 +78,6 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
 
 def load_method(config, base: Base) -> methods.Method:
   """Returns the method of a variant, its options resolved for the backbone."""
-  config = config.copy_and_resolve_references()
-  config.k = config.k or base.backbone.default_k
   return methods.load(config.method, config, base.backbone)
 
 

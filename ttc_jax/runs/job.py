@@ -3,7 +3,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ttc_jax import parallel, tasks, train
+from ttc_jax import checkpoint, parallel, tasks, train
+from ttc_jax.errors import DataError
 from ttc_jax.model import Model
 from ttc_jax.runs.inputs import Base
 from ttc_jax.runs.plan import Run, common_keys
@@ -20,6 +21,22 @@ def split_names(run_protocol: str, method) -> tuple[str, ...]:
   if any(stage.holdout for stage in method.stages):
     names = (*names, "train", "val")
   return tuple(dict.fromkeys(names))
+
+
+def data_digest(task: tasks.Task, run_protocol: str, method) -> str:
+  """Returns a digest of the pixels and labels that a run reads.
+
+  Of a task with a damaged image, it is the digest of the task's lists: the run
+  fails when it reads the image.
+  """
+  names = split_names(run_protocol, method)
+  if run_protocol == "final":
+    names = (*names, *task.tests)
+  try:
+    return checkpoint.digest(
+        [task.digest, {name: task.split(name).digest for name in names}])
+  except DataError:
+    return task.digest
 
 
 def limited(split: tasks.Split, limit: int) -> tasks.Split:
@@ -50,7 +67,7 @@ def make_job(run: Run, base: Base, task: tasks.Task,
   # The method's options enter with the stage that first uses them.
   identity = {
       "task": run.task, "data": run.data, "protocol": run.protocol,
-      "seed": run.seed, "config": common_keys(c), "weights": base.sha256,
+      "seed": run.seed, "config": common_keys(c), "weights": base.source.sha256,
       "devices": len(parallel.devices()), "classes": len(task.classes)}
   return train.Job(
       identity=identity, config=c,

@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from ttc_jax import checkpoint, methods
+from ttc_jax import checkpoint, methods, normalisation
 from ttc_jax.config import check
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.runs.workdir import Expected
+from ttc_jax.runs.workdir import Expected, stem
 from ttc_jax.tasks import folder
 from ttc_jax.tasks import vtab as vtab_family
-from ttc_jax.tasks.images import NORMALISATIONS
 from ttc_jax.vtab import rows as vtab
 
 # Keys that choose which runs there are or where files lie; they change no
@@ -40,16 +39,16 @@ class Run(NamedTuple):
   @property
   def name(self) -> str:
     """Directory name of the run; the hash distinguishes settings."""
-    task = self.task.replace("/", "-")
-    return (f"{task}-{self.variant}-{self.protocol}-s{self.seed}-"
+    return (f"{stem(self.task, self.variant)}-{self.protocol}-s{self.seed}-"
             f"{checkpoint.digest(self.identity)[:8]}")
 
   @property
   def identity(self) -> dict[str, Any]:
     """JSON of what decides the result, except the weights."""
-    return {"task": self.task, "data": self.data, "protocol": self.protocol,
-            "seed": self.seed, "config": common_keys(self.config),
-            "method": self.method.name, "options": self.method.options}
+    return {"task": self.task, "variant": self.variant, "data": self.data,
+            "protocol": self.protocol, "seed": self.seed,
+            "config": common_keys(self.config), "method": self.method.name,
+            "options": self.method.options}
 
 
 def common_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def settings(config) -> list[dict[str, float]]:
   if "scale" in methods.options_of(config.method):
     keys.append("scale")
   grid = {k: sorted(config.grid[k]) for k in keys if config.grid[k]}
-  return [dict(zip(grid, values))
+  return [dict(zip(grid, values, strict=True))
           for values in itertools.product(*grid.values())]
 
 
@@ -140,7 +139,8 @@ def check_config(config) -> None:
     try:
       for c in variants(config, task).values():
         check(c)
-        check_known("normalisation", c.normalisation, NORMALISATIONS)
+        if c.normalisation:
+          normalisation.mean_and_std(c.normalisation)
         check_known("method", c.method, methods.names())
     except UserError as error:
       raise UserError(f"of task '{task}': {error}" if task else str(error)

@@ -3,15 +3,24 @@ import datetime
 import functools
 import platform
 import time
-from typing import Any
 
 import flax
 import jax
 import numpy as np
 import optax
 
-from ttc_jax import bundles, cost, evaluate, files, methods, optim, parallel
-from ttc_jax import tasks, train, trees
+from ttc_jax import (
+  bundles,
+  cost,
+  evaluate,
+  files,
+  methods,
+  optim,
+  parallel,
+  tasks,
+  train,
+  trees,
+)
 from ttc_jax.model import trim_head
 from ttc_jax.runs.inputs import Base
 from ttc_jax.runs.job import limited
@@ -40,7 +49,7 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
          | _costs(job, outcome, params))
   meta = row | {
       "classes": list(task.classes), "resample": run.config.resample,
-      "weights_source": base.source, "fields": base.backbone.fields}
+      "weights_source": base.source.address, "fields": base.backbone.fields}
   bundles.save(bundle, bundles.Bundle(
       trees.flatten(tuned),
       trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta))
@@ -60,9 +69,9 @@ def _facts(run, base, task, job):
   return {
       "task": run.task, "group": task.group, "method": run.method.name,
       "variant": run.variant, "protocol": run.protocol, "seed": run.seed,
-      "weights": base.file, "weights_sha256": base.sha256,
+      "weights": base.source.name, "weights_sha256": base.source.sha256,
       "matmul_precision": c.matmul_precision or "default",
-      "data_digest": task.digest, "options": options,
+      "data_digest": run.data, "options": options,
       **{key: options.get(key) for key in ("k", "position", "score", "scale")},
       **{key: c[key] for key in _OF_CONFIG},
       "stages": [s.name for s in run.method.stages],
@@ -128,5 +137,5 @@ def versions() -> dict[str, str]:
 
 def _now() -> str:
   """The time in UTC, ISO 8601: sorts as text."""
-  now = datetime.datetime.now(datetime.timezone.utc)
+  now = datetime.datetime.now(datetime.UTC)
   return now.isoformat(timespec="microseconds")

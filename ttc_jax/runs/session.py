@@ -8,7 +8,7 @@ import time
 
 import ml_collections
 
-from ttc_jax import checkpoint, compilation, interrupt, tasks, train
+from ttc_jax import compilation, interrupt, train
 from ttc_jax.config import resolved
 from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
 from ttc_jax.report import best
@@ -52,15 +52,16 @@ class Session:
     self.tasks, self.missing = inputs.load_tasks(config)
     self.base = inputs.load_base(config)
     inputs.check_runs(config, self.base, self.tasks)
-    self.workdir.adopt(_kept_keys(config, self.base.sha256))
+    self.workdir.adopt(_kept_keys(config, self.base.source.sha256))
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
+    self._digests: dict[str, set[str]] = {}
     self._decoding: dict[str, threading.Thread] = {}
     self._look()
-    self._variants = {task: plan.variants(config, task) for task in self.tasks}
     self.workdir.write_plan(
-        {task: {label: plan.expected(c) for label, c in variants.items()}
-         for task, variants in self._variants.items()}, self.missing)
+        {task: {label: plan.expected(c)
+                for label, c in plan.variants(config, task).items()}
+         for task in self.tasks}, self.missing)
 
   def _look(self) -> None:
     """Reads what is done by now."""
@@ -86,8 +87,9 @@ class Session:
       self._decoding[task].join(0.5)
       interrupt.check()
     self._decode_ahead(next_task)
+    variants = plan.variants(self.config, task)
     settled = all([self._settle_variant(task, label, config)
-                   for label, config in self._variants[task].items()])
+                   for label, config in variants.items()])
     if settled and not self.config.keep_stages and self._is_done(task):
       self.workdir.delete_stages(
           run for run, row in self.done.items() if row["task"] == task)
@@ -112,11 +114,10 @@ class Session:
 
   def _is_done(self, task: str) -> bool:
     """Tells whether every variant of a task has the rows that it reports."""
-    rows = [r for r in self.done.values() if r["task"] == task
-            and r["data_digest"] == self.tasks[task].digest]
+    rows = [r for r in self.done.values() if r["task"] == task]
     return all(
         plan.expected(c).reported(r for r in rows if r["variant"] == label)
-        for label, c in self._variants[task].items())
+        for label, c in plan.variants(self.config, task).items())
 
   def _settle_variant(self, task: str, variant: str, config) -> bool:
     """Runs a variant's unclaimed runs. Returns True when all are settled."""
@@ -154,9 +155,16 @@ class Session:
                seed: int) -> plan.Run:
     """Returns a run, its configuration and its method's options resolved."""
     config = resolved(config)
-    return plan.Run(task, variant, config,
-                    inputs.load_method(config, self.base), protocol, seed,
-                    self.tasks[task].digest)
+    method = inputs.load_method(config, self.base)
+    data = job.data_digest(self.tasks[task], protocol, method)
+    self._digests.setdefault(task, set()).add(data)
+    return plan.Run(task, variant, config, method, protocol, seed, data)
+
+  def rows(self) -> list[Row]:
+    """Returns the rows that are done, but none of other images of a task."""
+    return [row for row in self.done.values()
+            if row["data_digest"] in self._digests.get(
+                row["task"], {row["data_digest"]})]
 
   def settle(self, run: plan.Run) -> bool:
     """Does a run that no process has done or does.

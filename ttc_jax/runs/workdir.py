@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
+import re
 import shutil
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class Expected(NamedTuple):
   epochs: int
 
   @property
-  def count(self) -> int:
+  def runs(self) -> int:
     """Number of runs."""
     tried = self.settings if self.protocol == "select" else 0
     return len(self.seeds) + tried
@@ -65,6 +66,19 @@ class Expected(NamedTuple):
     reported = "val" if self.protocol == "val" else "final"
     seeds = {r["seed"] for r in rows if r["protocol"] == reported}
     return set(self.seeds) <= seeds
+
+
+_LONGEST = 60  # letters of a name within a folder's name: 255 bytes in all
+
+
+def stem(task: str, variant: str) -> str:
+  """Returns how the names of a task's and variant's runs begin.
+
+  Letters that a folder's name should not have become "-", and long names are
+  cut: the hash at the end of a run's name tells runs apart.
+  """
+  return "-".join(re.sub(r"[^\w.]+", "-", name)[:_LONGEST]
+                  for name in (task, variant))
 
 
 class WorkDir:
@@ -234,6 +248,7 @@ class WorkDir:
 
   def write_stages(self, run: str, stages: Sequence[str]) -> None:
     """Notes the stages that a run trains through."""
+    self.folder(run).mkdir(parents=True, exist_ok=True)
     self._write(self.folder(run) / "stages.json", {"stages": list(stages)})
 
   def delete_stages(self, runs: Iterable[str]) -> None:

@@ -1,9 +1,12 @@
-"""VTAB-1K's tasks: which there are, how to get them, whether they are right.
+"""Tasks: lists them, and prepares, checks and exports their data.
 
-  python -m ttc_jax.tasks [list] [--data=DIR] [--json]
+  python -m ttc_jax.tasks [list] [NAME...] [--data=DIR] [--json]
   python -m ttc_jax.tasks prepare [NAME...] --data=DIR
   python -m ttc_jax.tasks check [NAME...] --data=DIR [--json]
   python -m ttc_jax.tasks export [NAME...] --data=DIR --out=DIR
+
+`check` reads every image: of VTAB-1K's data sets as TFDS prepared them, and of
+tasks in folders. `prepare` and `export` are for VTAB's.
 """
 import json
 import os
@@ -12,32 +15,32 @@ from typing import Any
 from absl import flags
 
 from ttc_jax import cli, errors, files, tasks
-from ttc_jax.tasks import folder, tfds
+from ttc_jax.tasks import check as check_lib
+from ttc_jax.tasks import folder
 from ttc_jax.tasks import vtab as family
-from ttc_jax.vtab import check as check_lib
+from ttc_jax.vtab import check as vtab_check
 from ttc_jax.vtab import export as export_lib
 from ttc_jax.vtab import fingerprint
 from ttc_jax.vtab import prepare as prepare_lib
 from ttc_jax.vtab import rows as vtab
 
-
 # --- list ---------------------------------------------------------------------
 
 def vtab_row(name: str, data: str | None) -> dict[str, Any]:
-  """One of the 19 and where it stands."""
+  """One of the 19, and whether its data is there."""
   row = vtab.ROWS[name]
   return {"name": name, "group": row.group,
           "tfds": f"{row.tfds}:{row.versions[0]}", **row.splits,
-          "num_classes": row.classes, "test_count": row.count,
+          "num_classes": row.classes, "test_count": row.test_count,
           "status": _status(name, data)}
 
 
-def _status(name, data):
+def _status(name: str, data: str | None) -> str:
   if data is None:
     return "unknown"
-  if name in folder.names(data):
+  if name in _in_folders(data):
     return "folder"
-  path = tfds.prepared(vtab.ROWS[name], data)
+  path = family.prepared(name, data)
   if path is None:
     return "missing"
   try:
@@ -48,48 +51,60 @@ def _status(name, data):
   return f"{stored} {os.path.basename(path)}"
 
 
-def other_row(name: str, data: str) -> dict[str, Any]:
+def _in_folders(data: str | None) -> tuple[str, ...]:
+  return (*folder.names(data), *folder.nested(data))
+
+
+def other_row(name: str, data: str | None) -> dict[str, Any]:
   """A task that is not VTAB's; what TFDS would say is None."""
   unknown = dict.fromkeys(("tfds", *vtab.SPLITS))
-  status = "folder" if name in folder.names(data) else "built in"
+  status = "folder" if name in _in_folders(data) else "built in"
   try:
-    task = tasks.load(name, size=1, data=data)
-    labels = len(task.labels["test"])
+    task = tasks.find(name, data)
+    count = len(task.labels[task.tests[0]])
   except errors.UserError as error:
     return {"name": name, "group": "Other", **unknown, "num_classes": None,
             "test_count": None, "status": f"damaged: {error}"}
   return {"name": name, "group": task.group, **unknown,
-          "num_classes": len(task.classes), "test_count": labels,
+          "num_classes": len(task.classes), "test_count": count,
           "status": status}
 
 
-def rows(data: str | None) -> list[dict[str, Any]]:
-  """The 19 and, of a folder, all that it and this package have beside them."""
-  others = [n for n in tasks.names(data) if n not in vtab.ROWS] if data else []
-  return ([vtab_row(name, data) for name in vtab.ROWS]
-          + [other_row(name, data) for name in others])
+def rows(data: str | None, names: list[str] | None = None
+         ) -> list[dict[str, Any]]:
+  """A row for each task, or for each of `names`.
+
+  Without names and data: the 19 of VTAB-1K only.
+  """
+  others = [n for n in tasks.names(data) if n not in vtab.ROWS]
+  known = [*vtab.ROWS, *others]
+  for name in names or ():
+    errors.check_known("task", name, known)
+  shown = [n for n in known if n in names] if names else (
+      known if data else list(vtab.ROWS))
+  return [vtab_row(name, data) if name in vtab.ROWS else other_row(name, data)
+          for name in shown]
 
 
 def table(listed: list[dict[str, Any]]) -> str:
   """The list as text, a task a line."""
-  show = lambda value: "" if value is None else (
-      f"{value:,}" if isinstance(value, int) else value)
+  def show(value):
+    if value is None:
+      return ""
+    return f"{value:,}" if isinstance(value, int) else errors.printable(value)
   keys = [key for key in listed[0] if key != "trainval"]
   lines = [keys] + [[show(r[key]) for key in keys] for r in listed]
-  widths = [max(map(len, column)) for column in zip(*lines)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   numbers = [keys.index(key) for key in ("num_classes", "test_count")]
   return "\n".join("  ".join(
       c.rjust(w) if i in numbers else c.ljust(w)
-      for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+      for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
                    for line in lines)
 
 
 def list_(names: list[str], options: Any) -> int:
   """Prints the tasks."""
-  listed = rows(options.data)
-  for name in names:
-    errors.check_known("task", name, [r["name"] for r in listed])
-  listed = [r for r in listed if not names or r["name"] in names]
+  listed = rows(options.data, names)
   print(json.dumps(listed, indent=2) if options.json else table(listed))
   return 0
 
@@ -104,12 +119,12 @@ def prepare(names: list[str], options: Any) -> int:
 
 
 def check(names: list[str], options: Any) -> int:
-  """Reads everything; 1 if something is wrong."""
+  """Reads every image; 1 if something is wrong."""
   against = options.against
   known = fingerprint.read(against) if against else {}
   reports = []
-  for name in _prepared(names, options):
-    report = check_lib.check(name, options.data)
+  for name in _checked(names, options):
+    report = _check(name, options.data)
     if name in known:
       fingerprint.compare(report, known[name], against)
     reports.append(report)
@@ -120,6 +135,29 @@ def check(names: list[str], options: Any) -> int:
   if options.save:
     fingerprint.save(reports, options.save)
   return int(any(r["wrong"] for r in reports))
+
+
+def _check(name: str, data: str) -> dict[str, Any]:
+  if name in vtab.ROWS and name not in _in_folders(data):
+    return vtab_check.check(name, data)
+  return check_lib.check(name, data)
+
+
+def _checked(names: list[str], options: Any) -> list[str]:
+  """The names given, or all tasks of the data folder."""
+  _need(options, "data")
+  data = options.data
+  for name in names:
+    errors.check_known("task", name, {*vtab.ROWS, *tasks.names(data)})
+  found = list(dict.fromkeys(names)) or [*dict.fromkeys(
+      (*_in_folders(data), *family.names(data)))]
+  for name in found:
+    if name not in tasks.names(data):
+      raise errors.UserError(f"{name} is not prepared{vtab.hint(name, data)}")
+  if not found:
+    raise errors.UserError(_nothing(data).replace("no data set", "no task in "
+                           "a folder and no data set"))
+  return found
 
 
 def export(names: list[str], options: Any) -> int:
@@ -133,35 +171,37 @@ def export(names: list[str], options: Any) -> int:
   return 0
 
 
-def _need(options, key):
-  folder_ = getattr(options, key)
-  if not folder_:
+def _need(options: Any, key: str) -> None:
+  given = getattr(options, key)
+  if not given:
     raise errors.UserError(f"give a folder: --{key}=DIR")
-  if os.path.exists(os.path.expanduser(folder_)) and not os.path.isdir(
-      os.path.expanduser(folder_)):
-    raise errors.UserError(f"--{key}={folder_} is no folder: give one")
+  path = files.expand(given)
+  if os.path.exists(path) and not os.path.isdir(path):
+    raise errors.UserError(f"--{key}={given} is no folder: give one")
 
 
-def _known(names):
+def _known(names: list[str]) -> list[str]:
   for name in names:
     errors.check_known("task of VTAB", name, vtab.ROWS)
   return list(dict.fromkeys(names))
 
 
-def _prepared(names, options):
-  """The names given, or all whose data set is there."""
+def _prepared(names: list[str], options: Any) -> list[str]:
+  """The names given, or all of VTAB whose data set is there."""
   _need(options, "data")
   found = _known(names) or list(family.names(options.data))
   for name in found:
-    if tfds.prepared(vtab.ROWS[name], options.data) is None:
+    if family.prepared(name, options.data) is None:
       raise errors.UserError(
           f"{name} is not prepared{vtab.hint(name, options.data)}")
   if not found:
-    raise errors.UserError(
-        f"no data set of VTAB is prepared under {options.data}: give another "
-        f"--data, or run python -m ttc_jax.tasks prepare "
-        f"--data={options.data}")
+    raise errors.UserError(_nothing(options.data))
   return found
+
+
+def _nothing(data: str) -> str:
+  return (f"no data set of VTAB is prepared under {data}: give another --data, "
+          f"or run python -m ttc_jax.tasks prepare --data={data}")
 
 
 COMMANDS = {"list": (list_, ("data", "json")), "prepare": (prepare, ("data",)),
@@ -170,6 +210,7 @@ COMMANDS = {"list": (list_, ("data", "json")), "prepare": (prepare, ("data",)),
 
 
 def main(argv: list[str]) -> int:
+  """Runs a command; see above."""
   command = argv[1] if len(argv) > 1 else "list"
   errors.check_known("command", command, COMMANDS)
   run, takes = COMMANDS[command]

@@ -4,13 +4,12 @@ Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI
 (the copy that scikit-learn installs).
 """
 import hashlib
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from ttc_jax import errors
-from ttc_jax.tasks import Split, Task, images
+from ttc_jax.tasks import Task, images
 
 _TRAIN, _VAL = 80, 20  # per class; the other 797 are the test split
 
@@ -21,8 +20,8 @@ def names(data: str | None) -> tuple[str, ...]:
   return ("digits",)
 
 
-def load(name: str, data: str | None, decode: Callable) -> Task:
-  """Splits the digits 800/200/797; see `tasks.load`."""
+def load(name: str, data: str | None) -> Task:
+  """Splits the digits 800/200/797; see `tasks.find`."""
   del data
   try:
     from sklearn import datasets  # lazily: it takes a second, for one task
@@ -32,17 +31,16 @@ def load(name: str, data: str | None, decode: Callable) -> Task:
   pixels, target = datasets.load_digits(return_X_y=True)
   grey = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
   rows = _rows(target)
-  labels = {s: target[r].astype(np.int32) for s, r in rows.items()}
+  return Task(
+      name, "Natural", classes=tuple(map(str, range(10))),
+      labels={s: target[r].astype(np.int32) for s, r in rows.items()},
+      sources={s: _source(grey[r]) for s, r in rows.items()},
+      digest=hashlib.sha256(grey.tobytes()).hexdigest()[:16])
 
-  def split(part: str) -> Split:
-    source = images.Source(
-        count=len(rows[part]),
-        read=lambda i: Image.fromarray(grey[rows[part][i]]).convert("RGB"))
-    return Split(decode(source), labels[part])
 
-  classes = tuple(map(str, range(10)))
-  digest = hashlib.sha256(grey.tobytes()).hexdigest()[:16]
-  return Task(name, "Natural", classes, labels, split, digest)
+def _source(grey: np.ndarray) -> images.Source:
+  return images.Source(
+      len(grey), lambda i: Image.fromarray(grey[i]).convert("RGB"))
 
 
 def _rows(target: np.ndarray) -> dict[str, np.ndarray]:

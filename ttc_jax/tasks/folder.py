@@ -2,110 +2,193 @@
 
 DATA/TASK holds train800.txt, val200.txt, train800val200.txt and test.txt, each
 with lines `relative/path label` (relative to DATA/TASK), and may hold
-classes.txt, one class name a line.
+classes.txt, one class name a line. Each file test_NAME.txt is a further test
+set, called NAME.
+
+A folder within a task's folder may be a task too, TASK/INNER: its paths, and
+its classes.txt, may also be relative to DATA/TASK.
 """
+from collections.abc import Callable, Sequence
 import functools
 import hashlib
 import os
+import posixpath
+import re
 import stat
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from ttc_jax import errors
-from ttc_jax.tasks import Split, Task, images
+from ttc_jax import errors, files
+from ttc_jax.tasks import ROLES, Task, images
 from ttc_jax.vtab import rows as vtab
 
-# VTAB-1K: group and number of classes, which small lists may not show whole.
-_VTAB = {name: (row.group, row.classes) for name, row in vtab.ROWS.items()}
-
-# What the format calls the roles.
+# What the format calls the roles and the main test set.
 LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200",
-          "test": "test"}
+         "test": "test"}
+_FURTHER = re.compile(r"test_(.+)\.txt")
+_TEST_NAME = re.compile(r"\w[\w.-]*")
+_SHOWN = 20             # numbers of wrong lines in a sentence
 _MAX_CLASSES = 100_000  # a larger label is a slip, and would eat the memory
+
+
+class Entries(NamedTuple):
+  """The N lines of a list.
+
+  names: the paths as the list gives them, normalised.
+  files: the image files, symbolic links resolved.
+  labels: int32 (N,).
+  """
+  names: list[str]
+  files: list[str]
+  labels: np.ndarray
 
 
 def names(data: str | None) -> tuple[str, ...]:
   """The folders in `data` that hold train800.txt; UserError if unreadable."""
   if data is None:
     return ()
-  data = os.path.expanduser(data)
+  data = files.expand(data)
   try:
     found = sorted(os.listdir(data))
   except OSError as error:
     raise errors.UserError(f"cannot read the folder data={data} "
-                           f"({error.strerror}): give a folder of tasks")
-  return tuple(name for name in found
-               if os.path.isfile(os.path.join(data, name, "train800.txt")))
+                           f"({error.strerror}): give a folder of tasks"
+                           ) from error
+  return tuple(name for name in found if _is_task(os.path.join(data, name)))
 
 
-def load(name: str, data: str, decode: Callable) -> Task:
-  """Reads and checks the lists of DATA/NAME; see `tasks.load`."""
-  folder = os.path.join(os.path.expanduser(data), name)
-  resolve = _make_resolver(folder)
-  lists = {s: _read_list(_list(folder, s), resolve) for s in LISTS}
-  files = {s: files for s, (files, _) in lists.items()}
-  labels = {s: labels for s, (_, labels) in lists.items()}
-  classes = _classes(name, folder, labels)
-  _check_apart(folder, files, "val", "train")
-  for seen in ("trainval", "train", "val"):
-    _check_apart(folder, files, "test", seen)
-
-  def split(part: str) -> Split:
-    source = images.Source(
-        count=len(files[part]),
-        read=lambda i: images.read(files[part][i]),
-        key=lambda: map(images.file_key, files[part]))
-    return Split(decode(source), labels[part])
-
-  group, _ = _VTAB.get(vtab.canonical(name), ("Other", 0))
-  return Task(name, group, classes, labels, split,
-              _digest(folder, files, labels, classes))
+def nested(data: str | None) -> tuple[str, ...]:
+  """Names TASK/INNER of the tasks in folders within those in `data`."""
+  if data is None:
+    return ()
+  data = files.expand(data)
+  return tuple(f"{outer}/{inner}" for outer in sorted(os.listdir(data))
+               for inner in _folders(os.path.join(data, outer))
+               if _is_task(os.path.join(data, outer, inner)))
 
 
-def _digest(folder, files, labels, classes) -> str:
+def _is_task(folder: str) -> bool:
+  return os.path.isfile(os.path.join(folder, f"{LISTS['train']}.txt"))
+
+
+def _folders(folder: str) -> list[str]:
+  try:
+    with os.scandir(folder) as found:
+      return sorted(entry.name for entry in found if entry.is_dir())
+  except OSError:  # a file, or a folder that is closed to us
+    return []
+
+
+def load(name: str, data: str) -> Task:
+  """Reads and checks the lists of DATA/NAME; see `tasks.find`."""
+  folder = os.path.join(files.expand(data), *name.split("/"))
+  bases = [folder] + [os.path.dirname(folder)] * name.count("/")
+  tests = _tests(folder)
+  resolve = _make_resolver(bases)
+  lists = {s: _read_list(_path(folder, s), resolve) for s in (*ROLES, *tests)}
+  classes = _classes(name, bases, lists)
+  _check_apart(folder, lists, "val", "train")
+  for test in tests:
+    for seen in ("trainval", "train", "val"):
+      _check_apart(folder, lists, test, seen)
+  row = vtab.ROWS.get(vtab.canonical(name))
+  return Task(
+      name, row.group if row else "Other", classes,
+      labels={s: entries.labels for s, entries in lists.items()},
+      sources={s: images.from_files(entries.files, entries.names)
+               for s, entries in lists.items()},
+      digest=_digest(lists, classes), tests=tests)
+
+
+def _tests(folder: str) -> tuple[str, ...]:
+  """Names of the test sets: "test", then those that have a further list."""
+  further = []
+  for file in sorted(os.listdir(folder)):
+    if found := _FURTHER.fullmatch(file):
+      name = found[1]
+      if name in (*ROLES, "test") or not _TEST_NAME.fullmatch(name):
+        raise errors.UserError(
+            f"{os.path.join(folder, file)}: a file test_NAME.txt is a further "
+            f"test set, and none can be called {name!r}: rename the file")
+      further.append(name)
+  return ("test", *further)
+
+
+def _path(folder: str, split: str) -> str:
+  """The list of a role or a test set."""
+  return os.path.join(folder, f"{LISTS.get(split, f'test_{split}')}.txt")
+
+
+def _digest(lists: dict[str, Entries], classes: tuple[str, ...]) -> str:
   """Of what the lists say, wherever the folder lies."""
-  root = os.path.realpath(folder)
-  lines = [f"{os.path.relpath(file, root)} {label}" for split in LISTS
-           for file, label in zip(files[split], labels[split])]
+  lines = [f"{name} {label}" for entries in lists.values()
+           for name, label in zip(entries.names, entries.labels, strict=True)]
   return hashlib.sha256("\n".join((*classes, *lines)).encode()
                         ).hexdigest()[:16]
 
 
-def _list(folder: str, split: str) -> str:
-  return os.path.join(folder, f"{LISTS[split]}.txt")
-
+# --- Reading ------------------------------------------------------------------
 
 def _lines(path: str) -> list[str]:
   """The lines of a text file, without blank ones at the end."""
   try:
-    with open(path, encoding="utf-8-sig") as file:
-      text = file.read().rstrip()
-  except FileNotFoundError:
-    raise errors.UserError(f"{path} is missing: a task needs the lists "
-                           f"{', '.join(f'{s}.txt' for s in LISTS.values())}")
-  except (OSError, UnicodeDecodeError) as error:
+    with open(path, "rb") as file:
+      content = file.read()
+  except FileNotFoundError as error:
     raise errors.UserError(
-        f"cannot read {path} ({error}): it must be readable UTF-8 text")
+        f"{path} is missing: a task needs the lists "
+        f"{', '.join(f'{s}.txt' for s in LISTS.values())}") from error
+  except OSError as error:
+    raise errors.UserError(f"cannot read {path} ({error.strerror}): it must "
+                           "be a readable text file") from error
+  text = _decode(path, content).rstrip()
   if not text:
     raise errors.UserError(f"{path} is empty: it must hold one entry a line")
-  return text.split("\n")
+  return re.split(r"\r\n|\r|\n", text)
 
 
-def _read_list(path: str, resolve: Callable[[str], str]
-               ) -> tuple[list[str], np.ndarray]:
-  """Image files and int32 labels; UserError names file and line."""
-  files, labels = [], []
+def _decode(path: str, content: bytes) -> str:
+  try:
+    return content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+      raise errors.UserError(
+          f"{path} is UTF-16 text: save it as UTF-8") from error
+    line = 1 + content[:error.start].count(b"\n")
+    raise errors.UserError(
+        f"{path}:{line}: the byte 0x{content[error.start]:02x} is not UTF-8: "
+        "save the file as UTF-8 text") from error
+
+
+def _read_list(path: str, resolve: Callable[[str], tuple[str, str]]
+               ) -> Entries:
+  """Reads a list; UserError names file and lines."""
+  found, labels, wrong = [], [], {}
   for number, line in enumerate(_lines(path), start=1):
     try:
       file, label = _parse(line)
-      files.append(resolve(file))
+      found.append(resolve(file))
+      labels.append(label)
     except ValueError as error:
-      raise errors.UserError(f"{path}:{number}: {error}") from None
-    labels.append(label)
-  labels = np.array(labels, np.int32)
-  labels.setflags(write=False)
-  return files, labels
+      wrong[number] = str(error)
+  if wrong:
+    raise errors.UserError(_wrong_lines(path, wrong))
+  array = np.array(labels, np.int32)
+  array.setflags(write=False)
+  return Entries([name for name, _ in found], [file for _, file in found],
+                 array)
+
+
+def _wrong_lines(path: str, wrong: dict[int, str]) -> str:
+  first, *others = wrong
+  sentence = f"{path}:{first}: {wrong[first]}"
+  if not others:
+    return sentence
+  numbers = ", ".join(map(str, others[:_SHOWN]))
+  dots = ", ..." if len(others) > _SHOWN else ""
+  return (f"{sentence}; {len(others)} more lines of this list are wrong: "
+          f"{numbers}{dots}")
 
 
 def _parse(line: str) -> tuple[str, int]:
@@ -123,67 +206,83 @@ def _parse(line: str) -> tuple[str, int]:
   return path, int(label)
 
 
-def _make_resolver(folder: str) -> Callable[[str], str]:
-  """Returns path of a list -> real path; ValueError if absent or outside."""
-  root = os.path.realpath(folder)
+def _make_resolver(bases: Sequence[str]
+                   ) -> Callable[[str], tuple[str, str]]:
+  """Returns path of a list -> (the path normalised, the real file).
+
+  The file is in the first of `bases` that holds it. Symbolic links are
+  followed: the folder is the user's own. The path itself cannot leave `bases`.
+  """
   real_folder = functools.cache(os.path.realpath)  # thousands share a few
 
-  def resolve(path: str) -> str:
-    if os.path.isabs(path):
-      raise ValueError(f"the path {path!r} must be relative to {folder}")
-    parent, base = os.path.split(path)
+  def find(base, name):
+    parent, last = posixpath.split(name)
     try:
-      real = os.path.join(real_folder(os.path.join(root, parent)), base)
+      real = os.path.join(real_folder(os.path.join(base, parent)), last)
       mode = os.lstat(real).st_mode
       if stat.S_ISLNK(mode):
         real = os.path.realpath(real)
         mode = os.stat(real).st_mode
     except (OSError, ValueError):
-      real, mode = os.path.realpath(os.path.join(root, parent)), 0
-    if os.path.commonpath((root, real)) != root:
-      raise ValueError(f"the path {path!r} leads out of {folder}")
-    if not stat.S_ISREG(mode):
-      raise ValueError(f"there is no image file {path!r} in {folder}")
-    return real
+      return None
+    return real if stat.S_ISREG(mode) else None
+
+  def resolve(path: str) -> tuple[str, str]:
+    name = posixpath.normpath(path)
+    if os.path.isabs(path):
+      raise ValueError(f"the path {path!r} must be relative to {bases[0]}")
+    if name.split("/")[0] == "..":
+      raise ValueError(f"the path {path!r} leads out of {bases[0]}")
+    for base in bases:
+      if real := find(base, name):
+        return name, real
+    hint = "; folders are separated by '/'" if "\\" in path else ""
+    raise ValueError(f"there is no image file {path!r} in {bases[0]}{hint}")
 
   return resolve
 
 
-def _classes(name: str, folder: str, labels: dict[str, np.ndarray]
+# --- Checking -----------------------------------------------------------------
+
+def _classes(name: str, bases: Sequence[str], lists: dict[str, Entries]
              ) -> tuple[str, ...]:
-  """Names by label: from classes.txt, or "0", "1", ... as many as VTAB or, for
-  other tasks, the lists have; UserError for a label beyond."""
-  path = os.path.join(folder, "classes.txt")
-  if not os.path.exists(path):
-    most = 1 + max(y.max() for y in labels.values())
-    _, known = _VTAB.get(vtab.canonical(name), ("", most))
-    return _check_labels(folder, labels, tuple(map(str, range(known))), name)
-  names = tuple(line.strip() for line in _lines(path))
-  if "" in names:
-    raise errors.UserError(f"{path}:{names.index('') + 1}: a blank line where "
-                           "a class name is expected")
-  return _check_labels(folder, labels, names, "classes.txt")
+  """Class names by label: from classes.txt, or "0", "1", ... as many as VTAB
+  or, for other tasks, the lists have; UserError for a label beyond."""
+  for path in (os.path.join(base, "classes.txt") for base in bases):
+    if os.path.exists(path):
+      found = tuple(line.strip() for line in _lines(path))
+      if "" in found:
+        raise errors.UserError(f"{path}:{found.index('') + 1}: a blank line "
+                               "where a class name is expected")
+      return _check_labels(bases[0], lists, found, "classes.txt")
+  row = vtab.ROWS.get(vtab.canonical(name))  # small lists may not show all
+  count = (row.classes if row
+           else 1 + max(int(e.labels.max()) for e in lists.values()))
+  return _check_labels(bases[0], lists, tuple(map(str, range(count))), name)
 
 
-def _check_labels(folder, labels, names, source):
-  for split, y in labels.items():
-    if (y >= len(names)).any():
-      row = int((y >= len(names)).argmax())
+def _check_labels(folder: str, lists: dict[str, Entries],
+                  classes: tuple[str, ...], source: str) -> tuple[str, ...]:
+  for split, entries in lists.items():
+    beyond = entries.labels >= len(classes)
+    if beyond.any():
+      row = int(np.argmax(beyond))
       raise errors.UserError(
-          f"{_list(folder, split)}:{row + 1}: the label {y[row]} has no name: "
-          f"{source} names {len(names)} classes, 0 to {len(names) - 1}")
-  return names
+          f"{_path(folder, split)}:{row + 1}: the label {entries.labels[row]} "
+          f"has no name: {source} names {len(classes)} classes, 0 to "
+          f"{len(classes) - 1}")
+  return classes
 
 
-def _check_apart(folder: str, files: dict[str, list[str]], held_out: str,
+def _check_apart(folder: str, lists: dict[str, Entries], held_out: str,
                  seen: str) -> None:
   """A held-out image that is also trained on makes every number worthless."""
-  known = set(files[seen])
-  both = [row for row, file in enumerate(files[held_out]) if file in known]
+  known = set(lists[seen].files)
+  both = [row for row, file in enumerate(lists[held_out].files)
+          if file in known]
   if both:
-    example = os.path.relpath(files[held_out][both[0]],
-                              os.path.realpath(folder))
     raise errors.UserError(
-        f"{_list(folder, held_out)}:{both[0] + 1}: {example} also stands in "
-        f"{LISTS[seen]}.txt, as do {len(both)} images in all: take them out of one "
-        "of the two lists")
+        f"{_path(folder, held_out)}:{both[0] + 1}: "
+        f"{lists[held_out].names[both[0]]} also stands in {LISTS[seen]}.txt, "
+        f"as do {len(both)} images in all: take them out of one of the two "
+        "lists")

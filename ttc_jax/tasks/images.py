@@ -4,19 +4,24 @@ Pixels follow the PyTorch PEFT repositories: the aspect ratio is not kept and
 the EXIF orientation is not applied. Unlike there, transparency is not dropped
 but composited over white, and 16-bit grey is scaled, not clipped, to 8 bits.
 """
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 import contextlib
+import dataclasses
 import errno
+import functools
 import glob
 import hashlib
+import io
 import json
 import logging
 import math
 import os
+import struct
+import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable
-from concurrent import futures
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
+import warnings
 
 import numpy as np
 import PIL
@@ -27,60 +32,171 @@ from ttc_jax import errors, files, interrupt
 RESAMPLES = {"bicubic": Image.Resampling.BICUBIC,
              "bilinear": Image.Resampling.BILINEAR}
 
-_FORMAT = "1"     # raise it when the same source gives other pixels
-_CHUNK = 256      # rows in memory at a time while the cache is written
-_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-_STD = np.array((0.229, 0.224, 0.225), np.float32)
+# What Pillow may open. Others read no pixels, or run programs as EPS does.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
+           "WEBP")
 
-NORMALISATIONS = {
-    "half": lambda x: (x - 127.5) / 127.5,
-    "imagenet": lambda x: (x / 255 - _MEAN) / _STD,
-    "none": lambda x: x / 255,
-}
+_FORMAT = "2"     # raise it when the same source gives other pixels
+_CHUNK = 256      # rows in memory at a time while the cache is written
+_TILE = 1024      # side in pixels of what is converted at a time
+_SAMPLE = 64      # rows of a Stream that its digest decodes
+_SHOWN = 20       # damaged images that a sentence lists
 
 _log = logging.getLogger(__name__)
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Source:
   """Images by number, before they have a size.
 
   count: N > 0.
   read: row i -> an RGB PIL image; called from several threads.
-  key: lines that change whenever the images do; None: cheap, do not cache.
+  key: lines that change whenever the pixels do, which name the cache; None:
+    reading is cheap, nothing is cached.
+  stamp: lines that change in all likelihood when the pixels do, and cost
+    little even where N is large; None: those of `key`.
+  name: row i -> a name that is the same for the same image in another split.
   """
   count: int
   read: Callable[[int], Image.Image]
   key: Callable[[], Iterable[str]] | None = None
+  stamp: Callable[[], Iterable[str]] | None = None
+  name: Callable[[int], str] | None = None
 
 
-def normalise(images: Any, how: Any) -> Any:
-  """uint8 (..., 3), of numpy or jax, to float32 as the backbone expects it.
+def from_files(paths: Sequence[str], names: Sequence[str]) -> Source:
+  """Returns the source of image files.
 
   Args:
-    how: a name, or the pair (mean, std) of the channels of pixels in 0..1.
+    paths: the files, as they are opened.
+    names: the same files as their list calls them, wherever it lies.
   """
-  if isinstance(how, tuple):
-    mean, std = (np.asarray(x, np.float32) for x in how)
-    return (images.astype("float32") / 255 - mean) / std
-  errors.check_known("normalisation", how, NORMALISATIONS)
-  return NORMALISATIONS[how](images.astype("float32"))
+  return Source(
+      count=len(paths),
+      read=lambda i: read(paths[i]),
+      key=lambda: in_order(file_digest, paths),
+      stamp=lambda: map(_file_stamp, paths, names),
+      name=paths.__getitem__)
+
+
+class ImageError(errors.DataError):
+  """One image cannot be decoded.
+
+  what: the file. why: what the decoder said.
+  """
+
+  def __init__(self, what: str, why: str):
+    super().__init__(f"cannot decode image {what} ({why}): replace the file, "
+                     "or leave it out")
+    self.what, self.why = what, why
 
 
 def read(path: str) -> Image.Image:
-  """Decodes a file to RGB; a bad or huge one raises errors.UserError."""
+  """Decodes a file to RGB; ImageError for a bad or huge one."""
   try:
-    with Image.open(path) as image:
-      # Pillow only warns up to twice the limit, and warning filters are not
-      # safe under threads: hence our own check.
-      limit = Image.MAX_IMAGE_PIXELS
-      if limit and image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} pixels are over the "
-                         f"limit of {limit} (a decompression bomb?)")
-      return to_rgb(image)
+    with _warnings_of(path), open(path, "rb") as file:
+      return decode(file)
   except Exception as error:  # Pillow's decoders raise nearly every type
-    raise errors.DataError(
-        f"cannot decode image {path} ({error}): replace the file, or leave it "
-        "out") from error
+    why = getattr(error, "strerror", None) or str(error)
+    raise ImageError(path, why) from error
+
+
+def decode(file: BinaryIO, change: Callable[[Image.Image], Image.Image]
+           | None = None) -> Image.Image:
+  """Decodes an open file to RGB.
+
+  Args:
+    file: opened for reading, at its start.
+    change: applied to the image as it is stored, before it becomes RGB.
+
+  Raises:
+    Exception: of any type, by Pillow's decoders, if the file is damaged.
+  """
+  try:
+    return _decode(file, change)
+  except ValueError as error:
+    if "MAX_TEXT" not in str(error):
+      raise
+    file.seek(0)  # the pixels may be whole
+    return _decode(io.BytesIO(without_text(file.read())), change)
+
+
+def _decode(file, change):
+  with open_image(file) as image:
+    return to_rgb(change(image) if change else image)
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+  """Opens an image in one of FORMATS, no pixel decoded yet.
+
+  Raises:
+    ValueError: another format, or more pixels than Pillow's limit.
+  """
+  try:
+    image = Image.open(file, formats=_formats())
+  except PIL.UnidentifiedImageError:
+    raise ValueError("it is no image in a known format: "
+                     f"{', '.join(_formats())}") from None
+  # Pillow only warns up to twice the limit, and warning filters are not
+  # safe under threads: hence our own check.
+  limit = Image.MAX_IMAGE_PIXELS
+  if limit and image.width * image.height > limit:
+    raise ValueError(f"{image.width} x {image.height} pixels are over the "
+                     f"limit of {limit} (a decompression bomb?)")
+  return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  """Those of FORMATS that the installed Pillow can open."""
+  Image.init()
+  return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+_reading = threading.local()  # path: the file that this thread decodes
+
+
+@contextlib.contextmanager
+def _warnings_of(path: str) -> Iterator[None]:
+  """Within the block, warnings of this thread go to the log, with the file.
+
+  Pillow warns of damaged EXIF data, say, without a word about the file.
+  `warnings.catch_warnings` is not safe under threads, so the function that
+  shows warnings is wrapped, for good.
+  """
+  if not getattr(warnings.showwarning, "names_images", False):
+    warnings.showwarning = _naming(warnings.showwarning)
+  _reading.path = path
+  try:
+    yield
+  finally:
+    _reading.path = None
+
+
+def _naming(show: Callable) -> Callable:
+  def show_named(message, *args, **kw):
+    path = getattr(_reading, "path", None)
+    if path is None:
+      show(message, *args, **kw)
+    else:
+      _log.warning("image %s: %s", path, message)
+  show_named.names_images = True  # type: ignore[attr-defined]
+  return show_named
+
+
+def without_text(data: bytes) -> bytes:
+  """Returns a PNG file without its texts and colour profile.
+
+  Pillow refuses large ones, although the pixels do not depend on them.
+  """
+  out, at = [data[:8]], 8
+  while at + 8 <= len(data):
+    length, kind = struct.unpack_from(">I4s", data, at)
+    end = at + 12 + length  # length, kind, data, checksum
+    if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+      out.append(data[at:end])
+    at = end
+  return b"".join(out)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -88,13 +204,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
   if image.mode == "F":
     raise ValueError("float pixels have no known range; store 8-bit ones")
   if image.mode.startswith("I"):
-    levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    grey = (levels * 255 + 32767) // 65535
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    return _in_tiles(image, _scaled)
   if image.has_transparency_data:
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image.convert("RGBA"))
+    return _in_tiles(image, _over_white)
   return image.convert("RGB")
+
+
+def _in_tiles(image, convert):
+  """Converts a tile at a time: these conversions take many bytes a pixel."""
+  out = Image.new("RGB", image.size)
+  for top in range(0, image.height, _TILE):
+    for left in range(0, image.width, _TILE):
+      box = (left, top, min(left + _TILE, image.width),
+             min(top + _TILE, image.height))
+      out.paste(convert(image.crop(box)), box)
+  return out
+
+
+def _scaled(image):
+  """16-bit grey to RGB."""
+  levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+  grey = (levels * 255 + 32767) // 65535
+  return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _over_white(image):
+  white = Image.new("RGBA", image.size, "white")
+  return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def resize(image: Image.Image, size: int, resample: str) -> np.ndarray:
@@ -134,15 +270,70 @@ def check_batch(images: Any, size: int) -> np.ndarray:
   return images
 
 
-def file_key(path: str) -> str:
-  """A line that changes when the file does: path, bytes, time of change."""
-  try:
+def file_digest(path: str) -> str:
+  """Returns the SHA-256 of a file's bytes, in hexadecimal."""
+  with _readable(path), open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_stamp(path: str, name: str) -> str:
+  with _readable(path):
     stat = os.stat(path)
+  return f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}"
+
+
+@contextlib.contextmanager
+def _readable(path):
+  try:
+    yield
   except OSError as error:
-    raise errors.DataError(
-        f"cannot read image {path} ({error.strerror}): put it back, or take "
-        "it out of the lists") from error
-  return f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}"
+    raise ImageError(path, error.strerror or str(error)) from error
+
+
+def in_order(function: Callable[[Any], Any], items: Iterable[Any]
+             ) -> Iterator[Any]:
+  """Yields function(item) in order, computed on all cores, a few ahead."""
+  items = list(items)
+  with futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    for start in range(0, len(items), _CHUNK):
+      interrupt.check()
+      yield from pool.map(function, items[start:start + _CHUNK])
+
+
+def damaged(sources: Iterable[Source]) -> list[errors.DataError]:
+  """Reads every image once; returns the errors of those that are damaged."""
+  found: dict[str, errors.DataError] = {}
+  seen: set[str] = set()
+  for source in sources:
+    rows: Sequence[int] = range(source.count)
+    if source.name:
+      named = {source.name(i): i for i in rows}
+      rows = [i for name, i in named.items() if name not in seen]
+      seen.update(named)
+    for error in in_order(functools.partial(_damage, source), rows):
+      if error:
+        found.setdefault(str(error), error)
+  return list(found.values())
+
+
+def _damage(source: Source, i: int) -> errors.DataError | None:
+  try:
+    source.read(i)
+    return None
+  except errors.DataError as error:
+    return error
+
+
+def together(found: Sequence[errors.DataError]) -> errors.DataError:
+  """Returns one error that lists the first 20 of several, and their number."""
+  if len(found) == 1:
+    return found[0]
+  listed = "; ".join(f"{e.what} ({e.why})" if isinstance(e, ImageError)
+                     else str(e) for e in found[:_SHOWN])
+  more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+  return errors.DataError(
+      f"cannot decode {len(found)} images: {listed}{more}: replace the files, "
+      "or leave them out")
 
 
 class Stream:
@@ -152,7 +343,10 @@ class Stream:
   Slices asked for in order find the next one decoded in the background.
   """
 
-  def __init__(self, count: int, size: int, row: Callable[[int], np.ndarray]):
+  def __init__(self, count: int, size: int, row: Callable[[int], np.ndarray],
+               stamp: Callable[[], Iterable[str]] | None = None):
+    """See `Source` for count and stamp; row: row i -> uint8 (S, S, 3)."""
+    self.stamp = stamp
     self.shape = (count, size, size, 3)
     self.dtype = np.dtype(np.uint8)
     self._row = row
@@ -197,12 +391,39 @@ class Stream:
     return np.stack(out) if out else np.empty((0, *self.shape[1:]), np.uint8)
 
 
+Images = np.ndarray | Stream
+# A source -> its images, and their SHA-256 where reading them has told it.
+Decoder = Callable[[Source], tuple[Images, str]]
+
+
+def digest(images: Images) -> str:
+  """Returns the SHA-256 of uint8 rows, in hexadecimal.
+
+  Of a Stream that has a stamp: of the stamp and 64 rows.
+  """
+  sha = hashlib.sha256()
+  if isinstance(images, Stream) and images.stamp:
+    for line in images.stamp():
+      sha.update(_bytes(f"{line}\n"))
+    rows = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int))
+    sha.update(images[rows])
+    return sha.hexdigest()
+  for start in range(0, len(images), _CHUNK):
+    sha.update(np.ascontiguousarray(images[start:start + _CHUNK]))
+  return sha.hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+  """UTF-8, also of file names that are not."""
+  return text.encode("utf-8", "surrogateescape")
+
+
 def make_decoder(size: int, resample: str, cache: str | None,
-                 cache_gib: float) -> Callable[[Source], np.ndarray | Stream]:
+                 cache_gib: float) -> Decoder:
   """Checks the settings of `tasks.load` and returns source -> images.
 
-  The result is a memmap of the cache; or an array, where the source is cheap;
-  or a Stream, where the images would take more than `cache_gib`.
+  The images are a memmap of the cache; or an array, where the source is cheap;
+  or a Stream, where they would take more than `cache_gib`.
   """
   errors.check_known("resample", resample, RESAMPLES)
   if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -210,33 +431,34 @@ def make_decoder(size: int, resample: str, cache: str | None,
   if not cache_gib >= 0:
     raise errors.UserError(f"cache_gib must be >= 0 (GiB): {cache_gib!r}")
 
-  def decode(source: Source) -> np.ndarray | Stream:
+  def decode(source: Source) -> tuple[Images, str]:
     stream = Stream(source.count, size,
-                    lambda i: resize(source.read(i), size, resample))
+                    lambda i: resize(source.read(i), size, resample),
+                    source.stamp or source.key)
     if math.prod(stream.shape) > cache_gib * 2**30:
-      return stream
+      return stream, ""
     with contextlib.closing(stream):
       if source.key is None:
         array = stream[:]
         array.setflags(write=False)
-        return array
+        return array, ""
       lines = (_FORMAT, PIL.__version__, str(size), resample, *source.key())
-      name = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+      name = hashlib.sha256(_bytes("\n".join(lines))).hexdigest()[:32]
       return _cached(os.path.join(
           files.cache_folder("images", cache), f"{name}.npy"), stream)
 
   return decode
 
 
-def _cached(path: str, stream: Stream) -> np.ndarray:
+def _cached(path: str, stream: Stream) -> tuple[np.ndarray, str]:
   """Opens the cache file of `stream`, after writing it where needed."""
   folder = os.path.dirname(path)
   try:
-    array = _open_cache(path, stream.shape)
-    if array is None:
+    opened = _open_cache(path, stream.shape)
+    if opened is None:
       os.makedirs(folder, exist_ok=True)
       _write_or_wait(path, stream)
-      array = _open_cache(path, stream.shape)
+      opened = _open_cache(path, stream.shape)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise errors.UserError(
@@ -245,31 +467,32 @@ def _cached(path: str, stream: Stream) -> np.ndarray:
     raise errors.UserError(
         f"cannot use the image cache folder {folder} ({error.strerror}): "
         "choose a writable one with config.cache") from error
-  if array is None:
+  if opened is None:
     raise errors.UserError(f"the image cache {path} was written but cannot be "
-                          "read back: choose another disk with config.cache")
-  return array
+                           "read back: choose another disk with config.cache")
+  return opened
 
 
-def _open_cache(path: str, shape: tuple[int, ...]) -> np.ndarray | None:
-  """The memmap, or None if there is none; a damaged file is deleted."""
+def _open_cache(path: str, shape: tuple[int, ...]
+                ) -> tuple[np.ndarray, str] | None:
+  """The memmap and its checksum, or None; a damaged file is deleted."""
   if not os.path.exists(path):
     return None
   try:
     with open(f"{path}.json", encoding="utf-8") as file:
-      crc = json.load(file)["crc32"]
+      sha256 = json.load(file)["sha256"]
     array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     whole = array.shape == shape and array.dtype == np.uint8
-    if whole and _crc(array) == crc:
-      return array
+    if whole and digest(array) == sha256:
+      return array, sha256
   except PermissionError:
     raise
   except Exception:  # a damaged file can make the readers raise anything
     pass
   _log.warning("the image cache %s is damaged: decoding again", path)
-  for damaged in (path, f"{path}.json"):
+  for damaged_file in (path, f"{path}.json"):
     with contextlib.suppress(FileNotFoundError):
-      os.remove(damaged)
+      os.remove(damaged_file)
   return None
 
 
@@ -295,25 +518,19 @@ def _write_cache(path: str, stream: Stream) -> None:
   for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # of a killed process
     os.remove(left)
   header = {"descr": "|u1", "fortran_order": False, "shape": stream.shape}
-  crc = 0
+  sha = hashlib.sha256()
   with files.replacing(path) as file:
     np.lib.format.write_array_header_1_0(file, header)
     for start in range(0, len(stream), _CHUNK):
       interrupt.check()
       rows = stream[start:start + _CHUNK]
       file.write(rows)
-      crc = zlib.crc32(rows, crc)
+      sha.update(rows)
     file.flush()
     # In place before the images are.
     with files.replacing(f"{path}.json") as note:
-      note.write(json.dumps({"crc32": crc, "shape": stream.shape}).encode())
-
-
-def _crc(array: np.ndarray) -> int:
-  crc = 0
-  for start in range(0, len(array), _CHUNK):
-    crc = zlib.crc32(array[start:start + _CHUNK], crc)
-  return crc
+      note.write(json.dumps({"sha256": sha.hexdigest(),
+                             "shape": stream.shape}).encode())
 
 
 def _cancel(pending: list[futures.Future]) -> None:

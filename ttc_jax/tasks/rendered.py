@@ -4,17 +4,17 @@ Where a sprite stands, how it is turned, how many solids lie on a ground, how
 far the nearest one is. Every image depends on (task, split, row) alone, so it
 can be drawn on its own; labels are balanced; splits share no seed.
 """
+from collections.abc import Callable
 import functools
 import hashlib
 import pathlib
+from typing import Any, NamedTuple
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ttc_jax.tasks import Split, Task, images
+from ttc_jax.tasks import Task, images
 
 SIZE = 64    # native side in pixels; then resized like any image
 _SUPER = 3   # samples per pixel and axis, against jagged edges
@@ -165,7 +165,7 @@ def _place(rng, sizes, make_depths: Callable[[], np.ndarray]) -> list[Solid]:
   a few rounds do, for 10 solids too.
   """
   while True:
-    solids = []
+    solids: list[Solid] = []
     for depth in sorted(make_depths()):
       solid = _fit(rng, depth, rng.uniform(*sizes) / depth, solids)
       if solid is None:
@@ -218,19 +218,17 @@ def _draw_solid(rng, canvas: np.ndarray, solid: Solid) -> None:
 
 def _shrink(canvas: np.ndarray) -> np.ndarray:
   """Averages the samples of each pixel."""
-  out = 0
-  for i in range(_SUPER):
-    for j in range(_SUPER):
-      out = out + canvas[i::_SUPER, j::_SUPER]
-  return out / _SUPER**2
+  parts = [canvas[i::_SUPER, j::_SUPER]
+           for i in range(_SUPER) for j in range(_SUPER)]
+  return sum(parts, np.zeros((), canvas.dtype)) / _SUPER**2
 
 
 # Tasks.
 
 class Scene(NamedTuple):
   """What a task draws: random factors for a label, then their picture."""
-  factors: Callable[[np.random.Generator, int], object]
-  draw: Callable[[np.random.Generator, object], np.ndarray]
+  factors: Callable[[np.random.Generator, int], Any]
+  draw: Callable[[np.random.Generator, Any], np.ndarray]
   classes: tuple[str, ...]
 
 
@@ -254,23 +252,23 @@ def names(data: str | None) -> tuple[str, ...]:
   return tuple(SCENES)
 
 
-def load(name: str, data: str | None, decode: Callable) -> Task:
-  """A drawn task with 800/200/2000 images; see `tasks.load`."""
+def load(name: str, data: str | None) -> Task:
+  """A drawn task with 800/200/2000 images; see `tasks.find`."""
   del data
   rows = {s: [(s, i) for i in range(n)] for s, n in _COUNTS.items()}
   rows["trainval"] = rows["train"] + rows["val"]
-  scene = SCENES[name]
-  labels = {s: np.array([label(name, i) for _, i in rows[s]], np.int32)
-            for s in rows}
+  return Task(
+      name, "Structured", SCENES[name].classes,
+      labels={s: np.array([label(name, i) for _, i in r], np.int32)
+              for s, r in rows.items()},
+      sources={s: _source(name, s, r) for s, r in rows.items()},
+      digest=_SOURCE[:16])
 
-  def split(part: str) -> Split:
-    source = images.Source(
-        count=len(rows[part]),
-        read=lambda i: Image.fromarray(render(name, *rows[part][i])),
-        key=lambda: (_SOURCE, name, part))
-    return Split(decode(source), labels[part])
 
-  return Task(name, "Structured", scene.classes, labels, split, _SOURCE[:16])
+def _source(name, split, rows) -> images.Source:
+  return images.Source(
+      len(rows), lambda i: Image.fromarray(render(name, *rows[i])),
+      key=lambda: (_SOURCE, name, split))
 
 
 def label(name: str, row: int) -> int:
@@ -278,8 +276,9 @@ def label(name: str, row: int) -> int:
   return row % len(SCENES[name].classes)
 
 
-def factors(name: str, split: str, row: int) -> tuple[object, object]:
-  """What is to be seen in an image, and the generator, set to draw it."""
+def factors(name: str, split: str, row: int
+            ) -> tuple[Any, np.random.Generator]:
+  """The factors of an image, and the generator, in the state to draw it."""
   seed = [zlib.crc32(name.encode()), sorted(_COUNTS).index(split), row]
   rng = np.random.default_rng(seed)
   return SCENES[name].factors(rng, label(name, row)), rng

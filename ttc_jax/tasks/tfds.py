@@ -2,37 +2,119 @@
 
 A data set must be prepared, as TFRecord (TFDS's default) or array_record:
 
-  tfds build dtd --data_dir=DIR
+  tfds build cifar10 --data_dir=DIR
+
+Any of them is a task, once it is said what its splits and labels are:
+
+  task = tfds.task("cifar10", tfds.Spec("cifar10", {
+      "train": "train[:80%]", "val": "train[80%:]", "test": "test"}), "DIR")
 """
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import glob
 import hashlib
 import io
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ttc_jax import errors
-from ttc_jax.tasks import images, tfrecord
-from ttc_jax.vtab import rows as vtab_rows
-from ttc_jax.vtab.rows import ROWS, Example, Row
+from ttc_jax import errors, files
+from ttc_jax.tasks import ROLES, Task, images, tfrecord
+
+Example = Mapping[str, Any]
+_AGAIN = "prepare the data set again"
 
 
-def prepared(row: Row, data: str | None) -> str | None:
+class Spec(NamedTuple):
+  """What makes a prepared data set a task.
+
+  name: of TFDS, with the configuration if there are several ("sun397/tfds");
+    or the path of a folder with a version of a data set, "/.../dtd/3.0.1".
+  splits: {"train", "val" and names of test sets, the main one first: TFDS's
+    expression, as "train[:80%]" or "train[:800]+validation[:200]"}. "trainval"
+    is train + val, if it is not given.
+  label: the key of the label in an example, or a function example -> class.
+  classes: their number; None: that of the label's feature.
+  versions: patterns of versions that hold the same data, preferred first.
+  binary: pixels are 0 and 1, to be shown as 0 and 255.
+  """
+  name: str
+  splits: Mapping[str, str]
+  label: str | Callable[[Example], int] = "label"
+  classes: int | None = None
+  versions: tuple[str, ...] = ("*.*.*",)
+  binary: bool = False
+
+
+class Dataset(NamedTuple):
+  """A prepared data set, seen as one task.
+
+  folder: of the version.
+  classes: their names by label.
+  splits: TFDS's expression for each split, "trainval" too.
+  sources: for each split, its examples.
+  labels: the same, int32, read when first asked for and checked.
+  """
+  spec: Spec
+  folder: str
+  classes: tuple[str, ...]
+  splits: Mapping[str, str]
+  sources: "Mapping[str, Source]"
+  labels: Mapping[str, np.ndarray]
+
+
+def task(name: str, spec: Spec, data: str | None = None, *,
+         group: str = "Other") -> Task:
+  """Returns the task that a prepared data set holds; see `tasks.at_size`.
+
+  Args:
+    name: of the task.
+    data: the TFDS directory; not used where spec.name is a folder.
+    group: see `Task`.
+
+  Raises:
+    errors.UserError: as `open_set`.
+  """
+  return as_task(name, open_set(spec, data), group)
+
+
+def as_task(name: str, dataset: Dataset, group: str) -> Task:
+  """Returns the task of an open data set."""
+  tests = tuple(part for part in dataset.splits if part not in ROLES)
+  return Task(name, group, dataset.classes, dataset.labels,
+              sources={part: _images(dataset, part)
+                       for part in (*ROLES, *tests)},
+              digest=digest(dataset), tests=tests)
+
+
+def _images(dataset: Dataset, part: str) -> images.Source:
+  source, binary = dataset.sources[part], dataset.spec.binary
+  return images.Source(
+      len(source), lambda i: source.image(i, binary),
+      key=lambda: (digest(dataset), dataset.splits[part], str(binary),
+                   *_stamps(dataset.folder)))
+
+
+def prepared(spec: Spec, data: str | None) -> str | None:
   """The folder of the preferred version that is there, or None."""
-  root = os.path.join(os.path.expanduser(data or ""), row.tfds)
-  for pattern in row.versions if data else ():
-    found = {_numbers(p): p for p in glob.glob(
-        os.path.join(glob.escape(root), pattern))
-        if os.path.exists(os.path.join(p, "dataset_info.json"))}
+  root = files.expand(spec.name)
+  if os.path.isabs(root):
+    return root if _is_version(root) else None
+  root = os.path.join(files.expand(data or ""), spec.name)
+  for pattern in spec.versions if data else ():
+    found = {_numbers(path): path for path in glob.glob(
+        os.path.join(glob.escape(root), pattern)) if _is_version(path)}
     found.pop(None, None)
     if found:
       return found[max(found)]
   return None
+
+
+def _is_version(folder: str) -> bool:
+  return os.path.exists(os.path.join(folder, "dataset_info.json"))
 
 
 def _numbers(folder):
@@ -41,70 +123,97 @@ def _numbers(folder):
   return found and tuple(map(int, found.groups()))
 
 
-class Dataset(NamedTuple):
-  """A prepared data set, seen as one task.
-
-  Attributes:
-    folder: of the version.
-    classes: their names by label.
-    sources: for each of `tasks.SPLITS`.
-    labels: the same, int32, read when first asked for and checked.
-  """
-  row: Row
-  folder: str
-  classes: tuple[str, ...]
-  sources: "Mapping[str, Source]"
-  labels: Mapping[str, np.ndarray]
-
-
-def open_set(name: str, data: str | None) -> Dataset:
-  """Opens the data set of one of ROWS without reading an example.
+def open_set(spec: Spec, data: str | None) -> Dataset:
+  """Opens a prepared data set without reading an example.
 
   Raises:
-    errors.UserError: it is missing, damaged or in a format that is not read.
+    errors.UserError: it is missing, damaged or in a format that is not read,
+      or has no such split or label.
   """
-  row = ROWS[name]
-  folder = prepared(row, data)
+  folder = prepared(spec, data)
   if folder is None:
-    raise errors.UserError(f"{name} is not prepared{vtab_rows.hint(name, data)}")
-  builder, files = _builder(folder, row), {}
-  sources = {part: Source(builder, split, folder, files)
-             for part, split in row.splits.items()}
-  return Dataset(row, folder, _classes(builder, row), sources,
-                 _Labels(row, sources, folder))
-
-
-def check_count(dataset: Dataset) -> None:
-  """errors.UserError unless the test set is as large as VTAB's."""
-  row, found = dataset.row, len(dataset.sources["test"])
-  if found != row.count:
     raise errors.UserError(
-        f"{dataset.folder}: the test set {row.test} has {found} images, "
-        f"VTAB's has {row.count}; prepare the data set again")
+        f"the data set {spec.name} is not prepared under data={data}: "
+        f"tfds build {spec.name} --data_dir={data or 'DIR'}")
+  builder = _builder(folder, spec)
+  splits = _splits(spec, builder)
+  classes = _classes(builder, spec)
+  opened: dict[str, tfrecord.File] = {}  # shared by the splits
+  sources = {part: Source(builder, split, folder, opened)
+             for part, split in splits.items()}
+  return Dataset(spec, folder, classes, splits, sources,
+                 _Labels(spec, splits, sources, folder, len(classes)))
+
+
+def _splits(spec: Spec, builder) -> dict[str, str]:
+  """TFDS's expression of each split, after a check of all names."""
+  given = dict(spec.splits)
+  for role in ("train", "val"):
+    if role not in given:
+      raise errors.UserError(f"the splits of {spec.name} are "
+                             f"{', '.join(given)}: add {role!r}")
+  if not given.keys() - set(ROLES):
+    raise errors.UserError(f"the splits of {spec.name} are "
+                           f"{', '.join(given)}: add a test set")
+  given.setdefault("trainval", f"{given['train']}+{given['val']}")
+  for split in given.values():
+    for part in split.split("+"):
+      errors.check_known(f"split of {spec.name}", part.partition("[")[0],
+                         builder.info.splits)
+    try:
+      builder.info.splits[split]
+    except Exception as error:  # its parser raises several types
+      raise errors.UserError(
+          f"{split!r} is no split of {spec.name} ({_line(error)}): give one "
+          "like 'train[:80%]'") from error
+  return given
+
+
+def _classes(builder, spec: Spec) -> tuple[str, ...]:
+  """Class names: of the label's feature if it has as many, else "0", "1"..."""
+  features = builder.info.features
+  key = spec.label if isinstance(spec.label, str) else "label"
+  if isinstance(spec.label, str):
+    errors.check_known(f"feature of {spec.name}", key, features.keys())
+  feature = features[key] if key in features.keys() else None
+  found = tuple(getattr(feature, "names", None) or ())
+  count = spec.classes or len(found)
+  if not count:
+    raise errors.UserError(f"the feature {key!r} of {spec.name} does not tell "
+                           "the number of classes: give `classes`")
+  return found if len(found) == count else tuple(map(str, range(count)))
 
 
 class _Labels(Mapping):
   """The labels of each split, int32, read when they are first asked for."""
 
-  def __init__(self, row, sources, folder):
-    self._row, self._sources, self._folder = row, sources, folder
-    self._known = {}
+  def __init__(self, spec: Spec, splits: Mapping[str, str],
+               sources: "Mapping[str, Source]", folder: str, classes: int):
+    self._splits, self._sources, self._folder = splits, sources, folder
+    self._label, self._classes = label_of(spec), classes
+    self._known: dict[str, np.ndarray] = {}
 
   def __getitem__(self, part: str) -> np.ndarray:
     if part not in self._known:
-      source = self._sources[part]
-      labels = np.array([self._row.label(source[i])
-                         for i in range(len(source))], np.int32)
-      wrong = (labels < 0) | (labels >= self._row.classes)
-      if wrong.any():
-        raise errors.DataError(
-            f"{self._folder}: example {int(wrong.argmax())} of "
-            f"{self._row.splits[part]} has the label "
-            f"{labels[wrong.argmax()]}, expected 0 to {self._row.classes - 1}; "
-            "prepare the data set again")
-      labels.setflags(write=False)
-      self._known[part] = labels
+      union = f"{self._splits['train']}+{self._splits['val']}"
+      self._known[part] = (
+          np.concatenate([self["train"], self["val"]])
+          if part == "trainval" and self._splits[part] == union
+          else self._read(part))
+      self._known[part].setflags(write=False)
     return self._known[part]
+
+  def _read(self, part: str) -> np.ndarray:
+    source = self._sources[part]
+    labels = np.array([self._label(source[i]) for i in range(len(source))],
+                      np.int32)
+    wrong = (labels < 0) | (labels >= self._classes)
+    if wrong.any():
+      first = int(np.argmax(wrong))
+      raise errors.DataError(
+          f"{self._folder}: example {first} of {self._splits[part]} has the "
+          f"label {labels[first]}, expected 0 to {self._classes - 1}; {_AGAIN}")
+    return labels
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._sources)
@@ -113,24 +222,34 @@ class _Labels(Mapping):
     return len(self._sources)
 
 
-def _builder(folder, row):
+def label_of(spec: Spec) -> Callable[[Example], int]:
+  """Returns example -> class."""
+  label = spec.label
+  if isinstance(label, str):
+    return lambda example: int(example[label])
+  return label
+
+
+def _builder(folder: str, spec: Spec) -> Any:
   import tensorflow_datasets as tfds  # lazily: it takes seconds
+  again = f"delete the folder and prepare it again: tfds build {spec.name}"
   try:
     builder = tfds.builder_from_directory(folder)
   except Exception as error:  # a damaged folder can make it raise anything
-    raise errors.UserError(f"{folder} is no whole TFDS data set ({error}); "
-                           f"{_again(row)}") from error
+    raise errors.UserError(f"{folder} is no whole TFDS data set "
+                           f"({_line(error)}); "
+                           f"{again}") from error
   stored = builder.info.file_format
   if stored not in (tfds.core.FileFormat.ARRAY_RECORD,
                     tfds.core.FileFormat.TFRECORD):
     raise errors.UserError(
         f"{folder} is stored as {stored and stored.value}, expected "
-        f"array_record or tfrecord; {_again(row)}")
+        f"array_record or tfrecord; {again}")
   return builder
 
 
-def _again(row):
-  return f"delete the folder and prepare it again: tfds build {row.tfds}"
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -138,11 +257,11 @@ def _whole(folder, what):
   """Turns whatever damaged files make the readers raise into a sentence."""
   try:
     yield
-  except errors.UserError:  # it is one
+  except errors.UserError:  # a sentence already
     raise
   except Exception as error:
-    raise errors.DataError(f"{folder}: {what} cannot be read ({error}); "
-                           "prepare the data set again") from error
+    raise errors.DataError(f"{folder}: {what} cannot be read ({_line(error)}); "
+                           f"{_AGAIN}") from error
 
 
 class Source:
@@ -167,10 +286,12 @@ class Source:
   def decode(self, example: Example, i: int, binary: bool) -> Image.Image:
     """RGB, of example i, which has been read already."""
     with _whole(self._folder, f"image {i} of {self._split}"):
-      with Image.open(io.BytesIO(example["image"])) as image:
-        if binary:
-          image = Image.fromarray(np.asarray(image) * np.uint8(255))
-        return images.to_rgb(image)
+      return images.decode(io.BytesIO(example["image"]),
+                           _lit if binary else None)
+
+
+def _lit(image):
+  return Image.fromarray(np.asarray(image) * np.uint8(255))
 
 
 def _examples(builder, split, files):
@@ -200,21 +321,25 @@ class _Decoded:
     return self._decode(self._items[i])
 
 
-def _classes(builder, row):
-  features = builder.info.features
-  feature = features["label"] if "label" in features.keys() else None
-  found = getattr(feature, "names", None) or ()
-  if len(found) == row.classes:
-    return tuple(found)
-  return tuple(map(str, range(row.classes)))
-
-
-def digest(folder, row):
+def digest(dataset: Dataset) -> str:
   """Of what describes the data, and of its shards' sizes."""
-  lines = [f"{row.tfds}\t{row.splits}\t{row.classes}"]
-  for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
-    stat = os.stat(path)
-    lines.append(f"{os.path.basename(path)}\t{stat.st_size}")
-  with open(os.path.join(folder, "dataset_info.json"), "rb") as f:
+  spec = dataset.spec
+  name = os.path.basename(spec.name) if os.path.isabs(
+      files.expand(spec.name)) else spec.name
+  lines = [f"{name}\t{dict(spec.splits)}\t{len(dataset.classes)}"]
+  if isinstance(spec.label, str):
+    lines.append(spec.label)
+  for path in sorted(glob.glob(os.path.join(
+      glob.escape(dataset.folder), "*"))):
+    lines.append(f"{os.path.basename(path)}\t{os.stat(path).st_size}")
+  with open(os.path.join(dataset.folder, "dataset_info.json"), "rb") as f:
     lines.append(hashlib.sha256(f.read()).hexdigest())
   return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _stamps(folder: str) -> Iterator[str]:
+  """Lines that change when a shard does: contents are checked on reading."""
+  for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
+    stat = os.stat(path)
+    yield (f"{os.path.basename(path)}\t{stat.st_size}\t{stat.st_mtime_ns}\t"
+           f"{stat.st_ctime_ns}")

@@ -6,12 +6,12 @@ in little-endian, a crc being CRC-32C, rotated and shifted (`masked`). The file
 has no index; the offsets are found by going from length to length.
 """
 import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 import os
 import struct
 import threading
-import weakref
 from typing import NamedTuple
+import weakref
 
 import google_crc32c
 import numpy as np
@@ -30,7 +30,7 @@ class Part(NamedTuple):
   take: int
 
 
-class Records(Sequence):
+class Records:
   """The records of some parts, one after another; indices are whole numbers.
 
   Files are opened and indexed when a record of theirs is first asked for.
@@ -60,12 +60,12 @@ class Records(Sequence):
 
 
 class File:
-  """One file, which knows the offsets of the records that it has passed."""
+  """One file, with the offsets of the records read so far."""
 
   def __init__(self, path: str):
     self._path = path
     self._lock = threading.Lock()
-    self._descriptor = None
+    self._descriptor = -1  # not open yet
     self._offsets = array.array("q", [0])  # of the data, header before it
 
   def read(self, number: int) -> bytes:
@@ -85,7 +85,7 @@ class File:
   def _span(self, number):
     """Start and end of the data of record `number`."""
     with self._lock:
-      if self._descriptor is None:
+      if self._descriptor < 0:
         self._open()
       while len(self._offsets) < number + 2:
         self._offsets.append(self._next(len(self._offsets) - 1))

@@ -1,69 +1,52 @@
-"""Is a prepared data set the one that VTAB-1K means? Reads all of it and tells.
+"""Is a prepared data set the one that VTAB-1K means? Reads all of it.
 
-Held against what is certain: the splits' sizes, the classes, the histograms
-that the makers of a data set fixed, the order that TFDS gives, and that no
-image is in two splits (`facts`). Two sites that want more compare fingerprints
-(`fingerprint`).
+It is compared with what is certain: the splits' sizes, the classes, the
+histograms that the makers of a data set fixed, the order that TFDS gives, and
+that no image is in two splits (`facts`). Two sites that want more compare
+fingerprints (`fingerprint`).
 """
 from collections import Counter
-from collections.abc import Iterator
-from concurrent import futures
 import hashlib
-import os
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ttc_jax import errors
-from ttc_jax.tasks import tfds
+from ttc_jax.tasks import check as generic
+from ttc_jax.tasks import images, tfds, vtab
+from ttc_jax.tasks.check import Seen
 from ttc_jax.vtab import facts
-from ttc_jax.vtab.rows import SPLITS
-
-_CHUNK, _SHOWN = 256, 3
-
-
-class Seen(NamedTuple):
-  """What a split of N examples holds.
-
-  Attributes:
-    labels: int64 (N,); -1 where an example could not be read.
-    ids, pixels: N strings; a hash of the decoded image.
-    wrong: sentences about examples that could not be read.
-  """
-  labels: np.ndarray
-  ids: list[str]
-  pixels: list[str]
-  wrong: list[str]
+from ttc_jax.vtab.rows import ROWS, SPLITS, Row
 
 
 def check(name: str, data: str) -> dict[str, Any]:
   """Reads all four splits of one of `vtab.ROWS` and reports.
 
   Returns:
-    name, tfds (with the version that is there), splits ({split: count, labels
-    (a histogram), sha256 (of ids and labels, in order), reference}), shared
-    (images that train800val200 and test have in common: ids, pixels) and
-    wrong, a list of sentences. All are plain values, ready for JSON.
+    What `tasks.check.check` returns, with: tfds, the version that is there;
+    sha256, of ids and labels; shared, images that trainval and test have in
+    common by ids and by pixels.
 
   A data set that is missing or cannot be opened has no splits.
   """
   try:
-    dataset = tfds.open_set(name, data)
+    dataset = vtab.open_set(name, data)
   except errors.UserError as error:
     return {"name": name, "tfds": None, "splits": {}, "shared": {},
             "wrong": [str(error)]}
-  row = dataset.row
-  seen = {part: _read(dataset, part) for part in SPLITS}
+  row = ROWS[name]
+  seen = {part: _read(dataset, row, part) for part in SPLITS}
   wrong = [f"{part}: {sentence}" for part, s in seen.items()
-           for sentence in (*s.wrong, *_wrong_labels(name, row, part, s),
+           for sentence in (*generic.first(s.wrong),
+                            *_wrong_labels(name, row, part, s),
                             *_repeated(row, s), *_wrong_order(row, part, s),
                             *_wrong_names(row, part, s, dataset.classes))]
   wrong += (*_wrong_union(seen), *_shared_ids(row, seen))
   return {
       "name": name,
-      "tfds": f"{row.tfds}:{os.path.basename(dataset.folder)}",
-      "splits": {part: _summary(row, s) for part, s in seen.items()},
+      "tfds": f"{row.tfds}:{dataset.folder.rstrip('/').rpartition('/')[2]}",
+      "splits": {part: generic.summary(s, row.classes)
+                 for part, s in seen.items()},
       "shared": {kind: len(_common(seen, "trainval", "test", kind))
                  for kind in ("ids", "pixels")},
       "wrong": wrong,
@@ -72,31 +55,26 @@ def check(name: str, data: str) -> dict[str, Any]:
 
 # --- Reading ------------------------------------------------------------------
 
-def _read(dataset, part):
-  source, wrong = dataset.sources[part], []
-  labels, ids, pixels = [], [], []
-  for number, result in enumerate(_in_order(
-      lambda i: _example(dataset, part, i), len(source))):
+def _read(dataset: tfds.Dataset, row: Row, part: str) -> Seen:
+  wrong: list[str] = []
+  labels: list[int] = []
+  ids: list[str] = []
+  pixels: list[str] = []
+  for number, result in enumerate(images.in_order(
+      lambda i: _example(dataset, row, part, i),
+      range(len(dataset.sources[part])))):
     if isinstance(result, errors.UserError):
       wrong.append(str(result))
       result = (-1, *[f"{part} {number}"] * 2)
-    for values, value in zip((labels, ids, pixels), result):
-      values.append(value)
-  if len(wrong) > _SHOWN:
-    wrong[_SHOWN:] = [f"{len(wrong) - _SHOWN} more examples cannot be read"]
+    label, key, pixel = result
+    labels.append(label)
+    ids.append(key)
+    pixels.append(pixel)
   return Seen(np.array(labels, np.int64), ids, pixels, wrong)
 
 
-def _in_order(function, count: int) -> Iterator:
-  """function(i) for i below count, on all cores, a few ahead."""
-  with futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-    for start in range(0, count, _CHUNK):
-      yield from pool.map(function, range(start, min(start + _CHUNK, count)))
-
-
-def _example(dataset, part, i):
+def _example(dataset, row, part, i):
   """Label, id and pixels of an example; the error itself if there is one."""
-  row = dataset.row
   try:
     example = dataset.sources[part][i]
     image = dataset.sources[part].decode(example, i, row.binary)
@@ -108,8 +86,7 @@ def _example(dataset, part, i):
     return errors.UserError(
         f"example {i} is not as TFDS builds it ({type(error).__name__}: "
         f"{error}); prepare the data set again")
-  size = f"{image.width}x{image.height} ".encode()
-  pixels = hashlib.sha256(size + image.tobytes()).hexdigest()
+  pixels = generic.pixel_hash(image)
   return label, pixels if key is None else key, pixels
 
 
@@ -127,7 +104,7 @@ def _id(row, classes, label, example):
 
 def _wrong_labels(name, row, part, seen):
   """Sentences about the count, the range and the histogram of the labels."""
-  want = row.count if part == "test" else facts.COUNTS[part]
+  want = row.test_count if part == "test" else facts.COUNTS[part]
   if len(seen.labels) != want:
     yield f"{len(seen.labels)} examples, expected {want}"
   read = seen.labels[seen.labels != -1] if seen.wrong else seen.labels
@@ -135,7 +112,7 @@ def _wrong_labels(name, row, part, seen):
   if outside.any():
     yield (f"{outside.sum()} labels are out of range, as "
            f"{read[outside.argmax()]}, expected 0 to {row.classes - 1}")
-  found = _histogram(row, seen)
+  found = generic.histogram(seen.labels, row.classes)
   if part == "test" and name in facts.TEST and tuple(found) != facts.TEST[name]:
     first = next(c for c, n in enumerate(found) if n != facts.TEST[name][c])
     yield (f"class {first} has {found[first]} images, expected "
@@ -179,13 +156,13 @@ def _place(split, key):
 
 
 def _wrong_names(row, part, seen, classes):
-  """Where every id is known, it is held against what TFDS would read."""
+  """Compares the ids with those that TFDS would read, where all are known."""
   if row.tfds not in facts.NAMES or seen.wrong:
     return
   expected = [name for one in row.splits[part].split("+")
               for name in _names(row, one, classes)]
-  wrong = [(found, want) for found, want in zip(seen.ids, expected)
-           if found != want]
+  pairs = zip(seen.ids, expected, strict=False)  # the count is checked above
+  wrong = [(found, want) for found, want in pairs if found != want]
   if wrong:
     found, want = wrong[0]
     yield (f"{len(wrong)} examples are not those that TFDS puts there, the "
@@ -194,9 +171,9 @@ def _wrong_names(row, part, seen, classes):
 
 def _names(row, split, classes):
   """The ids of "NAME" or "NAME[from:to]", in order."""
-  split, start, end = re.fullmatch(
-      r"(\w+)(?:\[(\d*):(\d*)\])?", split).groups()
-  key = facts.KEYS.get(row.tfds, str)
+  split, _, between = split.rstrip("]").partition("[")
+  start, _, end = between.partition(":")
+  key = facts.KEYS.get(row.tfds) or str
   names = sorted(facts.NAMES[row.tfds](split, classes),
                  key=lambda name: _place(split, key(name)))
   return names[int(start or 0):int(end) if end else None]
@@ -207,7 +184,7 @@ def _wrong_union(seen):
   unread = train.wrong or val.wrong or both.wrong
   if unread or both.ids == train.ids + val.ids:
     return []
-  return ["train800val200: it is not train800 and then val200"]
+  return ["trainval: it is not train and then val"]
 
 
 def _common(seen, one, other, kind):
@@ -222,39 +199,9 @@ def _shared_ids(row, seen):
     ids = _common(seen, one, other, "ids")
     if row.tfds in facts.IN_A_SPLIT:
       pixels = _common(seen, one, other, "pixels")
-      ids = {key for key, p in zip(seen[one].ids, seen[one].pixels)
+      ids = {key for key, p in zip(seen[one].ids, seen[one].pixels,
+                                   strict=True)
              if key in ids and p in pixels}
     if ids:
       yield (f"{other}: {len(ids)} of its examples also stand in {one}, as "
              f"{min(ids)}")
-
-
-def _histogram(row, seen):
-  inside = (seen.labels >= 0) & (seen.labels < row.classes)
-  return np.bincount(seen.labels[inside], minlength=row.classes).tolist()
-
-
-def _summary(row, seen):
-  lines = "".join(f"{key}\t{label}\n"
-                  for key, label in zip(seen.ids, seen.labels))
-  digest = hashlib.sha256(lines.encode()).hexdigest()
-  return {"count": len(seen.ids), "labels": _histogram(row, seen),
-          "sha256": None if seen.wrong else digest,
-          "reference": "no reference"}
-
-
-def text(report: dict[str, Any]) -> str:
-  """A report for people: a line a split, then what is wrong."""
-  lines = [f"{report['name']}  {report['tfds'] or ''}".rstrip()]
-  for part, split in report["splits"].items():
-    counts = split["labels"]
-    digest = (split["sha256"] or "none: not all could be read")[:16]
-    lines.append(
-        f"  {part:15}{split['count']:7,} images, {sum(n > 0 for n in counts)} "
-        f"of {len(counts)} classes, {min(counts)} to {max(counts)} a class, "
-        f"sha256 {digest} ({split['reference']})")
-  if shared := report["shared"]:
-    lines.append(f"  train800val200 and test share {shared['ids']} ids and "
-                 f"the pixels of {shared['pixels']} images")
-  lines += [f"  wrong: {sentence}" for sentence in report["wrong"]]
-  return "\n".join(lines + ([] if report["wrong"] else ["  all well"]))

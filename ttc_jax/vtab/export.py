@@ -8,11 +8,9 @@ import os
 import shutil
 import uuid
 
-from PIL import Image
-
 from ttc_jax import files
 from ttc_jax.tasks import folder as folder_format
-from ttc_jax.tasks import tfds
+from ttc_jax.tasks import images, vtab
 
 _SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}
 
@@ -24,9 +22,9 @@ def export(name: str, data: str, out: str) -> str:
     UserError: it exists, or the data set is missing or damaged.
   """
   target = files.new(os.path.join(out, name))
-  dataset = tfds.open_set(name, data)
-  tfds.check_count(dataset)
-  # One folder deeper, where nobody who lists the tasks of OUT sees it.
+  dataset = vtab.open_set(name, data)
+  vtab.check_count(name, dataset)
+  # One folder deeper, so that no list of OUT's tasks shows it.
   scratch = os.path.join(os.path.dirname(target), f".{uuid.uuid4().hex}")
   folder = os.path.join(scratch, name)
   os.makedirs(os.path.join(folder, "images"))
@@ -42,7 +40,8 @@ def _write(dataset, folder):
   lines = {part: _write_images(dataset, part, folder)
            for part in ("train", "val", "test")}
   lines["trainval"] = lines["train"] + lines["val"]
-  names = {folder_format.LISTS[part]: content for part, content in lines.items()}
+  names = {folder_format.LISTS[part]: content
+           for part, content in lines.items()}
   for part, content in (names | {"classes": dataset.classes}).items():
     files.write_text(os.path.join(folder, f"{part}.txt"),
                      "".join(f"{line}\n" for line in content))
@@ -50,7 +49,7 @@ def _write(dataset, folder):
 
 def _write_images(dataset, part, folder):
   """Writes the images of a split; returns the lines of its list."""
-  source, binary, lines = dataset.sources[part], dataset.row.binary, []
+  source, binary, lines = dataset.sources[part], dataset.spec.binary, []
   for i, label in enumerate(dataset.labels[part]):
     data, suffix = _stored(source, i, binary)
     path = f"images/{folder_format.LISTS[part]}_{i:05d}{suffix}"
@@ -63,8 +62,8 @@ def _write_images(dataset, part, folder):
 def _stored(source, i, binary):
   """Bytes and suffix of an image file that decodes to the image."""
   example = source[i]
-  pixels = source.decode(example, i, binary)  # if only to see that it is whole
-  with Image.open(io.BytesIO(example["image"])) as image:
+  pixels = source.decode(example, i, binary)  # also checks that it is whole
+  with images.open_image(io.BytesIO(example["image"])) as image:
     if image.format in _SUFFIX and not binary:
       return example["image"], _SUFFIX[image.format]
   out = io.BytesIO()

@@ -1,7 +1,7 @@
-"""What is certain about VTAB's data sets, for `check` to hold them against.
+"""What is certain about VTAB's data sets; `check` compares them with it.
 
 Taken from the papers that published them and from the code of TFDS's builders;
-what is only likely does not stand here.
+what is only likely is left out.
 """
 from collections.abc import Callable
 

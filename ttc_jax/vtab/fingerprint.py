@@ -1,29 +1,30 @@
 """Counts, histograms and checksums of tasks, for two sites to compare."""
 from collections.abc import Iterable
 import json
-import os
 from typing import Any
 
 from ttc_jax import errors, files
-from ttc_jax.vtab.rows import SPLITS
 
 _COMPARED = ("count", "labels", "sha256")
 
 
 def of(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:
-  """What two sites compare, of the tasks that could be read in full."""
-  return {r["name"]: {"tfds": r["tfds"], "splits": {
-      part: {key: split[key] for key in _COMPARED}
-      for part, split in r["splits"].items()}}
-          for r in reports
+  """Returns what two sites compare, of the tasks that were read in full."""
+  return {r["name"]: _fields(r) for r in reports
           if r["splits"] and all(s["sha256"] for s in r["splits"].values())}
+
+
+def _fields(task: dict[str, Any]) -> dict[str, Any]:
+  return {"tfds": task["tfds"] and str(task["tfds"]), "splits": {
+      part: {key: split[key] for key in _COMPARED}
+      for part, split in task["splits"].items()}}
 
 
 def save(reports: Iterable[dict[str, Any]], path: str) -> None:
   """Writes their fingerprint as JSON, whole or not at all."""
   text = json.dumps(of(reports), indent=1) + "\n"
   try:
-    files.write_text(os.path.expanduser(path), text)
+    files.write_text(files.expand(path), text)
   except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
     raise errors.UserError(f"cannot write {path} ({error.strerror}): give a "
                            "file in a folder that exists") from error
@@ -32,11 +33,9 @@ def save(reports: Iterable[dict[str, Any]], path: str) -> None:
 def read(path: str) -> dict[str, Any]:
   """What `save` wrote; errors.UserError for anything else."""
   try:
-    with open(os.path.expanduser(path), encoding="utf-8") as file:
+    with open(files.expand(path), encoding="utf-8") as file:
       tasks = json.load(file)
-    return {name: {"tfds": str(task["tfds"]), "splits": {
-        part: {key: task["splits"][part][key] for key in _COMPARED}
-        for part in SPLITS}} for name, task in tasks.items()}
+    return {name: _fields(task) for name, task in tasks.items()}
   except OSError as error:
     raise errors.UserError(f"cannot read {path} ({error.strerror}): give a "
                            "file that --save wrote") from error
@@ -46,15 +45,25 @@ def read(path: str) -> dict[str, Any]:
 
 
 def compare(report: dict[str, Any], theirs: dict[str, Any], path: str) -> None:
-  """Notes in a report how each split stands to a fingerprint of a task."""
+  """Notes in a report how each split compares with a fingerprint of the task.
+
+  Args:
+    report: as `check` returns it; `reference` and `wrong` are changed.
+    theirs: the task in what `read` returns.
+    path: of the fingerprint, for the sentences.
+  """
   for part, split in report["splits"].items():
-    want = theirs["splits"][part]
+    want = theirs["splits"].get(part)
+    if want is None:
+      split["reference"] = f"not in {path}"
+      report["wrong"].append(f"{part}: {path} has no such split")
+      continue
     if split["sha256"] == want["sha256"]:
       split["reference"] = f"as in {path}"
       continue
     split["reference"] = f"not as in {path}"
     same = split["labels"] == want["labels"]
     report["wrong"].append(
-        f"{part}: not as in {path} ({theirs['tfds']}): "
+        f"{part}: not as in {path} ({theirs['tfds'] or 'a folder'}): "
         + ("the same number of each class, but other examples or another order"
            if same else "other numbers of the classes"))

@@ -4,18 +4,18 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-from ttc_jax.tasks import tfds
+from ttc_jax import files
+from ttc_jax.tasks import tfds, vtab
 from ttc_jax.vtab.rows import ROWS, Row
 
 FORMAT = "array_record"
 
 
 class Manual(NamedTuple):
-  """What a user has to fetch.
+  """What a user has to download by hand.
 
-  Attributes:
-    source: where it is to be had, and how.
-    paths: what the builder opens, below `manual_folder`.
+  source: where it is found, and how to unpack it.
+  paths: what the builder opens, below `manual_folder`.
   """
   source: str
   paths: tuple[str, ...]
@@ -50,7 +50,7 @@ def needs(row: Row) -> tuple[str, ...]:
 
 def manual_folder(data: str) -> str:
   """Where TFDS looks for what was downloaded by hand."""
-  return os.path.join(os.path.expanduser(data), "downloads", "manual")
+  return os.path.join(files.expand(data), "downloads", "manual")
 
 
 def prepare(names: Iterable[str], data: str, say: Callable[[str], None] = print
@@ -60,28 +60,40 @@ def prepare(names: Iterable[str], data: str, say: Callable[[str], None] = print
   Args:
     names: of `ROWS`.
     data: the TFDS directory.
-    say: is given a line for each data set, and a summary.
+    say: called with a line for each data set, and with a summary.
 
   Returns:
-    {data set of TFDS: why it is still missing}.
+    {data set of TFDS: reason why it is still missing}.
   """
   rows = {ROWS[name].tfds: ROWS[name] for name in names}
   missing = {}
   for tfds_name, row in rows.items():
-    why = None if tfds.prepared(row, data) else _obstacle(row, data)
-    if why is None and not tfds.prepared(row, data):
-      say(f"{tfds_name}: downloading and building")
-      why = _build(row, data)
+    why = _prepare(row, data, say)
     if why:
       missing[tfds_name] = why
-    say(f"{tfds_name}: {why or 'is there, ' + tfds.prepared(row, data)}")
+    say(f"{tfds_name}: {why or f'is there, {_folder(row, data)}'}")
   say(f"{len(rows) - len(missing)} of {len(rows)} data sets are there" +
       (f"; missing: {', '.join(missing)}" if missing else ""))
   return missing
 
 
+def _prepare(row: Row, data: str, say: Callable[[str], None]) -> str | None:
+  """Builds a data set that is not there; returns why it is still missing."""
+  if _folder(row, data):
+    return None
+  why = _obstacle(row, data)
+  if why is None:
+    say(f"{row.tfds}: downloading and building")
+    why = _build(row, data)
+  return why
+
+
+def _folder(row: Row, data: str) -> str | None:
+  return tfds.prepared(vtab.spec(row), data)
+
+
 def _obstacle(row, data):
-  """What has to be done first, or None."""
+  """What the user has to do first, or None."""
   return "; ".join([*_lacking(row), *_absent(row, data)]) or None
 
 
@@ -104,15 +116,15 @@ def _absent(row, data):
 
 
 def _build(row, data):
-  """Builds a data set; returns why it did not work, or None."""
+  """Builds a data set; returns the reason of a failure, or None."""
   import tensorflow_datasets as tfds  # lazily: it takes seconds
   try:
-    builder = _builder(tfds, row, os.path.expanduser(data))
+    builder = _builder(tfds, row, files.expand(data))
     builder.download_and_prepare(file_format=FORMAT)
   except Exception as error:  # networks, disks and archives raise anything
     text = " ".join(str(error).split()) or type(error).__name__
     return f"TFDS could not build it ({text}); start the same command again"
-  if tfds.prepared(row, data) is None:
+  if _folder(row, data) is None:
     return f"TFDS built it, but not in {data}/{row.tfds}/{row.versions[0]}"
   return None
 
@@ -122,6 +134,6 @@ def _builder(tfds, row, data):
   for version in row.versions[:-1]:
     try:
       return tfds.builder(f"{row.tfds}:{version}", data_dir=data)
-    except AssertionError:  # its way to say: no such version
+    except AssertionError:  # raised for a version that TFDS does not have
       continue
   return tfds.builder(f"{row.tfds}:{row.versions[-1]}", data_dir=data)

@@ -20,7 +20,7 @@ class Row(NamedTuple):
     tfds: name, and configuration if there are several.
     versions: patterns of versions that hold the same data, preferred first.
     val, test: TFDS splits; training is on the first 800 of "train".
-    count: of the test set.
+    test_count: images of the test set.
     label: example -> class.
     binary: pixels are 0 and 1, to be shown as 0 and 255.
   """
@@ -30,7 +30,7 @@ class Row(NamedTuple):
   val: str
   test: str
   classes: int
-  count: int
+  test_count: int
   label: Callable[[Example], int]
   binary: bool = False
 
@@ -45,12 +45,12 @@ class Row(NamedTuple):
 # --- Label rules --------------------------------------------------------------
 
 def at(key: str) -> Callable[[Example], int]:
-  """The label that the data set has."""
+  """Returns example -> the label that the data set has under `key`."""
   return lambda example: int(example[key])
 
 
 def bin_of(key: str, wide: float) -> Callable[[Example], int]:
-  """floor(value / wide)."""
+  """Returns example -> floor(value under `key` / wide)."""
   return lambda example: int(np.floor(int(example[key]) / wide))
 
 
@@ -71,10 +71,10 @@ def clevr_dist(example: Example) -> int:
 
 
 def kitti(example: Example) -> int:
-  """By the distance of the closest car, van or truck; 3: there is none."""
+  """By the distance of the closest car, van or truck; 3: none in sight."""
   objects = example["objects"]
   away = [float(place[2]) for kind, place in zip(
-      objects["type"], objects["location"]) if int(kind) < 3]
+      objects["type"], objects["location"], strict=True) if int(kind) < 3]
   return interval(min([*away, 1000.0]), (-100, 8, 20, 999))
 
 
@@ -132,12 +132,12 @@ ROWS = {
 
 
 def canonical(name: str) -> str:
-  """The row's name of a task that NOAH's folders call otherwise."""
+  """Returns the row's name of a task; NOAH's folders say "cifar"."""
   return "cifar100" if name == "cifar" else name
 
 
 def hint(name: str, data: str | None) -> str | None:
-  """How to get the data of one of the 19, for whom it is missing."""
+  """Returns how to get the data of one of the 19, or None."""
   if name not in ROWS:
     return None
   row, data = ROWS[name], data or "DIR"

@@ -1,10 +1,11 @@
-"""Files of tensors: their names, shapes and types; each is read when asked.
+"""Files of tensors: names, shapes and types first, values when they are asked
+for.
 
   .npz                    numpy
   .safetensors            one, or several with an index beside them
   .pth, .pt, .bin         PyTorch's (the extra `torch`)
 
-Nothing is unpickled but by PyTorch's own reader of tensors alone.
+Nothing is unpickled, except by PyTorch's own reader of tensors alone.
 """
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -43,9 +44,12 @@ class Tensor(NamedTuple):
   whole: "Tensor | None" = None
 
   def unstacked(self) -> list["Tensor"]:
-    """Those along the first axis; the file is read once for all."""
+    """Returns the parts along the first axis; the file is read once."""
     read = functools.cache(self.read)
-    return [Tensor(self.shape[1:], self.dtype, lambda i=i: read()[i], self)
+
+    def part(i):
+      return lambda: read()[i]
+    return [Tensor(self.shape[1:], self.dtype, part(i), self)
             for i in range(self.shape[0])]
 
 
@@ -53,7 +57,7 @@ Opened = tuple[dict[str, Tensor], Mapping[str, str]]
 
 
 def open_file(path: str) -> Opened:
-  """-> (tensors by name, metadata) of a file of any kind, told by its content.
+  """Returns (tensors by name, metadata) of a file, its kind by its content.
 
   Raises:
     UserError: missing, damaged, or of no known kind.
@@ -72,13 +76,13 @@ def open_file(path: str) -> Opened:
     if all(os.path.basename(m.filename) != "data.pkl" for m in members):
       return _open_npz(path)
     if any(m.compress_type for m in members):
-      raise ValueError("PyTorch never compresses")  # but bombs are
+      raise ValueError("PyTorch never compresses")  # a bomb does
     return _open_torch(path)
 
 
 @contextlib.contextmanager
 def readable(path: str) -> Iterator[None]:
-  """Makes a sentence of what a damaged file raises."""
+  """Turns the errors that damaged files cause into one sentence."""
   try:
     yield
   except FileNotFoundError as e:
@@ -94,7 +98,8 @@ def readable(path: str) -> Iterator[None]:
 
 def write_safetensors(path: str, tensors: Mapping[str, np.ndarray],
                       metadata: Mapping[str, str]) -> None:
-  """Whole or not at all; safetensors' own writer makes files for one user."""
+  """Writes a file, whole or not at all, with the user's usual permissions,
+  which safetensors' own writer ignores."""
   with files.replacing(path) as file:
     file.write(safetensors.numpy.save(dict(tensors), dict(metadata)))
 
@@ -146,7 +151,7 @@ def _npy_header(f):
 
 
 def _open_shards(path):
-  """Every tensor from the shard that the index says it is in."""
+  """Opens every tensor in the shard that the index names."""
   tensors, opened = {}, {}
   for name, shard in sources.shards(path).items():
     if shard not in opened:
@@ -158,7 +163,7 @@ def _open_shards(path):
   return tensors, {}
 
 
-# Where it stands beside others.
+# Keys of the state_dict in a training checkpoint.
 _STATES = ("model", "state_dict", "model_state_dict", "teacher")
 
 

@@ -1,20 +1,21 @@
-"""Where a weights file comes from: a path, or a local copy of a remote file.
+"""Sources of weights: a path, or an address whose file is copied to a cache.
 
+  random                                          no file: random parameters
   ViT-B_16.npz                                    a path
   gs://vit_models/augreg/S_16.npz, https://...    whatever fsspec opens
   hf://owner/name[@revision][/file]               the Hugging Face Hub
 
-Any of them may end with "#sha256=HEX", the file's expected hash. A folder
-stands for its model.safetensors or, of a model in several files, for
-model.safetensors.index.json; a hash of that is one of all its files.
+Any of the last three may end with "#sha256=HEX", the file's expected hash. A
+folder stands for its model.safetensors or, of a model in several files, for its
+model.safetensors.index.json; the hash of an index covers all files.
 """
+from collections.abc import Iterator
 import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ttc_jax import files
 from ttc_jax.errors import UserError
@@ -22,10 +23,55 @@ from ttc_jax.errors import UserError
 INDEX = ".safetensors.index.json"
 _MAIN = ("model.safetensors", "model" + INDEX)
 _BLOCK = 2 ** 22  # bytes of one read while a download resumes
+RANDOM = "random"
+
+
+class Source(NamedTuple):
+  """A source of weights that was found: it is located and hashed once.
+
+  Attributes:
+    source: as the user named it.
+    path: of the local file; None for "random".
+    sha256: hexadecimal; "random" for "random".
+  """
+  source: str
+  path: str | None
+  sha256: str
+
+  @property
+  def name(self) -> str:
+    """The file's name, for tables: "ViT-B_16.npz"."""
+    return os.path.basename(self.source)
+
+  @property
+  def address(self) -> str:
+    """The source, of use in any working directory: local paths absolute."""
+    local = os.path.expanduser(self.source)
+    return os.path.abspath(local) if os.path.exists(local) else self.source
+
+
+def open_source(source: str, cache: str | None = None) -> Source:
+  """Locates and hashes a source; remote files are fetched.
+
+  Args:
+    source: as in this module's docstring; "random" is one.
+    cache: as of `locate`.
+
+  Raises:
+    UserError: as of `locate`.
+
+  Example:
+    >>> source = weights.open_source("hf://google/vit-base-patch16-224-in21k")
+    >>> module, params = weights.load("vit_b16", source, image_size=224)
+  """
+  if source == RANDOM:
+    return Source(source, None, RANDOM)
+  path = locate(source, cache)
+  return Source(source, path, sha256(path))
 
 
 def locate(source: str, cache: str | None = None) -> str:
-  """Returns the path of a local file that holds what `source` names.
+  """Returns the path of the local file of a source, fetched if need be.
 
   Args:
     source: as in this module's docstring.
@@ -43,7 +89,8 @@ def locate(source: str, cache: str | None = None) -> str:
         "hexadecimal digits")
   if "://" in address and not address.startswith("hf://"):
     return _download(address, wanted, cache or default_cache())
-  path = _from_hub(address, cache) if "://" in address else address
+  path = (_from_hub(address, cache) if "://" in address
+          else os.path.expanduser(address))
   path = next((inside for name in _MAIN if os.path.isfile(
       inside := os.path.join(path, name))), path)
   if os.path.isdir(path):
@@ -57,7 +104,7 @@ def locate(source: str, cache: str | None = None) -> str:
 
 
 def default_cache() -> str:
-  """The folder that downloads go to."""
+  """Returns the folder of the downloads."""
   return files.cache_folder("weights")
 
 
@@ -99,7 +146,7 @@ def _weight_map(path):
     raise UserError(f"weights file '{path}' is no index of sharded "
                     "safetensors: it has no 'weight_map'")
   for name in map_.values():
-    # It comes from strangers: nothing but a file beside it may be named.
+    # The index is not trusted: it may name files beside it only.
     if not isinstance(name, str) or not re.fullmatch(
         r"[\w.-]+\.safetensors", name):
       raise UserError(f"weights file '{path}' names the file {name!r}; "
@@ -116,7 +163,7 @@ def _check(address, found, wanted):
 
 @contextlib.contextmanager
 def _remote(address: str) -> Iterator[None]:
-  """Makes a sentence of whatever a remote file system raises."""
+  """Turns the errors of remote file systems into one sentence."""
   try:
     yield
   except UserError:
@@ -126,7 +173,7 @@ def _remote(address: str) -> Iterator[None]:
         f"weights '{address}' need a library that is not installed ({e}): "
         "pip install -e '.[hub]'") from e
   except Exception as e:  # Every file system has errors of its own.
-    # fsspec calls a silent server a missing file; its cause knows better.
+    # fsspec reports a silent server as a missing file; the cause is right.
     cause = e.__cause__ or e
     reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
     raise UserError(
@@ -135,7 +182,7 @@ def _remote(address: str) -> Iterator[None]:
 
 
 def _download(url: str, wanted: str, cache: str) -> str:
-  """A verified copy of the URL in the cache, fetched if need be."""
+  """Returns the path of a verified copy in the cache, fetched if need be."""
   stem = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1])
   key = hashlib.sha256(url.encode()).hexdigest()[:16]
   path = os.path.join(cache, f"{key}-{stem[-100:]}")
@@ -187,7 +234,7 @@ def _fetch(url: str, part: str) -> None:
 
 
 def _append(fs: Any, path: str, part: str, start: int) -> None:
-  """Fetches the bytes from `start` on; all of them if ranges are refused."""
+  """Fetches the bytes from `start` on, or all if the server has no ranges."""
   if start:
     with contextlib.suppress(ValueError, NotImplementedError):
       with (fs.open(path, "rb", block_size=_BLOCK) as f,

@@ -8,32 +8,45 @@ what a config.json beside the file holds, {} if there is none.
   ttc_jax: safetensors named as our own parameter tree, with the fields of
     the variant in the metadata.
 """
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import importlib
 import json
 import pkgutil
+from types import ModuleType
 from typing import Any
 
+from ttc_jax import backbones
+from ttc_jax.backbones.layers import Field
+from ttc_jax.errors import UserError
 from ttc_jax.weights.formats.base import Format, Found, count_tokens, is_zero
 from ttc_jax.weights.formats.bigvision import BIGVISION
 from ttc_jax.weights.formats.hf import (
-    HF_CLIP, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT)
+  HF_CLIP,
+  HF_DINOV2,
+  HF_DINOV3,
+  HF_SIGLIP,
+  HF_VIT,
+)
 from ttc_jax.weights.formats.swin import SWIN_HF, SWIN_MS, SWIN_TIMM
 from ttc_jax.weights.formats.timm import TIMM, TIMM_DINOV3
-from ttc_jax.errors import UserError
+
+__all__ = (
+    "BIGVISION", "Format", "Found", "HF_CLIP", "HF_DINOV2", "HF_DINOV3",
+    "HF_SIGLIP", "HF_VIT", "OURS", "SWIN_HF", "SWIN_MS", "SWIN_TIMM", "TIMM",
+    "TIMM_DINOV3", "check_fields", "count_tokens", "is_zero", "recognise")
 
 OURS = Format("ttc_jax", names=lambda name: (name,))
 
 
 def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
               config: Mapping[str, Any], path: str) -> Found:
-  """Which format tensors are of, by their names.
+  """Returns the format of tensors, by their names; and the fields it implies.
 
   Raises:
-    UserError: none, or more than one.
+    UserError: they are of no format, or of more than one.
   """
   if "ttc_jax" in metadata:
-    return OURS, _fields_of_metadata(metadata["ttc_jax"], path), tensors
+    return OURS, _own_fields(metadata["ttc_jax"], tensors, path), tensors
   modules = [importlib.import_module(f"{__name__}.{m.name}")
              for m in pkgutil.iter_modules(__path__)]
   try:
@@ -56,42 +69,41 @@ def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
 
 # --- The fields of our own format ---------------------------------------------
 
-_FIELDS = {  # what may stand in the metadata; a type, or the allowed values
-    "gelu": ("exact", "tanh", "quick"),
-    "epsilon": float,
-    "pool": ("cls", "gap", "map"),
-    "registers": tuple(range(65)),
-    "rope": (0.0, 100.0),
-    "pre_norm": (False, True),
-    "final_norm": (False, True),
-    "pool_norm": (False, True),
-    "layer_scale": (False, True),
-    "window": tuple(range(1, 65)),
-}
+def check_fields(fields: Mapping[str, Any], where: str,
+                 families: Sequence[ModuleType] = ()) -> dict[str, Any]:
+  """Returns the fields of a module, as a file or bundle states them, checked.
 
+  A wrong pool shows in the shapes, a wrong GELU or epsilon does not: such
+  fields are required.
 
-def check_fields(fields, where):
-  """The shapes betray a wrong pool, not a wrong GELU or epsilon: demand it."""
-  for name in ("gelu", "epsilon"):
-    if name not in fields:
-      raise UserError(f"{where}: the field '{name}' is missing")
+  Args:
+    where: the file, for messages.
+    families: whose required fields are demanded; default any family's.
+
+  Raises:
+    UserError: a field is unknown, missing or has a value that no family
+      allows.
+  """
+  known: dict[str, list[Field]] = {}
+  for family in backbones.families():
+    for name, field in family.FIELDS.items():
+      known.setdefault(name, []).append(field)
+  required = [[name for name, field in family.FIELDS.items() if field.required]
+              for family in families or backbones.families()]
+  if not any(fields.keys() >= set(names) for names in required):
+    name = next(n for names in required for n in names if n not in fields)
+    raise UserError(f"{where}: the field '{name}' is missing")
   for name, value in fields.items():
-    known = _FIELDS.get(name)
-    if known is None:
+    if name not in known:
       raise UserError(f"{where}: unknown field {name!r}; known: "
-                      f"{', '.join(_FIELDS)}")
-    good = (type(value) is float and 0 < value < 1 if known is float else
-            type(value) is type(known[0]) and value in known)
-    if not good:
-      expected = ("a float between 0 and 1" if known is float else
-                  " or ".join(map(repr, known)) if len(known) < 5 else
-                  f"{known[0]} to {known[-1]}")
-      raise UserError(
-          f"{where}: the field '{name}' is {value!r}, expected {expected}")
+                      f"{', '.join(known)}")
+    if not any(field.allows(value) for field in known[name]):
+      raise UserError(f"{where}: the field '{name}' is {value!r}, expected "
+                      f"{' or '.join(dict.fromkeys(map(str, known[name])))}")
   return dict(fields)
 
 
-def _fields_of_metadata(text, path):
+def _own_fields(text, tensors, path):
   where = f"weights file '{path}'"
   try:
     fields = json.loads(text)
@@ -99,4 +111,8 @@ def _fields_of_metadata(text, path):
     raise UserError(f"{where}: its metadata is no JSON ({e})") from e
   if not isinstance(fields, dict):
     raise UserError(f"{where}: its metadata is no JSON object")
-  return check_fields(fields, where)
+
+  def shape(name):
+    return tensors[name].shape if name in tensors else None
+  return check_fields(fields, where, [
+      f for f in backbones.families() if f.identify(shape)])

@@ -1,8 +1,10 @@
-"""Big Vision's ViT, also a tower of two (SigLIP), and vision_transformer's.
+"""Big Vision's ViT, also as one of two towers (SigLIP), and that of
+vision_transformer.
 
-Both `.npz`, with or without the optimiser's state around the tree.
+Both are `.npz`, with or without the optimiser's state beside the parameters.
 """
 import re
+from typing import Any
 
 from ttc_jax.weights.formats import base
 
@@ -46,8 +48,8 @@ def recognise(tensors, config):
 
 
 def _unstacked(tensors):
-  """With a tensor for each block where nn.scan keeps all blocks in one."""
-  out = {}
+  """Splits tensors in which nn.scan keeps all blocks, one tensor a block."""
+  out: dict[str, Any] = {}
   for name, tensor in tensors.items():
     match = re.fullmatch("Transformer/encoderblock/(.*)", name)
     if match and tensor.shape and tensor.shape[0] <= _MOST_BLOCKS:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ttc_jax.backbones import vit
-from ttc_jax.weights.formats import base
 from ttc_jax.errors import UserError
+from ttc_jax.weights.formats import base
 
 _POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
 _OLDER = {  # of ViT and DINOv2
@@ -79,17 +79,17 @@ _DINOV3 = {
     f"{vit.BLOCK}/layer_scale_1": "layer.{}.layer_scale2.lambda1",
     "Transformer/encoder_norm": "norm",
 }
-_OLDER_MORE = dict(
-    torch=True, positions=lambda cls, registers: int(cls),
+
+HF_VIT = base.Format(
+    "hf_vit", names=base.by_table(_VIT), torch=True,
+    positions=lambda cls, registers: int(cls),
     tokens=("embeddings.cls_token", "embeddings.distillation_token",
             "embeddings.register_tokens"),
     ignored=r"pooler\..*|embeddings\.mask_token")
-_SQUEEZED = {"embeddings.position_embedding.weight": 1}
-
-HF_VIT = base.Format("hf_vit", names=base.by_table(_VIT), **_OLDER_MORE)
-HF_DINOV2 = base.Format(
-    "hf_dinov2", names=base.by_table(_DINOV2), **_OLDER_MORE,
+HF_DINOV2 = HF_VIT._replace(
+    name="hf_dinov2", names=base.by_table(_DINOV2),
     refused={r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": "a gated MLP"})
+_SQUEEZED = {"embeddings.position_embedding.weight": 1}
 HF_CLIP = base.Format(
     "hf_clip", names=base.by_table(_CLIP), torch=True,
     tokens=("embeddings.class_embedding",),
@@ -153,7 +153,7 @@ def settings(config: Mapping, models: tuple[str, ...], act: str,
   """GELU (None: in doubt) and epsilon, of a config.json if it is of a model."""
   kind = config.get("model_type")
   if kind is None:
-    return {"gelu": _GELU.get(act_alone), "epsilon": epsilon}
+    return {"gelu": act_alone and _GELU[act_alone], "epsilon": epsilon}
   if kind not in models:
     raise UserError(
         f"config.json beside it is of a {kind!r}, while its tensors are named "

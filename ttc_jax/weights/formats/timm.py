@@ -6,8 +6,8 @@ SigLIP that timm keeps.
 import re
 
 from ttc_jax.backbones import vit
-from ttc_jax.weights.formats import base
 from ttc_jax.errors import UserError
+from ttc_jax.weights.formats import base
 
 _POOL = "MAPHead_0/MultiHeadDotProductAttention_0"
 NAMES = {
@@ -94,7 +94,9 @@ def recognise(tensors, config):
   found = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", n): t
            for n, t in found.items()}
   config = config if "architecture" in config else {}
-  has = lambda start: any(n.startswith(start) for n in found)
+
+  def has(start):
+    return any(n.startswith(start) for n in found)
   pool = ("map" if has("attn_pool.") else
           "cls" if has("cls_token") and not has("fc_norm.")
           and config.get("global_pool") != "avg" else "gap")

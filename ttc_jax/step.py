@@ -1,0 +1,195 @@
+"""A batch, a step and an epoch of an optimisation, as pmapped functions.
+
+From the inside out: `make_loss_fn` (a batch), `make_update_fn` (a step),
+`make_epoch_fn` (all steps of an epoch in one dispatch). A step changes the
+`Learner` and reads what is `Fixed`.
+"""
+from collections.abc import Callable
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from ttc_jax import augment, optim, parallel, trees
+from ttc_jax.model import Model, keep_padding
+
+
+class Plan(NamedTuple):
+  """Configuration values that are compiled into an epoch.
+
+  Everything else is an argument of the compiled function.
+  """
+  batch_size: int
+  label_smoothing: float
+  flip: bool
+  smallest_crop: float
+  decay_all: bool
+  optimiser: str
+
+
+def make_plan(config: ml_collections.ConfigDict) -> Plan:
+  """Returns the values of `Plan` that a configuration has."""
+  return Plan(*(config[field] for field in Plan._fields))
+
+
+Number = Any  # a scalar: numpy's, or traced
+
+
+class Hyper(NamedTuple):
+  """Numbers in which runs differ without another compilation.
+
+  Attributes:
+    warmup, steps: optimiser steps of the stage.
+    classes: of the task; the head's columns beyond are padding.
+  """
+  lr: Number
+  weight_decay: Number
+  warmup: Number
+  steps: Number
+  classes: Number
+  warmup_lr: Number
+  min_lr: Number
+
+
+def make_hyper(config: ml_collections.ConfigDict, steps_per_epoch: int,
+               classes: int) -> Hyper:
+  """Returns a stage's numbers, as numpy scalars."""
+  return Hyper(
+      np.float32(config.lr), np.float32(config.weight_decay),
+      np.int32(round(config.warmup_epochs * steps_per_epoch)),
+      np.int32(config.epochs * steps_per_epoch), np.int32(classes),
+      np.float32(config.warmup_lr), np.float32(config.min_lr))
+
+
+class Learner(NamedTuple):
+  """What a step changes: the tuned leaves and the optimiser's state."""
+  tuned: trees.Tree
+  opt_state: trees.Tree
+
+
+class Fixed(NamedTuple):
+  """What a step reads and never changes: frozen leaves, buffers, numbers."""
+  frozen: trees.Tree
+  buffers: trees.Tree
+  hyper: Hyper
+
+
+def make_loss_fn(model: Model, plan: Plan) -> Callable:
+  """Returns `loss_fn(params, fixed, batch, key)`.
+
+  It is the mean cross-entropy of a batch (images, labels), with augmentation
+  and label smoothing (Szegedy et al., 2016) as the plan says.
+  """
+  def loss_fn(params, fixed, batch, key):
+    images, labels = batch
+    crop_key, flip_key, path_key = jax.random.split(key, 3)
+    if plan.smallest_crop < 1:
+      images = augment.random_crop(
+          images, crop_key, images.shape[1], plan.smallest_crop)
+    if plan.flip:
+      images = augment.random_flip(images, flip_key)
+    logits = model.logits(params, images, fixed.buffers, key=path_key)
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    if plan.label_smoothing:  # over the task's classes, not the padding
+      classes = fixed.hyper.classes
+      known = jnp.arange(logits.shape[-1]) < classes
+      targets = ((1 - plan.label_smoothing) * targets
+                 + plan.label_smoothing * known / classes)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+  return loss_fn
+
+
+def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
+  """Returns `update_fn(learner, fixed, batch, key) -> (learner, loss)`.
+
+  It is one optimiser step on one device; gradients are averaged over devices.
+  Only tuned leaves are carried: XLA removes the unused gradients of frozen
+  leaves.
+  """
+  loss_fn = make_loss_fn(model, plan)
+
+  def update_fn(learner, fixed, batch, key):
+    hyper = fixed.hyper
+    params = trees.join(learner.tuned, fixed.frozen)
+    labels = trees.label(params, rules)
+    tx = optim.make_tx(
+        labels, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup,
+                                    hyper.warmup_lr, hyper.min_lr),
+        hyper.weight_decay, plan.decay_all, plan.optimiser)
+    if model.sample is not None:
+      fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
+    key = jax.random.fold_in(key, parallel.device_index())
+    loss, grads = jax.value_and_grad(loss_fn)(params, fixed, batch, key)
+    updates, opt_state = tx.update(
+        parallel.pmean(grads), learner.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    params["head"] = keep_padding(params["head"], hyper.classes)
+    tuned, _ = trees.split(params, labels, "tune")
+    return Learner(tuned, opt_state), parallel.pmean(loss)
+  return update_fn
+
+
+@functools.cache
+def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Any:
+  """Returns the pmapped epoch: shuffling and all its steps in one dispatch.
+
+  `epoch_fn(learner, fixed, data, key, epoch) -> (learner, losses)`: `data` is
+  the whole training set (images uint8 or features, labels), on every device;
+  `losses` has one value a step, NaN where a tuned leaf is not finite at the
+  end. The last N mod B images of an epoch's order are left out, others in each
+  epoch. The learner is donated.
+  """
+  update_fn = make_update_fn(model, rules, plan)
+
+  def epoch_fn(learner, fixed, data, key, epoch):
+    images, labels = data
+    key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
+    shuffle_key, steps_key = jax.random.split(key)
+    steps = len(labels) // plan.batch_size
+    order = jax.random.permutation(shuffle_key, len(labels))
+    order = order[:steps * plan.batch_size].reshape(
+        steps, len(parallel.devices()), -1)
+    order = order[:, parallel.device_index()]
+
+    def step(learner, inputs):
+      rows, i = inputs
+      return update_fn(learner, fixed, (images[rows], labels[rows]),
+                       jax.random.fold_in(steps_key, i))
+    learner, losses = jax.lax.scan(
+        step, learner, (order, jnp.arange(steps)))
+    # The last step's loss is older than its parameters.
+    finite = jnp.array(
+        [jnp.isfinite(x).all() for x in jax.tree.leaves(learner.tuned)])
+    return learner, jnp.where(finite.all(), losses, jnp.nan)
+  return parallel.pmap(epoch_fn, donate=(0,))
+
+
+@functools.cache
+def make_init_fn(rules: trees.Rules, optimiser: str) -> Callable:
+  """Returns the pmapped `init_fn(tuned, frozen) -> opt_state`."""
+  def init_fn(tuned, frozen):
+    params = trees.join(tuned, frozen)
+    return optim.make_tx(
+        trees.label(params, rules), lambda step: jnp.zeros(()), 0.0,
+        optimiser=optimiser).init(params)
+  return parallel.pmap(init_fn)
+
+
+_COMPILED: dict[tuple, Any] = {}
+
+
+def compiled_epoch_fn(model: Model, rules: trees.Rules, plan: Plan,
+                      args: tuple) -> tuple[Any, float]:
+  """Returns (the compiled epoch, seconds spent on compiling it; 0 if known)."""
+  avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
+  key = (model, rules, plan, str(avals))
+  if key in _COMPILED:
+    return _COMPILED[key], 0.0
+  start = time.perf_counter()
+  _COMPILED[key] = make_epoch_fn(model, rules, plan).lower(*args).compile()
+  return _COMPILED[key], time.perf_counter() - start

@@ -1,0 +1,177 @@
+"""Describes files of weights, converts them, and compares two of them."""
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import ml_dtypes
+import numpy as np
+
+from ttc_jax import backbones, files, trees
+from ttc_jax import weights as weights_lib
+from ttc_jax.errors import UserError, check_known
+from ttc_jax.weights import containers, formats
+from ttc_jax.weights.formats import Format
+
+# The formats of a target are tried in this order; the first that holds the
+# variant is written.
+TARGETS = {
+    "ttc_jax": (formats.OURS,),
+    "bigvision": (formats.BIGVISION,),
+    "timm": (formats.TIMM, formats.TIMM_DINOV3, formats.SWIN_TIMM),
+    "hf": (formats.HF_VIT, formats.HF_DINOV2, formats.HF_DINOV3,
+           formats.HF_CLIP, formats.HF_SIGLIP, formats.SWIN_HF),
+}
+DTYPES = ("float32", "float16", "bfloat16")
+_LARGEST_PATCH = 64
+_SIZE = 224  # of a backbone whose positions fit any image size
+
+
+class Difference(NamedTuple):
+  """The difference of two files.
+
+  Attributes:
+    notes: sentences on the architectures, e.g. "gelu: exact, tanh".
+    tensors: {our name: largest difference}, inf where shapes differ.
+  """
+  notes: list[str]
+  tensors: dict[str, float]
+
+
+def describe(source: str) -> dict[str, Any]:
+  """Returns a description of a file, JSON.
+
+  Args:
+    source: as in `sources`.
+
+  Returns:
+    The keys file, format, backbone (None if no backbone has its size), fields,
+    image_size (None if any), parameters, dtypes, sha256 and ignored (names of
+    tensors that are not of the backbone).
+
+  Raises:
+    UserError: no file of weights of a known format.
+  """
+  path = weights_lib.locate(source)
+  opened = weights_lib.read(path)
+  try:
+    backbone = weights_lib.identify(opened)
+  except UserError:
+    backbone = None
+  ignored = [n for n in opened.tensors
+             if re.fullmatch(opened.format.ignored, n)]
+  used = [t for n, t in opened.tensors.items() if n not in ignored]
+  return {
+      "file": source, "format": opened.format.name, "backbone": backbone,
+      "fields": opened.fields,
+      "image_size": weights_lib.native_size(opened),
+      "parameters": sum(math.prod(t.shape) for t in used),
+      "dtypes": sorted({t.dtype for t in used}),
+      "sha256": weights_lib.sha256(path),
+      "ignored": sorted([*ignored, *opened.outside])}
+
+
+def load(opened: weights_lib.Weights, gelu: str = "",
+         patch: int = 0) -> tuple[nn.Module, trees.Tree]:
+  """Returns the backbone that a file is of, on its native grid, and its
+  parameters.
+
+  Args:
+    gelu: replaces the file's; needed if the file does not say it.
+    patch: pixels a side to resize the patch embedding to; 0: the file's.
+  """
+  if patch and not 1 <= patch <= _LARGEST_PATCH:
+    raise UserError(f"--patch={patch} is not possible: give the pixels of a "
+                    f"patch's side, up to {_LARGEST_PATCH}")
+  name, size = weights_lib.identify(opened), weights_lib.native_size(opened)
+  size = size or _SIZE
+  if patch:
+    side = size // backbones.make(name, size).patch
+    name, size = weights_lib.identify(opened, patch), side * patch
+  return weights_lib.load_opened(
+      opened, name, size, resample_patch=bool(patch),
+      **({"gelu": gelu} if gelu else {}))
+
+
+def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
+            gelu: str = "", patch: int = 0) -> tuple[str, dict[str, Any]]:
+  """Writes a file's backbone in another format.
+
+  Args:
+    to: a key of `TARGETS`.
+    dtype: one of `DTYPES`.
+    gelu, patch: as of `load`.
+
+  Returns:
+    The format's name, and the fields that its readers have to be told.
+
+  Raises:
+    UserError: `out` exists; the format cannot hold the backbone, or not in
+      that type.
+  """
+  check_known("--to", to, TARGETS)
+  check_known("--dtype", dtype, DTYPES)
+  out = files.new(out)
+  module, params = load(
+      weights_lib.read(weights_lib.locate(source)), gelu, patch)
+  os.makedirs(os.path.dirname(out), exist_ok=True)
+  if to == "ttc_jax":
+    weights_lib.write(out, params, module.fields, dtype)
+    return to, {}
+  format_, tensors = _first_that_holds(TARGETS[to], module, params)
+  tensors = weights_lib.cast(tensors, dtype, f"weights file '{out}'")
+  _write(out, format_, tensors)
+  assumed = formats.recognise(tensors, {}, {}, out)[1]
+  return format_.name, {k: v for k, v in module.fields.items()
+                        if assumed.get(k) != v}
+
+
+def _first_that_holds(candidates: tuple[Format, ...], module: nn.Module,
+                      params: trees.Tree
+                      ) -> tuple[Format, dict[str, np.ndarray]]:
+  errors = []
+  for format_ in candidates:
+    try:
+      return format_, weights_lib.to_tensors(params, format_, module)
+    except UserError as error:
+      errors.append(error)
+  raise UserError("; ".join(map(str, errors)))
+
+
+def _write(out, format_, tensors):
+  if format_.torch:
+    containers.write_safetensors(out, tensors, {"format": "pt"})
+    return
+  # numpy has no bfloat16; Big Vision's files keep it as two bytes of any kind.
+  arrays: dict[str, Any] = {
+      n: x.view("V2") if x.dtype == ml_dtypes.bfloat16 else x
+      for n, x in tensors.items()}
+  with files.replacing(out) as file:
+    np.savez(file, **arrays)
+
+
+def compare(one: str, two: str) -> Difference:
+  """Compares two files of any formats by our names.
+
+  Raises:
+    UserError: one of them is no file of a whole backbone.
+  """
+  opened = [weights_lib.read(weights_lib.locate(s)) for s in (one, two)]
+  # An unknown GELU is no tensor: with any the parameters are the same.
+  loaded = [load(o, "exact" if o.fields.get("gelu", "") is None else "")
+            for o in opened]
+  fields = [{"backbone": weights_lib.identify(o), **module.fields, **(
+      {"gelu": o.fields["gelu"]} if "gelu" in o.fields else {})}
+            for o, (module, _) in zip(opened, loaded, strict=True)]
+  notes = [f"{k}: {fields[0].get(k)}, {fields[1].get(k)}"
+           for k in dict.fromkeys((*fields[0], *fields[1]))
+           if fields[0].get(k) != fields[1].get(k)]
+  flats = [trees.flatten(params) for _, params in loaded]
+  differences = {}
+  for name in dict.fromkeys((*flats[0], *flats[1])):
+    x, y = (flat.get(name) for flat in flats)
+    differences[name] = math.inf if (
+        x is None or y is None or x.shape != y.shape) else float(
+            np.abs(np.asarray(x) - np.asarray(y)).max())
+  return Difference(notes, differences)

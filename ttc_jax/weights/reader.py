@@ -1,0 +1,175 @@
+"""Opens a file of weights: its format, fields and tensors.
+
+Tensors stay in the file until their shape has been compared with the module's,
+so a wrong or hostile file costs no memory.
+"""
+from collections.abc import Mapping
+import json
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttc_jax.errors import UserError
+from ttc_jax.weights import containers, formats
+from ttc_jax.weights.containers import Tensor
+from ttc_jax.weights.formats import Format, layout
+
+LARGEST_GRID = 256  # patches a side of a believable position embedding
+
+
+class Weights(NamedTuple):
+  """An opened file.
+
+  Attributes:
+    fields: of the module, as far as the file determines them; None marks a
+      field that it leaves open.
+    tensors: by the names that they have in the format.
+    outside: names of tensors that do not belong to the backbone, e.g. of
+      another tower.
+  """
+  path: str
+  format: Format
+  fields: dict[str, Any]
+  tensors: Mapping[str, Tensor]
+  outside: tuple[str, ...] = ()
+
+
+def read(path: str) -> Weights:
+  """Opens a local file; the tensors stay in it.
+
+  Args:
+    path: of an `.npz`, `.safetensors` or `.pth` file, or of the index of
+      sharded safetensors. A `config.json` beside it is read too.
+
+  Raises:
+    UserError: the file is missing, damaged, of no known format, or of an
+      architecture that is not supported.
+  """
+  everything, metadata = containers.open_file(path)
+  format_, fields, tensors = formats.recognise(
+      everything, metadata, _config(path), path)
+  for pattern, what in format_.refused.items():
+    for name in filter(re.compile(pattern).fullmatch, tensors):
+      raise UserError(
+          f"weights file '{path}' has {what} ({name!r}), which is not "
+          "supported: use a plain ViT or Swin")
+  taken = {id(t.whole or t) for t in tensors.values()}
+  outside = tuple(n for n, t in everything.items() if id(t) not in taken)
+  return Weights(path, format_, fields, tensors, outside)
+
+
+def _config(path):
+  """Returns the object in config.json beside the file, {} if there is none."""
+  beside = os.path.join(os.path.dirname(path), "config.json")
+  try:
+    with open(beside, encoding="utf-8") as f:
+      config = json.load(f)
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise UserError(f"'{beside}', beside the weights, cannot be read "
+                    f"({error}): mend it or move it away") from error
+  return config if isinstance(config, dict) else {}
+
+
+# --- One tensor ---------------------------------------------------------------
+
+def find(weights: Weights, name: str) -> str:
+  """Returns the name in the file of one of our parameters.
+
+  Raises:
+    UserError: the file lacks it.
+  """
+  names = weights.format.names(name) or (name,)
+  for theirs in names:
+    if theirs in weights.tensors:
+      return theirs
+  raise UserError(
+      f"weights file '{weights.path}' lacks the tensor {names[0]!r} "
+      f"({len(weights.tensors)} others are there)")
+
+
+def has(weights: Weights, name: str) -> bool:
+  """Returns whether the file has one of our parameters."""
+  names = weights.format.names(name) or (name,)
+  return any(theirs in weights.tensors for theirs in names)
+
+
+def shape(weights: Weights, name: str) -> tuple[int, ...]:
+  """Returns the shape in our layout of one of our parameters, from the file's
+  header alone; the head axes stay merged where the format merges them."""
+  theirs = find(weights, name)
+  of_file = weights.tensors[theirs].shape
+  with containers.readable(weights.path):  # numpy refuses impossible shapes
+    imagined = np.broadcast_to(0, of_file)
+    return layout.view(weights.format, name, theirs, imagined).shape
+
+
+def array(weights: Weights, name: str, expected: tuple[int, ...]) -> np.ndarray:
+  """Returns one of our parameters, float32, of exactly the expected shape.
+
+  Raises:
+    UserError: another shape or type, or values that are not finite.
+  """
+  theirs = find(weights, name)
+  in_file = (layout.merge_heads(name, expected) if weights.format.torch
+             else expected)
+  found = shape(weights, name)
+  if found != in_file:
+    raise UserError(
+        f"weights file '{weights.path}': {theirs!r} has the shape "
+        f"{weights.tensors[theirs].shape}, so {name!r} would have {found} "
+        f"instead of {in_file}")
+  return layout.view(weights.format, name, theirs,
+                     values(weights, theirs)).reshape(expected)
+
+
+def values(weights: Weights, theirs: str) -> np.ndarray:
+  """Returns a tensor of the file by the file's name, float32 and finite."""
+  tensor = weights.tensors[theirs]
+  where = f"weights file '{weights.path}': {theirs!r}"
+  if tensor.dtype not in containers.FLOATS:
+    raise UserError(f"{where} has the type {tensor.dtype}, expected floats "
+                    "of 16, 32 or 64 bits")
+  with containers.readable(weights.path):
+    found = tensor.read()
+  with np.errstate(over="ignore"):
+    found = found.astype(np.float32)
+  if not np.isfinite(found).all():
+    raise UserError(f"{where} holds values that are not finite")
+  return found
+
+
+# --- Positions ----------------------------------------------------------------
+
+def count_tokens(weights: Weights) -> int:
+  """Returns the number of tokens before the patches."""
+  return formats.count_tokens(weights.tensors, weights.format.tokens)
+
+
+def grid(weights: Weights, name: str) -> tuple[int, int]:
+  """Returns how many tokens before the patches have a position, and the number
+  of patches a side.
+
+  Args:
+    name: of our parameter of positions.
+
+  Raises:
+    UserError: the positions are of no square grid.
+  """
+  found, prefix = shape(weights, name), count_tokens(weights)
+  tokens = found[1] if len(found) == 3 else 0
+  # None of them has a position, [CLS] alone has one, or all have.
+  for extra in sorted({0, min(prefix, 1), prefix}):
+    side = math.isqrt(max(tokens - extra, 0))
+    if (found[:1] == (1,) and side ** 2 + extra == tokens
+        and 1 <= side <= LARGEST_GRID):
+      return extra, side
+  theirs = find(weights, name)
+  raise UserError(
+      f"weights file '{weights.path}': {theirs!r} has the shape "
+      f"{weights.tensors[theirs].shape}, expected (1, n * n, D), or "
+      "one more for a class token")
