@@ -57,7 +57,7 @@ def start(cache: str) -> None:
     _seen["started"] = 1
     jax.monitoring.register_event_listener(_on_event)
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
-  if cache == "none" or jax.config.jax_compilation_cache_dir:
+  if cache == "none" or jax.config.values["jax_compilation_cache_dir"]:
     return
   folder = os.path.join(files.cache_folder("programs", cache), _host())
   try:

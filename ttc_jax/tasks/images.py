@@ -410,10 +410,10 @@ def digest(images: Images) -> str:
     for line in images.stamp():
       sha.update(_bytes(f"{line}\n"))
     rows = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int))
-    sha.update(images[rows])
+    sha.update(images[rows].data)
     return sha.hexdigest()
   for start in range(0, len(images), _CHUNK):
-    sha.update(np.ascontiguousarray(images[start:start + _CHUNK]))
+    sha.update(np.ascontiguousarray(images[start:start + _CHUNK]).data)
   return sha.hexdigest()
 
 
@@ -528,8 +528,8 @@ def _write_cache(path: str, stream: Stream) -> None:
     for start in range(0, len(stream), _CHUNK):
       interrupt.check()
       rows = stream[start:start + _CHUNK]
-      file.write(rows)
-      sha.update(rows)
+      file.write(rows.data)
+      sha.update(rows.data)
     file.flush()
     # In place before the images are.
     with files.replacing(f"{path}.json") as note:
