@@ -1,5 +1,6 @@
 """Two fake CPU devices, one empty cache for all tests, and a tiny problem."""
 import atexit
+import collections
 import functools
 import importlib.util
 import os
@@ -30,6 +31,19 @@ from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
 from ttc_jax.model import Model, init_head
 from ttc_jax.tasks import Split
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+  """Marks the cases of a sweep as slow, but for the first ones."""
+  seen = collections.Counter()
+  for item in items:
+    if marker := item.get_closest_marker("sweep"):
+      test = item.nodeid.partition("[")[0]
+      seen[test] += 1
+      if seen[test] > marker.kwargs.get("keep", 1):
+        item.add_marker("slow")
+
 
 # Tests of the same shapes, and the commands that they start, share programs.
 compilation.start("")

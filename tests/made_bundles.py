@@ -37,7 +37,7 @@ def make(weights, method="ttc", backbone="vit_ti8", size=SIZE, seed=0,
   for stage in made.stages[:1 if method == "noah" else None]:
     if stage.prepare:
       params["adapter"], buffers = stage.prepare(methods.Context(
-          Model(module, normalisation), params, buffers, None, None, seed))
+          Model(module, "half"), params, buffers, None, None, seed))
   tuned, _ = trees.split(
       params, trees.label(params, methods.tuned_rules(made)), "tune")
   tuned = {name: x + rng.normal(0, 0.2, x.shape).astype("f4")

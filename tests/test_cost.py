@@ -1,12 +1,11 @@
 """FLOPs of use, and the list of methods."""
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.command import run_command
 from ttc_jax import backbones, cost, methods
-from ttc_jax.bench import __main__ as bench
+from ttc_jax.bench import programs
 from ttc_jax.methods import __main__ as listing
 from ttc_jax.model import Model, init_head
 
@@ -16,14 +15,12 @@ def test_flops_are_those_of_the_products_and_little_more():
   params = {"backbone": backbones.shapes(vit), "adapter": {},
             "head": init_head(768, 100, 0)}
   got = cost.flops(Model(vit, "half"), params, {})
-  needed = bench.flops_needed(vit, 96, 100)["forward"]
+  needed = programs.flops_needed(vit, 96, 100)["forward"]
   assert 1 <= got / needed < 1.03
 
 
 def list_methods(*arguments):
-  return subprocess.run(
-      [sys.executable, "-m", "ttc_jax.methods", *arguments],
-      capture_output=True, text=True)
+  return run_command("methods", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,7 @@ def need(target):
     pytest.importorskip(library)
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("backbone, method", [
     ("vit_ti8", "ttc"), ("vit_ti8", "vpt_deep"), ("swin_ti", "adapter")])
 @pytest.mark.parametrize("target", PROGRAMS)

@@ -278,12 +278,13 @@ def swin_timm(folder):
 
 
 def bundle(write, name):
-  """-> (path, load) of a bundle; its base is whole and elsewhere."""
+  """-> (path, load) of a bundle; its base is whole, in another folder."""
   def loader(folder):
     base = os.path.join(os.path.dirname(folder), "base.safetensors")
     made_bundles.save_base(base, "vit_ti8")
     saved = made_bundles.make(base)
-    module, params = predict.base.load(saved.meta, base)
+    module, params = predict.base.load(
+        base, saved.meta, predict.base.given(base))
     path = os.path.join(folder, name)
     write(path, saved)
     return path, lambda path: predict.attach(
@@ -294,7 +295,10 @@ def bundle(write, name):
 
 LOADERS = [bigvision, timm, ours, hugging_face, shards, pth, swin_timm,
            bundle(bundles.pack, "packed.safetensors"),
-           bundle(bundles.save, "bundle")]
+           bundle(bundles.save, "bundle"),
+           # Its writer computes the digest anew.
+           bundle(bundles.pack, "forged.safetensors"),
+           bundle(bundles.save, "forged_bundle")]
 
 
 @pytest.fixture(scope="module", params=LOADERS, ids=lambda f: f.__name__)
@@ -302,6 +306,8 @@ def loader(request, tmp_path_factory):
   """-> (folder of a whole file, its path, load)."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(vit.SIZES, "ti", (32, 2, 2, 64))
+    if request.param.__name__.startswith("forged"):
+      patch.setattr(bundles, "digest", lambda bundle: "0" * 64)
     folder = tmp_path_factory.mktemp(request.param.__name__) / "whole"
     folder.mkdir()
     path, load = request.param(str(folder))
@@ -310,6 +316,7 @@ def loader(request, tmp_path_factory):
 
 
 # What PyTorch and orbax say beside their error; orbax's threads outlive theirs.
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning")

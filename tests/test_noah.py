@@ -273,6 +273,7 @@ def test_the_search_is_on_val200(config, model, params, split, tmp_path,
   assert set(seen) == {20}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stage, epoch", [("supernet", 2), ("winner", 1),
                                           ("winner", 2), ("winner", 3)])
 def test_a_killed_run_goes_on_to_the_same_bits(

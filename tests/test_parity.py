@@ -187,6 +187,7 @@ TIMM_MODELS = {
 GELU_OF = {"gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("case", TIMM_MODELS)
 def test_timm_s_vit(case, tmp_path):
   timm = import_timm()
@@ -214,6 +215,7 @@ def test_timm_s_vit(case, tmp_path):
       tmp_path / "ours.safetensors", ours)), SIZE, gelu="exact")[1], params)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", [
     dict(qkv_bias=False), dict(qkv_bias=True),
     dict(qkv_bias=True, class_token=False)], ids=str)
@@ -291,6 +293,7 @@ HF_MODELS = [
 ]
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("kind, options, format_", HF_MODELS)
 def test_hugging_face_s_vits(kind, options, format_, tmp_path):
   model = hugging_face(kind, **options)
@@ -339,6 +342,7 @@ def test_a_clip_without_its_config_is_in_doubt(tmp_path):
 
 # Grids that windows divide: where they do not, timm shifts before it pads, the
 # authors, Hugging Face and we pad first.
+@pytest.mark.sweep
 @pytest.mark.parametrize("depths, window, size", [
     ((2, 2), 4, 32), ((2, 2), 4, 64), ((1, 2, 1), 3, 48), ((1, 2, 1), 3, 96)])
 def test_timm_s_swin(depths, window, size, tmp_path):

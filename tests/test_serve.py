@@ -3,8 +3,6 @@ import concurrent.futures
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 from PIL import Image
@@ -13,6 +11,7 @@ import safetensors.numpy
 import scipy.special
 
 from tests import made_bundles
+from tests.command import run_command
 from ttc_jax import bundles, methods, predict, serve
 from ttc_jax.backbones import swin, vit
 from ttc_jax.errors import UserError
@@ -117,11 +116,17 @@ def test_ttc_on_vit_b16_takes_less_than_a_megabyte_beside_the_head(tmp_path):
 
 
 def rewrite(path, change):
-  """Changes the tensors and the metadata of a packed file."""
+  """Changes the tensors and the metadata of a packed file, and signs it."""
   tensors = safetensors.numpy.load_file(path)
   with safetensors.safe_open(path, framework="numpy") as file:
     meta = json.loads(file.metadata()["ttc_jax_bundle"])
   change(tensors, meta)
+  del meta["sha256"]
+  parts = {part: {name.removeprefix(f"{part}/"): x
+                  for name, x in tensors.items() if name.startswith(part)}
+           for part in ("tuned", "buffers")}
+  meta["sha256"] = bundles.digest(bundles.Bundle(
+      **parts, meta={k: v for k, v in meta.items() if k != "format"}))
   safetensors.numpy.save_file(
       tensors, path, {"ttc_jax_bundle": json.dumps(meta)})
 
@@ -143,6 +148,11 @@ def take(name):
     (put("meta", "method", 3), "'method'"),
     (put("meta", "method", "tcc"), "did you mean ttc"),
     (put("meta", "classes", []), "'classes'"),
+    (put("meta", "normalisation", "quarter"), "'normalisation'"),
+    (put("meta", "normalisation", {"mean": [0, 0, 0], "std": [1, 0, 1]}),
+     "'normalisation'"),
+    (put("meta", "normalisation", {"mean": [0, 0], "std": [1, 1]}),
+     "'normalisation'"),
     (put("meta", "classes", ["a", "b"]), r"\(3,\), expected \(2,\)"),
     (put("meta", "weights_sha256", "abc"), "'weights_sha256'"),
     (put("meta", "options", {}), "its options are not those of ttc"),
@@ -215,8 +225,7 @@ def test_weights_are_no_bundle(base):
 
 def test_the_command_packs_and_inspects(base, tmp_path):
   def call(*arguments):
-    return subprocess.run([sys.executable, "-m", "ttc_jax.bundles", *arguments],
-                          capture_output=True, text=True, cwd=tmp_path)
+    return run_command("bundles", *arguments, cwd=tmp_path)
   bundle = made_bundles.make(base["vit_ti8"])
   bundles.save(str(tmp_path / "bundle"), bundle)
   done = call("pack", "bundle", "--out=pets.safetensors")
@@ -240,6 +249,7 @@ def test_the_command_packs_and_inspects(base, tmp_path):
 
 # --- Serving ------------------------------------------------------------------
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("backbone, method", CASES)
 def test_a_mixed_batch_equals_each_task_alone(backbone, method, base, tmp_path):
   model, weights = serve.load(base[backbone]), base[backbone]

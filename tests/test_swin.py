@@ -328,6 +328,7 @@ def steps(name, config, module, tmp_path):
       job, parallel.replicate(base), str(tmp_path))
 
 
+@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_takes_steps_and_merges(name, config, tmp_path):
   module = tiny(40)

@@ -66,6 +66,7 @@ def run(job, params, directory):
   return outcome, trees.flatten(parallel.unreplicate(params))
 
 
+@pytest.mark.sweep(keep=3)
 @pytest.mark.parametrize("name,moved", [
     ("linear", r"head/.*"),
     ("layernorm", r"head/.*|backbone/.*Norm.*|backbone/.*_norm/.*"),
@@ -282,6 +283,7 @@ def test_cached_features_give_the_head_that_the_whole_model_gives(
   assert cached.history[-1]["val_top1"] == slow.history[-1]["val_top1"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stage,epoch", [
     ("align", 1), ("align", 3), ("adapt", 1), ("adapt", 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(

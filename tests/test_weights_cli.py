@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.command import run_command
 from tests.random_trees import random_params
 from tests.test_weights import as_timm, check_equal, fit, flat_params, save
 from ttc_jax import backbones, trees, weights
@@ -148,8 +148,7 @@ def test_diff_finds_the_one_that_differs(sizes, tmp_path):
 
 def test_the_command(tmp_path):
   def run(*args):
-    done = subprocess.run([sys.executable, "-m", "ttc_jax.weights", *args],
-                          capture_output=True, text=True, timeout=300)
+    done = run_command("weights", *args)
     assert "Traceback" not in done.stderr, done.stderr
     return done
   path = str(tmp_path / "x.safetensors")

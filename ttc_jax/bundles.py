@@ -1,40 +1,46 @@
 """Bundles: what one keeps of a task, beside the base weights.
 
 A run writes a folder, through orbax. `pack` makes one file of it, safetensors
-with the metadata as JSON in its header; both open through `load`.
+with the metadata as JSON in its header; both open through `load`. Both hold a
+digest of arrays and metadata, so that a flipped bit is noticed.
+
+A bundle is data: what it names is never fetched, and it holds no passwords.
 
   python -m ttc_jax.bundles inspect BUNDLE...
   python -m ttc_jax.bundles pack BUNDLE --out=pets.safetensors
   python -m ttc_jax.bundles unpack pets.safetensors --out=DIR
 """
+import hashlib
 import json
 import os
 import re
 import shutil
 from typing import Any, NamedTuple
+import urllib.parse
 
 from absl import flags
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 
-from ttc_jax import cli, files, normalisation
+from ttc_jax import checkpoint, cli, files, normalisation
 from ttc_jax.checkpoint import Flat, explain_disk_errors, fill, unfill
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images
 from ttc_jax.weights import containers, formats
 
 FORMAT = "1"  # of the file
 _KEY = "ttc_jax_bundle"  # of its header
+_DIGEST = "sha256"  # of arrays and metadata; in the metadata on disk alone
 
 
 class Bundle(NamedTuple):
-  """What one needs beside the base weights to use a tuned model.
+  """What is needed beside the base weights to use a tuned model.
 
   Attributes:
     tuned: {"backbone/...": array}, every leaf that some stage tuned.
     buffers: {"fc2/channels": array}.
-    meta: method, options, backbone, hash of the base, classes, accuracy, ...
+    meta: JSON: method, options, backbone, hash of the base, classes, ...
   """
   tuned: Flat
   buffers: Flat
@@ -63,7 +69,7 @@ _NEEDED: dict[str, tuple[Any, Any]] = {
     "weights_sha256": (str, _is_sha), "weights_source": (str, bool),
     "classes": (list, lambda v: v and all(type(c) is str for c in v)),
 }
-# What it may lack, and the model card shows.
+# Keys that may be missing; the model card shows them.
 _OPTIONAL: dict[str, Any] = {
     "group": str, "protocol": str, "stages": list, "versions": dict,
     "module_params": int, "norm_params": int, "head_params": int,
@@ -82,8 +88,8 @@ def temporary(path: str) -> str:
 
 def save(path: str, bundle: Bundle) -> None:
   """Writes a bundle to the folder `path`, replacing one that is there."""
-  path = os.path.abspath(path)
-  written = temporary(path)
+  path = os.path.abspath(files.expand(path))
+  written, meta = temporary(path), _meta_on_disk(bundle)
   with explain_disk_errors(path):
     shutil.rmtree(written, ignore_errors=True)
     try:
@@ -91,7 +97,7 @@ def save(path: str, bundle: Bundle) -> None:
         writer.save(written, args=ocp.args.Composite(
             arrays=ocp.args.StandardSave(fill(
                 {"tuned": bundle.tuned, "buffers": bundle.buffers})),
-            meta=ocp.args.JsonSave(bundle.meta)))
+            meta=ocp.args.JsonSave(meta)))
       shutil.rmtree(path, ignore_errors=True)
       os.replace(written, path)
     finally:
@@ -99,33 +105,109 @@ def save(path: str, bundle: Bundle) -> None:
 
 
 def pack(path: str, bundle: Bundle) -> None:
-  """Writes a bundle as one safetensors file."""
+  """Writes a bundle as one safetensors file.
+
+  Example:
+    bundles.pack("pets.safetensors", bundles.load("WORKDIR/runs/RUN/bundle"))
+  """
   tensors = {f"{part}/{name}": np.asarray(x, order="C") for part, flat in (
       ("tuned", bundle.tuned), ("buffers", bundle.buffers))
              for name, x in flat.items()}
-  text = json.dumps({"format": FORMAT, **bundle.meta})
+  text = json.dumps({"format": FORMAT, **_meta_on_disk(bundle)})
   with explain_disk_errors(path):
     containers.write_safetensors(path, tensors, {_KEY: text})
+
+
+def digest(bundle: Bundle) -> str:
+  """Returns the SHA-256, hexadecimal, of a bundle's arrays and metadata."""
+  arrays = checkpoint.digest_parts(
+      {"tuned": bundle.tuned, "buffers": bundle.buffers})
+  # As it will be read again: tuples are lists, numbers as keys are strings.
+  meta = json.dumps(json.loads(json.dumps(bundle.meta)), sort_keys=True)
+  return hashlib.sha256(f"{arrays}\n{meta}".encode()).hexdigest()
+
+
+def _meta_on_disk(bundle):
+  """The metadata without secrets, and with the digest."""
+  bundle = bundle._replace(meta=without_secrets(bundle.meta))
+  return bundle.meta | {_DIGEST: digest(bundle)}
+
+
+def without_secrets(meta: dict[str, Any]) -> dict[str, Any]:
+  """Returns metadata whose sources have no user, password and query."""
+  source = meta.get("weights_source")
+  if not isinstance(source, str) or "://" not in source:
+    return meta
+  clean = public(source)
+  named = {"weights": clean.partition("#")[0].rsplit("/", 1)[-1]}
+  return meta | {"weights_source": clean} | (named if "weights" in meta else {})
+
+
+def public(source: str) -> str:
+  """Returns a source as it may be shown and kept.
+
+  A URL's user, password and query are left out; "#sha256=..." stays.
+  """
+  if "://" not in source:
+    return source
+  return "::".join(map(_public_url, source.split("::")))
+
+
+def _public_url(url):
+  scheme, separator, rest = url.partition("://")
+  if not separator:
+    return url
+  try:
+    parts = urllib.parse.urlsplit(f"//{rest}")
+  except ValueError:  # no URL: nothing of it is safe to show
+    return f"{scheme}://..."
+  # The "@" of hf://owner/name@revision comes after the first "/".
+  fragment = f"#{parts.fragment}" if parts.fragment else ""
+  return (f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+          f"{fragment}")
 
 
 def load(path: str) -> Bundle:
   """Reads a bundle, a folder or a packed file.
 
   Raises:
-    UserError: no bundle there, or not a whole one.
+    UserError: no bundle there, not a whole one, or its digest differs.
   """
-  path = os.path.abspath(path)
+  path = os.path.abspath(files.expand(path))
   if not os.path.exists(path):
     raise UserError(f"bundle '{path}' does not exist; give the folder "
                     "'bundle' of a finished run, or a packed file")
   bundle = (_load_folder if os.path.isdir(path) else _load_file)(path)
+  bundle = _check_digest(path, bundle)
   _check(path, bundle)
+  return bundle
+
+
+def _check_digest(path, bundle):
+  """-> the bundle without its digest."""
+  if not isinstance(bundle.meta, dict):
+    raise UserError(f"'{path}' is not a whole bundle: its metadata is no JSON "
+                    "object")
+  meta = dict(bundle.meta)
+  written = meta.pop(_DIGEST, None)
+  bundle = bundle._replace(meta=meta)
+  if written is None:
+    raise UserError(
+        f"bundle '{path}' has no digest of its contents ({_DIGEST!r}): an "
+        "older version wrote it, or it is damaged; write it again by starting "
+        "the training command in a new --workdir")
+  if written != digest(bundle):
+    raise UserError(
+        f"bundle '{path}' is damaged: its arrays and metadata are not those "
+        f"that were written ({_DIGEST} differs); copy it again, or write it "
+        "again by starting the training command in a new --workdir")
   return bundle
 
 
 def _load_folder(path):
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with (checkpoint.quiet_reads(),
+          ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader):
       got = reader.restore(path, args=ocp.args.Composite(
           arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
     arrays = unfill(got.arrays)
@@ -164,7 +246,7 @@ def _load_file(path):
 
 
 def _check(path: str, bundle: Bundle) -> None:
-  meta = bundle.meta if isinstance(bundle.meta, dict) else {}
+  meta = bundle.meta
   given = {k: kind for k, kind in _OPTIONAL.items() if meta.get(k) is not None}
   for key, (kind, holds) in (
       _NEEDED | {k: (kind, None) for k, kind in given.items()}).items():
@@ -174,13 +256,13 @@ def _check(path: str, bundle: Bundle) -> None:
       raise UserError(
           f"bundle '{path}': its metadata has no good {key!r} "
           f"({str(value)[:40]!r})")
-  formats.check_fields(bundle.meta["fields"], f"bundle '{path}'")
+  formats.check_fields(meta["fields"], f"bundle '{path}'")
   for name, x in (bundle.tuned | bundle.buffers).items():
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
       raise UserError(f"bundle '{path}': {name!r} is no array of numbers")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
       raise UserError(f"bundle '{path}': {name!r} is not finite")
-  classes = len(bundle.meta["classes"])
+  classes = len(meta["classes"])
   head = bundle.tuned.get("head/bias")
   if head is None or head.shape != (classes,):
     raise UserError(
@@ -190,7 +272,7 @@ def _check(path: str, bundle: Bundle) -> None:
 
 
 def sizes(bundle: Bundle) -> dict[str, int]:
-  """{"bytes", "head_bytes"}: of the arrays."""
+  """Returns {"bytes", "head_bytes"} of the arrays."""
   arrays = [*bundle.tuned.items(), *bundle.buffers.items()]
   return {"bytes": sum(x.nbytes for _, x in arrays),
           "head_bytes": sum(x.nbytes for name, x in arrays
@@ -198,7 +280,7 @@ def sizes(bundle: Bundle) -> dict[str, int]:
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-  """What `inspect` says, JSON."""
+  """Returns what `inspect` prints, as JSON."""
   meta = bundle.meta
   adapters = sorted({name.split("/")[1] for name in bundle.tuned
                      if name.startswith("adapter/")})
@@ -223,7 +305,7 @@ def _inspect(paths):
       elif isinstance(value, (list, dict)):
         value = ", ".join(value if isinstance(value, list) else (
             f"{k} {v}" for k, v in value.items())) or "none"
-      print(f"{key:15}  {value}")
+      print(f"{key:15}  {printable(str(value))}")
     print()
 
 

@@ -3,7 +3,8 @@
 It is written by orbax, whole or not at all: into a temporary folder that is
 renamed when it is complete.
 """
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import hashlib
@@ -95,17 +96,23 @@ class StageStore:
       self._manager.save(saved.epoch, args=args, force=True)
 
   def latest_epoch(self) -> int | None:
+    """Returns the epoch of the newest state; None where there is none."""
     return self._manager.latest_step()
 
   def load(self) -> Saved | None:
-    """The newest state; one that is damaged is deleted, aloud."""
+    """Reads the newest state; deletes a damaged one with a warning.
+
+    Raises:
+      UserError: the file system fails; the state may be whole.
+    """
     epoch = self.latest_epoch()
     if epoch is None:
       return None
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),
                               meta=ocp.args.JsonRestore())
     try:
-      got = self._manager.restore(epoch, args=args)
+      with quiet_reads():
+        got = self._manager.restore(epoch, args=args)
       arrays, meta = unfill(got.arrays), dict(got.meta)
       if meta.pop(_DIGEST, None) != digest_parts(arrays):
         raise ValueError("the arrays are not those that were saved")
@@ -115,17 +122,18 @@ class StageStore:
         raise UserError(
             f"the saved state '{self.path}' cannot be read ({e}); start the "
             "same command again, or delete that folder") from e
-      self._drop(epoch, e)
+      self._drop(epoch, type(e).__name__)
     except Exception as e:  # orbax and tensorstore raise many kinds
-      self._drop(epoch, e)
+      self._drop(epoch, type(e).__name__)
     return None
 
-  def _drop(self, epoch, error) -> None:
+  def _drop(self, epoch: int, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
-                    "again", self.path, type(error).__name__)
+                    "again", self.path, why)
     self._manager.delete(epoch)
 
   def close(self) -> None:
+    """Releases the stage for other processes."""
     self._manager.close()
     self._lock.close()
 
@@ -134,6 +142,39 @@ class StageStore:
 
   def __exit__(self, *exc):
     self.close()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+  """Drops what arrives after the loop was closed."""
+
+  def call_soon_threadsafe(  # type: ignore[override]
+      self, callback: Any, *args: Any, context: Any = None) -> Any:
+    try:
+      return super().call_soon_threadsafe(callback, *args, context=context)
+    except RuntimeError:
+      if not self.is_closed():
+        raise
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+
+  def new_event_loop(self):
+    return _Loop()
+
+
+@contextlib.contextmanager
+def quiet_reads() -> Iterator[None]:
+  """Within the block, a damaged file raises one error and prints nothing.
+
+  Orbax closes its loop when the first read fails; each of the other reads
+  would print the traceback of "Event loop is closed".
+  """
+  before = asyncio.get_event_loop_policy()
+  asyncio.set_event_loop_policy(_Policy())
+  try:
+    yield
+  finally:
+    asyncio.set_event_loop_policy(before)
 
 
 # Orbax saves no empty dictionary: a marker stands for it.

@@ -23,6 +23,7 @@ import functools
 import json
 import os
 import re
+import sys
 import threading
 from typing import Any, NamedTuple
 
@@ -75,14 +76,14 @@ class ModelServer:
   Threads may share it: a call uses the tasks of the moment when it begins.
 
   Attributes:
-    source, sha256: of the base weights.
+    base: source and hash of the base weights.
     batch_size: images of a pass, at most.
   """
 
   def __init__(self, source: str, batch_size: int = 64):
     if batch_size < 1:
       raise UserError(f"batch_size is {batch_size}; give 1 or more")
-    self.source, self.sha256 = source, predict.base.sha256(source)
+    self.base = predict.base.given(source)
     self.batch_size = batch_size
     self._lock = threading.RLock()
     # {key: (module, parameters on the host, on devices)}
@@ -115,12 +116,12 @@ class ModelServer:
     """
     saved = bundles.load(bundle)
     meta = saved.meta
-    predict.base.check(bundle, meta, self.source, self.sha256)
+    predict.base.check(bundle, meta, self.base)
     with self._lock:
       if name in self._tasks and not replace:
         raise UserError(f"a task is already called {name!r}; give another name "
                         "or replace=True")
-      base = self._base(meta)
+      base = self._base(bundle, meta)
       module, host, _ = self._bases[base]
       model, params, buffers, *_ = predict.attach(
           bundle, saved, module, trees.unflatten(host), merge)
@@ -214,12 +215,12 @@ class ModelServer:
         self._groups = _group(self._tasks)
       return self._tasks, self._groups
 
-  def _base(self, meta):
+  def _base(self, bundle, meta):
     """Loads the backbone of a bundle unless it is loaded; -> its key."""
     key = json.dumps([meta[k] for k in (
         "backbone", "image_size", "fields", "dtype")], sort_keys=True)
     if key not in self._bases:
-      module, params = predict.base.load(meta, self.source)
+      module, params = predict.base.load(bundle, meta, self.base)
       host = {n: np.asarray(x) for n, x in trees.flatten(params).items()}
       devices = {}
       # Backbones of two image sizes differ in the positions alone.
@@ -323,3 +324,11 @@ def _program(model: Model, one: bool):
     return jax.vmap(lambda row, image: logits(
         base, stacked, row, image[None])[0])(rows, images)
   return parallel.pmap(of_one if one else of_each)
+
+
+if __name__ == "__main__":
+  print("error: ttc_jax.serve is a Python API and no command: call model = "
+        "ttc_jax.serve.load(WEIGHTS), model.add(NAME, BUNDLE) and "
+        "model.predict(images, task=NAME); on the command line use python -m "
+        "ttc_jax.predict", file=sys.stderr)
+  sys.exit(2)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import cost, files, normalisation, predict, trees
+from ttc_jax import bundles, cost, files, normalisation, predict, trees
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
 from ttc_jax.predict import LoadedModel
@@ -131,7 +131,7 @@ def write(model: LoadedModel, target: Target, out: str) -> str:
 def note(model: LoadedModel, target: Target) -> dict[str, Any]:
   """Returns what a program needs beside the file, as JSON: classes,
   preprocessing, and the bundle's metadata."""
-  meta = dict(model.meta)
+  meta = bundles.without_secrets(dict(model.meta))
   if "://" not in meta["weights_source"]:  # no folders of the user's machine
     meta["weights_source"] = os.path.basename(meta["weights_source"])
   return {"target": target.name, "merged": not model.cannot_merge,
@@ -139,7 +139,7 @@ def note(model: LoadedModel, target: Target) -> dict[str, Any]:
           "bundle": meta}
 
 
-def preprocessing(meta: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
   """Returns how an RGB image becomes the backbone's input.
 
   The image is resized to `size` x `size`, its aspect ratio not kept, divided
@@ -153,7 +153,7 @@ def preprocessing(meta: Mapping[str, Any]) -> dict[str, Any]:
           "std": [round(x, 6) for x in std.tolist()]}
 
 
-def loading_code(meta: Mapping[str, Any], target: Target, out: str) -> str:
+def loading_code(meta: dict[str, Any], target: Target, out: str) -> str:
   """Returns the target's lines of code, filled in for a model in `out`."""
   how = preprocessing(meta)
   # Within a string of the code.

@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ttc_jax import trees
+from ttc_jax.errors import printable
 from ttc_jax.methods import described
 from ttc_jax.predict import LoadedModel
 
@@ -35,7 +36,7 @@ def text(model: LoadedModel, target: "Target", code: str,
 
 
 def _name(meta):
-  return f"{meta['backbone']}, {meta['method']} on {meta['task']}"
+  return printable(f"{meta['backbone']}, {meta['method']} on {meta['task']}")
 
 
 def _accuracy(meta):
@@ -135,7 +136,7 @@ def _parameters(model):
 
 def _table(rows):
   def cell(value):
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return printable(str(value).replace("\n", " ")).replace("|", "\\|")
   return "\n".join(["| | |", "|---|---|", *(
       f"| {title} | {cell(value)} |" for title, value in rows.items())])
 

@@ -53,7 +53,8 @@ def load(bundle: str, weights: str | None = None,
 
   Args:
     bundle: the folder that a run wrote, or a file that `bundles` packed.
-    weights: source of the base weights; None: where the run found them.
+    weights: source of the base weights; None: the local file where the run
+      found them. What a bundle names is never fetched.
     merge: folds the adapter into the backbone where that is exact, so that
       inference costs what it did before tuning.
 
@@ -74,7 +75,7 @@ def on_base(bundle: str, weights: str | None = None,
             merge: bool = True) -> LoadedModel:
   """`load`, with the parameters on the host."""
   saved = bundles.load(bundle)
-  source = weights or saved.meta["weights_source"]
-  base.check(bundle, saved.meta, source, base.sha256(source))
-  module, params = base.load(saved.meta, source)
+  found = (base.check(bundle, saved.meta, base.given(weights)) if weights
+           else base.named(bundle, saved.meta))
+  module, params = base.load(bundle, saved.meta, found)
   return attach(bundle, saved, module, params, merge)

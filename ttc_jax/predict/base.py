@@ -1,42 +1,131 @@
-"""The base weights of a bundle: which file, the right one, loaded."""
-from collections.abc import Mapping
-from typing import Any
+"""The base weights of a bundle: which file, the right one, loaded.
+
+They come from the user's own words, or from a local file that the bundle names
+and whose hash it knows. Nothing that a bundle names is fetched.
+"""
+import os
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ttc_jax import backbones, trees
-from ttc_jax.errors import UserError
+from ttc_jax import backbones, bundles, files, trees
+from ttc_jax.errors import UserError, printable
 from ttc_jax.weights import sources
 
-Meta = Mapping[str, Any]
+Meta = dict[str, Any]
+
+# No backbone comes near: ViT-g/14 has 1.0e9 parameters, and at 518 pixels
+# 1,369 patches and 3e12 FLOPs an image.
+_PATCHES = 2 ** 16
+_PARAMETERS = 4e9
+_FLOPS = 2e13
+_LARGEST = 2 ** 36  # bytes of a file that a bundle names
 
 
-def sha256(source: str) -> str:
-  """Returns the hash by which a bundle knows its base weights."""
+class Base(NamedTuple):
+  """Base weights that were found.
+
+  Attributes:
+    source: as the user or the bundle names it.
+    path: of the local file; None for "random".
+    sha256: hexadecimal; "random" for "random".
+  """
+  source: str
+  path: str | None
+  sha256: str
+
+
+def given(source: str) -> Base:
+  """Returns the weights that a user names, from anywhere.
+
+  Raises:
+    UserError: they cannot be read or fetched.
+  """
   if source == "random":
-    return source
-  try:
-    return sources.sha256(sources.locate(source))
-  except UserError as error:
+    return Base(source, None, source)
+  path = sources.locate(source if "://" in source else files.expand(source))
+  return Base(source, path, sources.sha256(path))
+
+
+def named(bundle: str, meta: Meta) -> Base:
+  """Returns the local file that a bundle names, if it is the right one.
+
+  Raises:
+    UserError: the bundle names no local file, or it is missing or another.
+  """
+  source, wanted = meta["weights_source"], meta["weights_sha256"]
+  shown = printable(bundles.public(source))
+  if source == "random":
+    return check(bundle, meta, given(source))
+  if "://" in source or "::" in source:
     raise UserError(
-        f"{error}; give the base weights (--weights=FILE)") from error
+        f"bundle '{bundle}' was tuned on '{shown}' (sha256 {wanted}), and what "
+        "a bundle names is never fetched: give the base weights "
+        f"(--weights={shown})")
+  path = _local_file(source.partition("#sha256=")[0])
+  if path is None:
+    raise UserError(
+        f"bundle '{bundle}' was tuned on weights with sha256 {wanted}; the "
+        f"weights file '{shown}' that it names does not exist here: give the "
+        "base weights (--weights=FILE)")
+  if sources.sha256(path) != wanted:  # its hash is not for others to see
+    raise UserError(
+        f"bundle '{bundle}' was tuned on weights with sha256 {wanted}, and the "
+        f"file '{shown}' that it names holds something else: give the base "
+        "weights (--weights=FILE)")
+  return Base(source, path, wanted)
 
 
-def check(bundle: str, meta: Meta, source: str, found: str) -> None:
-  """Raises UserError if the bundle was tuned on weights of another hash."""
-  if found != meta["weights_sha256"]:
+def _local_file(source):
+  """The path of a file of sane size; devices and /proc have none. Else None."""
+  try:
+    path = sources.locate(source)
+    return path if 0 < os.path.getsize(path) < _LARGEST else None
+  except (UserError, OSError, ValueError):
+    return None
+
+
+def check(bundle: str, meta: Meta, base: Base) -> Base:
+  """Returns the base; UserError if the bundle was tuned on other weights."""
+  if base.sha256 != meta["weights_sha256"]:
     raise UserError(
         f"bundle '{bundle}' was tuned on weights with sha256 "
-        f"{meta['weights_sha256']}, but '{source}' has {found}; give the "
-        "right file (--weights=FILE)")
+        f"{meta['weights_sha256']}, but '{bundles.public(base.source)}' has "
+        f"{base.sha256}; give the right file (--weights=FILE)")
+  return base
 
 
-def load(meta: Meta, source: str) -> tuple[Any, trees.Tree]:
+def load(bundle: str, meta: Meta, base: Base) -> tuple[Any, trees.Tree]:
   """Returns the backbone that a bundle was tuned on, and its pretrained
-  parameters."""
+  parameters.
+
+  Raises:
+    UserError: the weights are of another backbone; or the bundle describes a
+      model that is far larger than any real one.
+  """
   fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
-  if source == "random":
-    module = backbones.make(meta["backbone"], meta["image_size"], **fields)
+  size = meta["image_size"]
+  module = backbones.make(meta["backbone"], size, **fields)
+  _check_size(bundle, meta, module)
+  if base.path is None:
     return module, backbones.init(module)
-  return backbones.load(
-      meta["backbone"], source, meta["image_size"], **fields)
+  return backbones.load(meta["backbone"], base.path, size, **fields)
+
+
+def _check_size(bundle, meta, module):
+  """Refuses sizes that no real model has, before any array of them is made."""
+  patches = (module.image_size // module.patch) ** 2
+  parameters = patches * module.width + sum(
+      site.inputs * site.width for sites in module.sites.values()
+      for site in sites)
+  flops = 2 * (module.work.patches + module.work.linear
+               + module.work.attention)
+  for value, largest, what in (
+      (patches, _PATCHES, "patches an image"),
+      (parameters, _PARAMETERS, "parameters"),
+      (flops, _FLOPS, "FLOPs an image")):
+    if value > largest:
+      raise UserError(
+          f"bundle '{bundle}': {meta['backbone']} at {meta['image_size']} px "
+          f"has {value:.2g} {what}, and this version loads bundles with up to "
+          f"{largest:.2g}: it is damaged or not meant to be used")

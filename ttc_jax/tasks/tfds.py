@@ -195,7 +195,12 @@ class _Labels(Mapping):
 
   def __getitem__(self, part: str) -> np.ndarray:
     if part not in self._known:
-      self._known[part] = self._read(part)
+      union = f"{self._splits['train']}+{self._splits['val']}"
+      self._known[part] = (
+          np.concatenate([self["train"], self["val"]])
+          if part == "trainval" and self._splits[part] == union
+          else self._read(part))
+      self._known[part].setflags(write=False)
     return self._known[part]
 
   def _read(self, part: str) -> np.ndarray:
@@ -208,7 +213,6 @@ class _Labels(Mapping):
       raise errors.DataError(
           f"{self._folder}: example {first} of {self._splits[part]} has the "
           f"label {labels[first]}, expected 0 to {self._classes - 1}; {_AGAIN}")
-    labels.setflags(write=False)
     return labels
 
   def __iter__(self) -> Iterator[str]:
