@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ttc_jax import files, trees
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, printable
 
 Flat = dict[str, np.ndarray]
 
@@ -130,7 +130,7 @@ class StageStore:
 
   def _drop(self, epoch: int, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
-                    "again", self.path, why)
+                    "again", printable(self.path), why)
     self._manager.delete(epoch)
 
   def close(self) -> None:

@@ -16,7 +16,7 @@ from ttc_jax import (
   weights,
 )
 from ttc_jax import config as config_lib
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, printable
 from ttc_jax.runs import plan
 from ttc_jax.vtab import rows as vtab
 
@@ -128,7 +128,7 @@ def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
              if not {name, vtab.canonical(name)} & apart.keys()]
   if apart and general:
     logging.warning("config.per_task has nothing for %s: the general settings "
-                    "are used there", ", ".join(general))
+                    "are used there", printable(", ".join(general)))
 
 
 def _check_batch_size(config, task):

@@ -28,7 +28,7 @@ from absl import logging
 from etils import epath
 
 from ttc_jax import files
-from ttc_jax.errors import Busy, UserError
+from ttc_jax.errors import Busy, UserError, printable
 
 Row = dict[str, Any]
 
@@ -201,7 +201,7 @@ class WorkDir:
     if row is None or row.get("run") == run:
       return row
     logging.warning("%s is not the row of its run, which will be done again",
-                    self.folder(run) / "row.json")
+                    printable(os.fspath(self.folder(run) / "row.json")))
     return None
 
   def rows(self) -> list[Row]:
@@ -299,7 +299,8 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
   except (FileNotFoundError, NotADirectoryError):
     return None
   except ValueError as error:  # JSON's and Unicode's errors too
-    logging.warning("%s is damaged and left out (%s)", path, error)
+    logging.warning("%s is damaged and left out (%s)",
+                    printable(os.fspath(path)), error)
     return None
 
 
@@ -321,5 +322,6 @@ def from_lines(path: str) -> list[dict[str, Any]]:
         found.append(dict(json.loads(line.decode())))
       except (ValueError, TypeError):
         if line.endswith(b"\n"):
-          logging.warning("%s:%d is damaged and left out", path, number)
+          logging.warning("%s:%d is damaged and left out", printable(path),
+                          number)
   return found

@@ -111,7 +111,7 @@ class Task:
       return Split(images, self.labels[name], sha256)
     except errors.DataError as error:
       _log.warning("task %s: %s; reading all its images to list the damaged "
-                   "ones", errors.printable(self.name), error)
+                   "ones", *map(errors.printable, (self.name, str(error))))
       return images_lib.together(self.damaged() or [error])
 
   def damaged(self) -> list[errors.DataError]:
