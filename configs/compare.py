@@ -1,16 +1,18 @@
-"""Every method on the same tasks, tuned with the same effort.
+"""Compares all methods on the same tasks, with equal training and search.
 
-Equal work: methods of one stage train for as many epochs as those of two have
-together. (Two exceptions: Linear has 100 epochs, on cached features, and of
-NOAH's two stages the winner gets the second alone, after a search.) Equal
-search: each tries the learning rates of one grid on val200 (train on 800), the
-best one trains on 1000 and is tested once for each seed. Full tuning has a
-grid of its own, ten times lower.
+Training: methods of one stage train for as many epochs as the two stages of
+others together. Two exceptions: Linear has 100 epochs, on cached features;
+NOAH's winner trains in the second stage only, after the search. Search: every
+method tries the learning rates of one grid on val200 (train on 800); the best
+one trains on 1000 and is tested once for each seed. Full tuning has its own
+grid, whose values are ten times lower or more.
 
   python -m ttc_jax.main --config=configs/compare.py:\
 task=dtd10,rsscn7,data=DIR --workdir=DIR
 """
 import os
+
+import ml_collections
 
 from ttc_jax.config import default, parse_arg, variants
 from ttc_jax.errors import check_known
@@ -21,10 +23,10 @@ GRID = (6e-3, 2e-2, 6e-2)
 GRID_FULL = (2e-4, 6e-4, 2e-3)
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(
       arg, task=("digits", "sprites_location"), data="", backbone="vit_ti16",
-      weights=os.path.normpath(WEIGHTS), size=64, normalisation="half",
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="",
       epochs=4, method=())
   config = default()
   config.tasks, config.data = arg.task, arg.data

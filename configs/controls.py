@@ -1,7 +1,7 @@
-"""TTC beside the controls that the paper lacks, with one grid for all.
+"""Compares TTC with controls that the paper lacks, with one grid for all.
 
-Every variant gets the same learning rates on val200 (train on 800), then the
-best one trains on 1000 and is tested once, for each seed:
+Every variant tries the same learning rates on val200 (train on 800); the best
+one trains on 1000 and is tested once for each seed:
 
   linear         the head alone, on cached features
   layernorm      stage 1 alone
@@ -14,16 +14,18 @@ task=digits,sprites_location --workdir=DIR
 """
 import os
 
+import ml_collections
+
 from ttc_jax.config import default, parse_arg, variants
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(
       arg, task=("digits", "sprites_location"), data="", backbone="vit_ti16",
-      weights=os.path.normpath(WEIGHTS), size=64, normalisation="half",
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="",
       epochs=6)
   config = default()
   config.tasks, config.data = arg.task, arg.data

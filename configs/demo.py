@@ -1,10 +1,12 @@
-"""The demo: three methods on rendered and real tasks that need no download.
+"""The demo: three methods on a rendered and a real task, without downloads.
 
-The backbone is the small ViT of `checkpoints/`. The learning rate of LayerNorm
-and TTC is the better of 2e-3 and 6e-3 on val200 (train on 800) for both, on
-both tasks; the test set chose nothing.
+The backbone is the small ViT of `checkpoints/`. LayerNorm and TTC use the
+learning rate, of 2e-3 and 6e-3, that is better on val200 (train on 800) for
+both methods and both tasks; the test set chose nothing.
 """
 import os
+
+import ml_collections
 
 from ttc_jax.config import default, parse_arg, variants
 
@@ -12,7 +14,7 @@ WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(arg, task=("sprites_location", "digits"))
   config = default()
   config.tasks = arg.task

@@ -3,23 +3,25 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
 task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 
-task=vtab means all 19, task=all those that the folder has. protocol is
+task=vtab runs all 19 tasks, task=all those of the data folder. protocol is
 
-  val, final, select     what is trained on and reported: config.protocol;
+  val, final, select     what is trained on and reported (config.protocol);
                          select has the grid of OSU-MLB/ViT_PEFT_Vision
-  sct, ssf, vpt, noah    how a neighbour trained, as published: a file of
+  sct, ssf, vpt, noah    a neighbour's training, as published: a file of
                          ttc_jax/presets/, which says what is not reproduced.
                          Without method=, the neighbour's own method
 
-A preset's values for single tasks are config.per_task.TASK.KEY; where it has
-them, config.KEY does nothing.
+A preset sets config.per_task.TASK.KEY for single tasks; for those tasks
+config.KEY has no effect.
 """
+import ml_collections
+
 from ttc_jax import presets
 from ttc_jax.config import PROTOCOLS, default, parse_arg, run_locally
 from ttc_jax.errors import check_known
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(arg, task=("all",), method="", protocol="final",
                   backbone="vit_b16", data="", weights="", size=224,
                   runlocal=False)

@@ -106,7 +106,8 @@ def test_changed_metadata_is_one_sentence(change, words, base, tmp_path):
 def test_a_source_is_printed_and_not_fetched(source, base, tmp_path,
                                              monkeypatch):
   path = packed(tmp_path, made_bundles.make(base), weights_source=source)
-  monkeypatch.setattr(sources, "locate", None)  # a call would be an error
+  for function in ("locate", "open_source"):  # a call would be an error
+    monkeypatch.setattr(sources, function, None)
   for use in (predict.load, export.load):
     with pytest.raises(UserError, match="is never fetched") as error:
       use(path)

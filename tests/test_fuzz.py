@@ -284,7 +284,7 @@ def bundle(write, name):
     made_bundles.save_base(base, "vit_ti8")
     saved = made_bundles.make(base)
     module, params = predict.base.load(
-        base, saved.meta, predict.base.given(base))
+        base, saved.meta, weights.open_source(base))
     path = os.path.join(folder, name)
     write(path, saved)
     return path, lambda path: predict.attach(

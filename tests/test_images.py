@@ -275,6 +275,27 @@ def test_a_path_need_not_be_utf8(tmp_path):
   errors.printable(str(error.value)).encode()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")
+def test_a_list_is_utf8_whatever_the_locale(tmp_path):
+  folder = write_task(tmp_path / "data" / "toy")
+  (folder / "images" / "4.png").rename(folder / "images" / "Käfer 金魚.png")
+  (folder / "val200.txt").write_text("images/Käfer 金魚.png 0\n",
+                                     encoding="utf-8")
+  (folder / "train800val200.txt").write_text("images/0.png 0\n")
+  (folder / "classes.txt").write_text("Käfer\nзебра\n", encoding="utf-8")
+  code = ("from ttc_jax import tasks; t = tasks.load('toy', size=4, "
+          f"data={str(folder.parent)!r}, cache={str(tmp_path / 'c')!r}); "
+          "print(t.digest, t.split('val').digest, ascii(t.classes))")
+  done = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True,
+      env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0",
+                        "PYTHONCOERCECLOCALE": "0"})
+  assert done.returncode == 0, done.stderr
+  want = load(folder)
+  assert done.stdout.split()[:2] == [want.digest, want.split("val").digest]
+  assert done.stdout.split(" ", 2)[2].strip() == ascii(want.classes)
+
+
 @pytest.mark.parametrize("content, word", [
     ("images/0.png 0\nimages/ü.png 1\n".encode("latin-1"),
      "val200.txt:2: the byte 0xfc is not UTF-8: save"),

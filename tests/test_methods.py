@@ -45,7 +45,7 @@ def double(x):
 
 
 # Buffers that have no gradient.
-INTEGERS = ("channels",)
+INTEGERS = ("channels", "size")
 
 
 def quick_gelu(x):
@@ -76,6 +76,17 @@ FORMULAS = {
          "up_bias": normal(16), "scale": np.float32(0.7)},
         lambda p, y, x: y + p["scale"] * (quick_gelu(
             (y - x) @ p["down"] + p["down_bias"]) @ p["up"] + p["up_bias"])),
+    "noah, adapter of 2": (
+        noah.bottleneck("output"),
+        {"down": normal(16, 3), "down_bias": normal(3), "up": normal(3, 16),
+         "up_bias": normal(16), "size": np.int32(2)},
+        lambda p, y, x: y + quick_gelu(
+            y @ p["down"][:, :2] + p["down_bias"][:2]) @ p["up"][:2]
+        + p["up_bias"]),
+    "noah, lora of 2": (
+        noah.low_rank("b_v"),
+        {"a": normal(9, 3), "b_v": normal(3, 16), "size": np.int32(2)},
+        lambda p, y, x: y + x @ p["a"][:, :2] @ p["b_v"][:2]),
     "lora, shared": (
         lora.low_rank("b_k"),
         {"a": normal(9, 2), "b_q": normal(2, 16, seed=1), "b_k": normal(2, 16),

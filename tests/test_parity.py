@@ -1,5 +1,7 @@
 """Files of every format: with PyTorch's own models the same features; back
 from our parameters the same bits."""
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -235,8 +237,15 @@ def test_timm_s_dinov3(options, size, tmp_path):
       **options}))
   path = save(tmp_path / "model.safetensors", {
       n: t.numpy() for n, t in model.state_dict().items()})
+  pool = "cls" if options.get("class_token", True) else "gap"
+  with pytest.raises(UserError, match="'rope', which no tensor shows"):
+    load(weights_lib.read(path), size)  # nor the pooling
+  (tmp_path / "config.json").write_text(json.dumps({
+      "architecture": "vit_small_patch16_dinov3",
+      "global_pool": "token" if pool == "cls" else "avg"}))
   module, params = check_features(
       path, torch_features(model, size), size, formats.TIMM_DINOV3)
+  assert module.pool == pool
   assert weights_lib.native_size(weights_lib.read(path)) is None
   if options["qkv_bias"]:
     load_state(model, weights_lib.to_tensors(
@@ -260,11 +269,43 @@ def test_timm_s_distilled_deit(tmp_path):
       num_classes=3))
   path = save(tmp_path / "model.safetensors", {
       n: t.numpy() for n, t in model.state_dict().items()})
-  import torch
-  with torch.no_grad():
-    expected = model.forward_features(torch.from_numpy(
-        images(SIZE).transpose(0, 3, 1, 2).copy()))[:, 0].numpy()
-  check_features(path, expected, SIZE, formats.TIMM)
+  model.reset_classifier(0)  # the mean of both tokens
+  module, _ = check_features(
+      path, torch_features(model, SIZE), SIZE, formats.TIMM)
+  assert (module.pool, module.registers, module.prefix) == ("distilled", 1, 2)
+
+
+@pytest.mark.parametrize("architecture, name", [
+    ("vit_pe_core_tiny_patch16_384", "a Perception Encoder"),
+    ("vit_base_patch16_rope_reg1_gap_256", "rotary positions that are not"),
+    ("eva02_tiny_patch14_224", "an EVA-02")])
+def test_timm_s_other_architectures_are_refused_by_name(
+    tmp_path, architecture, name):
+  path = save(tmp_path / "model.safetensors", weights_lib.to_tensors(
+      random_params(tiny()), formats.TIMM, tiny()))
+  (tmp_path / "config.json").write_text(
+      json.dumps({"architecture": architecture}))
+  with pytest.raises(UserError, match=name):
+    weights_lib.read(path)
+
+
+@pytest.mark.parametrize("options, words", [
+    # As the Perception Encoder, whose rotary positions are in no tensor.
+    (dict(pre_norm=True, global_pool="map", class_token=False), "'rope'"),
+    (dict(pre_norm=True, final_norm=False), "'rope'")])
+def test_what_may_have_rotary_positions_is_in_doubt(options, words, tmp_path):
+  timm = import_timm()
+  model = timm.models.vision_transformer.VisionTransformer(
+      img_size=SIZE, patch_size=PATCH, embed_dim=32, depth=2, num_heads=4,
+      num_classes=0, **options)
+  path = save(tmp_path / "model.safetensors", {
+      n: t.numpy() for n, t in model.state_dict().items()})
+  with pytest.raises(UserError, match=words):
+    load(weights_lib.read(path), SIZE, gelu="exact")
+  load(weights_lib.read(path), SIZE, gelu="exact", rope=0.0)
+  (tmp_path / "config.json").write_text(
+      json.dumps({"architecture": "vit_base_patch16_clip_224"}))
+  load(weights_lib.read(path), SIZE, gelu="exact")
 
 
 # --- Hugging Face's models ----------------------------------------------------
@@ -326,9 +367,66 @@ def test_hugging_face_s_other_models_are_refused(tmp_path):
   path = str(tmp_path / "model.safetensors")
   with pytest.raises(UserError, match="of a 'ijepa'"):
     weights_lib.read(path)
-  (tmp_path / "config.json").unlink()
-  with pytest.raises(UserError, match="0 tokens before the patches"):
-    load(weights_lib.read(path), SIZE)
+
+
+def test_hugging_face_s_deit_with_a_teacher_reads_both_tokens(tmp_path):
+  import torch
+  transformers = import_transformers()
+  model = shake(transformers.DeiTForImageClassificationWithTeacher(
+      transformers.DeiTConfig(
+          hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+          image_size=SIZE, patch_size=PATCH, intermediate_size=64)))
+  model.save_pretrained(tmp_path)
+  with torch.no_grad():
+    out = model.deit(torch.from_numpy(
+        images(SIZE).transpose(0, 3, 1, 2).copy())).last_hidden_state
+  module, _ = check_features(
+      str(tmp_path / "model.safetensors"), out[:, :2].mean(1).numpy(), SIZE,
+      formats.HF_VIT)
+  assert module.pool == "distilled"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"image_size": [16, 40]}, "16 x 40 px, which are 2 x 5 patches"),
+    ({"patch_size": 4, "image_size": 12}, "patch 8, while.*states 4"),
+    ({"hidden_size": 48}, "width 32, while.*states 48"),
+    ({"num_hidden_layers": 3}, "depth 2, while.*states 3"),
+    ({"num_attention_heads": 2}, "heads 2; tiny has.*heads 4"),
+    ({"image_size": "24"}, "image_size '24'")])
+def test_a_config_that_contradicts_the_tensors(change, words, tmp_path):
+  hugging_face("ViT", **HIDDEN).save_pretrained(tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | change))
+  with pytest.raises(UserError, match=words):
+    load(weights_lib.read(str(tmp_path / "model.safetensors")), SIZE)
+
+
+def test_normalisation_is_of_the_weights(tmp_path):
+  """By Hugging Face's preprocessor, timm's config and Google's formats."""
+  hugging_face("ViT", **HIDDEN).save_pretrained(tmp_path)
+  path, beside = str(tmp_path / "model.safetensors"), (
+      tmp_path / "preprocessor_config.json")
+  assert weights_lib.normalisation(path) is None
+  mean, std = [0.48, 0.45, 0.4], [0.26, 0.26, 0.27]
+  beside.write_text(json.dumps({"image_mean": mean, "image_std": std}))
+  assert weights_lib.normalisation(path) == (tuple(mean), tuple(std))
+  for bad in ({"image_mean": [1, 2], "image_std": std},
+              {"image_mean": mean, "image_std": [0, 1, 1]},
+              {"image_mean": "half", "image_std": std}):
+    beside.write_text(json.dumps(bad))
+    with pytest.raises(UserError, match="expected three numbers"):
+      weights_lib.read(path)
+  timm = tmp_path / "timm"
+  timm.mkdir()
+  path = save(timm / "model.safetensors", weights_lib.to_tensors(
+      random_params(tiny()), formats.TIMM, tiny()))
+  (timm / "config.json").write_text(json.dumps({
+      "architecture": "x", "pretrained_cfg": {"mean": mean, "std": std}}))
+  assert weights_lib.read(path).normalisation == (tuple(mean), tuple(std))
+  path = save(tmp_path / "bv.npz", weights_lib.to_tensors(
+      random_params(tiny(gelu="tanh")), formats.BIGVISION, tiny(gelu="tanh")))
+  assert weights_lib.normalisation(path) == formats.HALF
+  assert weights_lib.normalisation("random") is None
 
 
 def test_a_clip_without_its_config_is_in_doubt(tmp_path):

@@ -437,6 +437,7 @@ def test_merged_work_directories_are_one_table():
     {"test_top1": 51.0}, {"run": "other", "lr": 0.2},
     {"task": "b", "run": "b", "backbone": "vit_b16"},
     {"seed": 1, "run": "s1", "options": {"k": 3}},
+    {"seed": 1, "run": "s1", "limit": 64},
     {"seed": 1, "run": "s1", "data_digest": "changed"}])
 def test_what_differs_between_work_directories_stays_apart(change):
   one = [row("a", "ttc", 0, 50.0), row("a", "linear", 0, 40.0)]
@@ -447,7 +448,7 @@ def test_what_differs_between_work_directories_stays_apart(change):
 
 
 def test_seeds_of_several_work_directories_come_together():
-  one, two = [row("a", "ttc", 0, 50.0)], [row("a", "ttc", 1, 54.0)]
+  one, two = [row("a", "ttc", 0, 50.0)], [row("a", "ttc", 1, 54.0, limit=0)]
   line, = tables.make(rows_lib.merge({"one": one, "two": two}), "final").lines
   assert line.name == "ttc" and line.scores[0].seeds == (50.0, 54.0)
 

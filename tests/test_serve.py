@@ -3,6 +3,8 @@ import concurrent.futures
 import json
 import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 from PIL import Image
@@ -11,7 +13,7 @@ import safetensors.numpy
 import scipy.special
 
 from tests import made_bundles
-from tests.command import run_command
+from tests.command import ROOT, run_command
 from ttc_jax import bundles, methods, predict, serve
 from ttc_jax.backbones import swin, vit
 from ttc_jax.errors import UserError
@@ -380,3 +382,11 @@ def test_the_frozen_products_of_a_mixed_batch_are_those_of_one_task(
                for one in (True, False))
   flops = [p.cost_analysis()["flops"] for p in (one, each)]
   assert flops[1] < 1.05 * flops[0]
+
+
+def test_the_module_says_that_it_is_no_command():
+  done = subprocess.run(
+      [sys.executable, "-m", "ttc_jax.serve", "--bundle=x"], cwd=ROOT,
+      capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "ttc_jax.serve is a Python API" in done.stderr

@@ -128,6 +128,72 @@ def test_the_list_tells_what_is_there(prepared, tmp_path):
   assert "tfrecord 3.0.1" in text and "10,000" in text
 
 
+def test_names_are_listed_without_a_folder(capsys):
+  pytest.importorskip("sklearn")
+  assert cli.list_(["digits"], options(json=True)) == 0
+  (row,) = json.loads(capsys.readouterr().out)
+  assert (row["num_classes"], row["status"]) == (10, "built in")
+  assert cli.list_(["dtd", "scene_count"], options()) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == ["name", "dtd", "scene_count"]
+  with pytest.raises(UserError, match="did you mean digits"):
+    cli.list_(["digit"], options())
+
+
+# --- Tasks in folders ---------------------------------------------------------
+
+EVIL = "a\x1b[31m\u202e\nb"
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """Tasks "good", "cut" (one image is) and one whose name is not for print."""
+  rng = np.random.default_rng(0)
+  for name in ("good", "cut", EVIL):
+    (tmp_path / name / "inner").mkdir(parents=True)
+    for part, n in (("train800", 0), ("val200", 1), ("test", 2)):
+      noise = rng.integers(0, 256, (9, 9, 3), np.uint8)
+      Image.fromarray(noise).save(tmp_path / name / f"{n}.png")
+      (tmp_path / name / f"{part}.txt").write_text(f"{n}.png {n}\n")
+    (tmp_path / name / "train800val200.txt").write_text("0.png 0\n1.png 1\n")
+  for path in (tmp_path / "good").glob("*.txt"):
+    (tmp_path / "good" / "inner" / path.name).write_text(path.read_text())
+  (tmp_path / "cut" / "1.png").write_bytes(b"?")
+  return tmp_path
+
+
+def test_check_reads_folders(folders, capsys):
+  assert cli.check(["good"], options(data=str(folders))) == 0
+  assert "all well" in capsys.readouterr().out
+  assert cli.check([], options(data=str(folders), json=True)) == 1
+  reports = {r["name"]: r for r in json.loads(capsys.readouterr().out)}
+  assert set(reports) == {"good", "good/inner", "cut", EVIL}
+  assert reports["good"]["splits"] == reports["good/inner"]["splits"]
+  (wrong,) = reports["cut"]["wrong"]
+  assert wrong.startswith("val: cannot decode image ") and "1.png" in wrong
+  with pytest.raises(UserError, match="did you mean good"):
+    cli.check(["goood"], options(data=str(folders)))
+
+
+def test_a_fingerprint_tells_folders_apart(folders, capsys):
+  file = str(folders / "ours.json")
+  assert cli.check(["good"], options(data=str(folders), save=file)) == 0
+  (folders / "good" / "test_new.txt").write_text("2.png 2\n")
+  Image.new("RGB", (9, 9)).save(folders / "good" / "2.png")
+  assert cli.check(["good"], options(data=str(folders), against=file)) == 1
+  out = capsys.readouterr().out
+  assert out.count(f"(as in {file})") == 3
+  assert "test: not as in" in out and "has no such split" in out
+
+
+def test_names_are_printed_without_what_acts_on_a_terminal(folders, capsys):
+  assert cli.list_([EVIL], options(data=str(folders))) == 0
+  assert cli.check([EVIL], options(data=str(folders))) == 0
+  out = capsys.readouterr().out
+  assert out.count(r"a\x1b[31m\u202e\nb") == 2
+  assert "\x1b" not in out and "\u202e" not in out
+
+
 # --- prepare ------------------------------------------------------------------
 
 @pytest.fixture

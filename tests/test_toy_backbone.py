@@ -88,6 +88,10 @@ def make(name, image_size, **fields):
   return match and Toy(int(match[1]), int(match[2]), image_size, **fields)
 
 
+def canonical(name):
+  return None
+
+
 def examples():
   return ("toy_8_p4", "toy_16_p4")
 

@@ -147,7 +147,32 @@ def test_timm_without_a_position_of_the_class_token(tmp_path):
   flat = flat_params()
   file = as_timm(flat)
   file["pos_embed"] = file["pos_embed"][:, 1:].copy()
-  check_equal(fit(save(tmp_path / "t.safetensors", file)), flat)
+  path = save(tmp_path / "t.safetensors", file)
+  check_error(path, "pos_embed", "no square grid", "config.json")
+  put_config(tmp_path, architecture="deit3_small_patch16_224",
+             pretrained_cfg={"input_size": [3, S, S]})
+  check_equal(fit(path), flat)
+
+
+# As 16 = 4 x 4 positions: 3 x 5 patches and a class token.
+@pytest.mark.parametrize("sides", [(3, 5), (2, 5), (14, 16)])
+def test_a_grid_that_is_not_square(tmp_path, sides):
+  rows, columns = sides
+  shape = (1, 1 + rows * columns, D)
+  file = as_timm(flat_params()) | {"pos_embed": np.ones(shape, np.float32)}
+  path = save(tmp_path / "t.safetensors", file)
+  check_error(path, "pos_embed", str(shape))
+  put_config(tmp_path, architecture="vit_x", pretrained_cfg={
+      "input_size": [3, P * rows, P * columns]})
+  check_error(path, f"a grid of {rows} x {columns} patches")
+  put_config(tmp_path, architecture="vit_x", pretrained_cfg={
+      "input_size": [3, S, S]})
+  if rows * columns != 15:
+    check_error(path, "states images of 16 x 16 px, which are 4 x 4 patches")
+
+
+def put_config(folder, name="config.json", **config):
+  (folder / name).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("dtype, atol", [
@@ -407,7 +432,9 @@ def test_integers_are_no_weights(tmp_path, dtype):
     ("vit_s14", (768, 12, 12, 3072, 16), "use backbone=vit_b16"),
     ("vit_s16", (384, 12, 6, 1536, 14), "use backbone=vit_s14"),
     ("vit_l16", (384, 12, 6, 1536, 16), "use backbone=vit_s16"),
-    ("vit_s16", (384, 11, 6, 1536, 16), "no backbone here")])
+    ("vit_s16", (384, 11, 6, 1536, 16), "no backbone here"),
+    ("vit_s16", (240, 12, 4, 960, 16), "no backbone here has that size (width "
+     "240 is none of 192, 384, 768, 1024, 1152, 1280, 1408)")])
 def test_a_wrong_variant_names_both(tmp_path, name, own, advice):
   width, depth, heads, hidden, patch = own
   module = vit.ViT(width, depth, heads, hidden, patch, patch)
@@ -643,14 +670,17 @@ def test_a_source_is_located_and_hashed_once(tmp_path, monkeypatch):
               flat_params())
 
 
-def test_random_is_a_source():
+def test_random_is_a_source(monkeypatch):
+  monkeypatch.setitem(vit.SIZES, "ti", (D, L, H, F))
   found = weights.open_source("random")
   assert found == ("random", None, "random")
   assert (found.name, found.address) == ("random", "random")
   for source in ("random", found):
-    made, params = weights.load("vit_ti16", source, 32, gelu="exact")
+    made, params = weights.load("vit_ti4", source, 16, gelu="exact")
     assert made.gelu == "exact"
-    assert params["cls"].shape == (1, 1, 192)
+    assert params["cls"].shape == (1, 1, D)
+  with pytest.raises(UserError, match="need the name"):
+    weights.load("", "random", 16)
 
 
 def test_the_default_cache(monkeypatch):
@@ -784,6 +814,57 @@ def test_a_server_without_ranges(server, tmp_path):
   assert holds(weights.locate(server.url, str(tmp_path)))
 
 
+def test_secrets_of_an_address_stay_secret(server, tmp_path):
+  """Of a whole, a missing and a broken file, in messages and in the cache."""
+  secret = server.url.replace("//", "//me:PASSWORD@") + "?X-Sig=SIGNATURE&a=b"
+  assert weights.public(secret) == server.url
+  found = weights.open_source(secret, str(tmp_path))
+  assert holds(found.path) and found.name == "model.npz"
+  assert found.address == server.url
+  messages = []
+  for broken in (secret.replace("model", "other"), f"{secret}#sha256=0",
+                 f"{secret}#sha256={'0' * 64}", secret.replace("http", "ftp"),
+                 f"simplecache::{secret}"):
+    with pytest.raises(UserError) as caught:
+      weights.locate(broken, str(tmp_path))
+    messages.append(str(caught.value))
+  server.cut, server.etag, server.ranges = 10, '"2"', False
+  (tmp_path / os.path.basename(found.path)).unlink()
+  with pytest.raises(UserError) as caught:
+    weights.locate(secret, str(tmp_path))
+  notes = [p.read_bytes().decode(errors="replace") + p.name
+           for p in tmp_path.iterdir()]
+  for text in (*messages, str(caught.value), *notes, repr(found.address)):
+    assert not re.search("PASSWORD|SIGNATURE|me:", text), text
+
+
+@pytest.mark.parametrize("source, shown", [
+    ("a/b?c#d", "a/b?c#d"), ("https://h/a?s=1", "https://h/a"),
+    ("https://u:p@h:1/a@b#sha256=0", "https://h:1/a@b"),
+    ("https://u:p@h?s", "https://h"), ("gs://b/c.npz", "gs://b/c.npz"),
+    ("hf://owner/name@v1/f.npz", "hf://owner/name@v1/f.npz"),
+    ("hf://me:TOKEN@owner/name", "hf://owner/name"), ("random", "random")])
+def test_what_a_message_shows_of_a_source(source, shown):
+  assert weights.public(source) == shown
+
+
+@pytest.mark.parametrize("source", [
+    "file:///etc/passwd", "reference://x", "ftp://h/x.npz", "memory://b/x.npz",
+    "http://host/x.npz", "http://169.254.169.254/x", "http://127.0.0.1.evil/x",
+    "http://127.0.0.1@evil/x", "simplecache::https://h/x.npz",
+    "zip://x.npz::https://h/x.zip", "https://h/x.zip::file:///etc/passwd"])
+def test_other_protocols_and_chains_are_refused(tmp_path, source, monkeypatch):
+  monkeypatch.setitem(sys.modules, "fsspec", None)  # nothing is asked
+  check_source(source, tmp_path, "https://")
+
+
+def test_a_git_lfs_pointer(tmp_path):
+  path = tmp_path / "model.safetensors"
+  path.write_text("version https://git-lfs.github.com/spec/v1\n"
+                  "oid sha256:0\nsize 9\n")
+  check_error(str(path), "Git LFS pointer", "git lfs pull")
+
+
 def test_a_wrong_hash_keeps_nothing(server, tmp_path):
   check_source(f"{server.url}#sha256={'0' * 64}", tmp_path, DIGEST, "0" * 64)
   assert cached(tmp_path) == []
@@ -815,6 +896,7 @@ def memory():
 
 
 def test_any_file_system_resumes(memory, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "_SCHEMES", ("memory",))
   source = "memory://bucket/model.npz"
   append = sources._append
 
@@ -837,7 +919,7 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
 
 def test_an_unknown_protocol(tmp_path):
   pytest.importorskip("fsspec")
-  check_source("nonsense://x/y.npz", tmp_path, "cannot be fetched", "nonsense")
+  check_source("nonsense://x/y.npz", tmp_path, "is not fetched", "nonsense")
 
 
 def test_two_processes_fetch_once(server, tmp_path):
@@ -900,7 +982,8 @@ def test_the_hub_with_file_revision_and_hash(tmp_path, monkeypatch):
   source = "hf://owner/na.me@v1/sub/x.npz"
   assert holds(weights.locate(f"{source}#sha256={DIGEST}"))
   assert hub.calls == [("owner/na.me", "sub/x.npz", "v1"),
-                       ("owner/na.me", "sub/config.json", "v1")]
+                       ("owner/na.me", "sub/config.json", "v1"),
+                       ("owner/na.me", "sub/preprocessor_config.json", "v1")]
   check_source(f"{source}#sha256={'0' * 64}", tmp_path, DIGEST)
   check_source("hf://owner/name/none.npz", tmp_path, "404")
   check_source("hf://owner", tmp_path, "hf://owner/name")

@@ -39,7 +39,7 @@ def test_inspect_says_what_a_file_is(sizes, tmp_path):
       "file": path, "format": "timm", "backbone": "vit_ti4", "image_size": 16,
       "fields": vit.ViT(D, L, H, F, 4, 16, gelu="exact").fields,
       "parameters": sum(v.size for v in as_timm(flat_params()).values()),
-      "dtypes": ["F32"], "sha256": weights.sha256(path),
+      "normalisation": None, "dtypes": ["F32"], "sha256": weights.sha256(path),
       "ignored": ["head.weight"]}
   json.dumps(found)
 
@@ -102,7 +102,16 @@ def test_a_dinov3_too(sizes, tmp_path, to):
                           layer_scale=True, epsilon=1e-5, gelu="exact")
   path, there = (str(tmp_path / f"{n}.safetensors") for n in ("own", "there"))
   weights.write(path, random_params(module), module.fields)
-  assert cli.convert(path, there, to) == (f"{to}_dinov3", {})
+  format_, untold = cli.convert(path, there, to)
+  assert format_ == f"{to}_dinov3"
+  if to == "timm":  # whose tensors do not show these
+    assert untold == {"pool": "cls", "registers": 2, "rope": 100.0}
+    assert not any(cli.compare(path, there)[1].values())
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architecture": "vit_small_patch16_dinov3_qkvb",
+        "global_pool": "token"}))
+  else:
+    assert untold == {}
   found = cli.describe(there)
   assert found["backbone"] == "vit_ti4" and found["image_size"] is None
   assert found["fields"] == module.fields
@@ -315,7 +324,8 @@ def test_a_pth_without_pytorch(tmp_path, monkeypatch):
     ({"model_type": "vit", "hidden_act": ["gelu"]}, "hidden_act"),
     ({"model_type": "vit", "layer_norm_eps": "small"}, "layer_norm_eps"),
     ({"model_type": "vit", "layer_norm_eps": 2.0}, "layer_norm_eps"),
-    ({"model_type": "dpt"}, "of a 'dpt'.*move it away")])
+    ({"model_type": "dpt"}, "of a 'dpt'.*move it away"),
+    ({"architecture": "vit_base"}, "of a 'vit_base'.*move it away")])
 def test_a_bad_config(tmp_path, config, words):
   module = vit.ViT(D, L, H, F, 4, 16)
   path = save(tmp_path / "m.safetensors", weights.to_tensors(

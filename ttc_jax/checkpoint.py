@@ -4,13 +4,14 @@ It is written by orbax, whole or not at all: into a temporary folder that is
 renamed when it is complete.
 """
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import contextvars
 import errno
 import hashlib
 import json
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVarTuple, Unpack
 
 from absl import logging
 import numpy as np
@@ -144,16 +145,21 @@ class StageStore:
     self.close()
 
 
+_Args = TypeVarTuple("_Args")
+
+
 class _Loop(asyncio.SelectorEventLoop):
   """Drops what arrives after the loop was closed."""
 
-  def call_soon_threadsafe(  # type: ignore[override]
-      self, callback: Any, *args: Any, context: Any = None) -> Any:
+  def call_soon_threadsafe(
+      self, callback: Callable[[Unpack[_Args]], object], *args: *_Args,
+      context: contextvars.Context | None = None) -> asyncio.Handle:
     try:
       return super().call_soon_threadsafe(callback, *args, context=context)
     except RuntimeError:
       if not self.is_closed():
         raise
+      return asyncio.Handle(callback, args, self)  # never runs
 
 
 class _Policy(asyncio.DefaultEventLoopPolicy):

@@ -61,7 +61,9 @@ def default() -> ml_collections.ConfigDict:
 
   c.image_size = 224
   c.resample = "bicubic"      # or "bilinear"
-  c.normalisation = "half"    # "half", "imagenet", "none"
+  # Of pixels: "half", "imagenet", "clip", "none", or six numbers as
+  # 0.5,0.5,0.5/0.25,0.25,0.25; empty: what the weights say.
+  c.normalisation = ""
   c.flip = False
   c.smallest_crop = 1.0       # random resized crops of at least that area
 

@@ -39,6 +39,9 @@ def main(argv: list[str]) -> int:
   workdir = _WORKDIR.value or default_workdir(config, cli.config_filename())
   interrupt.listen()
   session = Session(config, workdir, functools.partial(print, flush=True))
+  if session.base.normalisation and not config.normalisation:
+    print(f"normalisation: {session.base.normalisation}, as the weights "
+          f"{session.base.source.name} say")
   for task, why in session.missing.items():
     print(f"skipped: {task}: {why}", file=sys.stderr)
   try:

@@ -35,6 +35,7 @@ from ttc_jax import bundles, checkpoint, evaluate, parallel, predict, trees
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, pad_head
 from ttc_jax.tasks import images as images_lib
+from ttc_jax.weights import open_source
 
 Flat = dict[str, Any]
 _CLASSES = 64  # heads are padded to a multiple
@@ -83,7 +84,7 @@ class ModelServer:
   def __init__(self, source: str, batch_size: int = 64):
     if batch_size < 1:
       raise UserError(f"batch_size is {batch_size}; give 1 or more")
-    self.base = predict.base.given(source)
+    self.base = open_source(source)
     self.batch_size = batch_size
     self._lock = threading.RLock()
     # {key: (module, parameters on the host, on devices)}

@@ -219,6 +219,9 @@ class StageRun:
     """Trains the epochs that are left, saving now and then."""
     config, last_save = self.job.config, time.perf_counter()
     fixed, key = self._fixed(inputs, frozen)
+    # Not within `held`, since it may take minutes.
+    progress = self._compile(inputs, fixed, key, progress)
+    interrupt.check()
     for epoch in range(done, self.epochs):
       with interrupt.held():  # an epoch that has begun ends, and is saved
         progress, losses = self._epoch(inputs, fixed, key, epoch, progress)
@@ -325,17 +328,28 @@ class StageRun:
 
   # --- An epoch ---------------------------------------------------------------
 
-  def _epoch(self, inputs, fixed, key, epoch, progress):
-    """Dispatches an epoch and waits for its losses."""
+  def _compiled(self, inputs, fixed, key, epoch, progress):
+    """Returns (compiled epoch, its arguments, seconds of compilation)."""
     args = (progress.learner, fixed, inputs.data, key,
             parallel.replicate(np.int32(epoch)))
-    fn, compile_seconds = compiled_epoch_fn(
+    fn, seconds = compiled_epoch_fn(
         inputs.model, self.stage.rules, self.plan, args)
+    return fn, args, seconds
+
+  def _compile(self, inputs, fixed, key, progress):
+    """Compiles the epoch, if it is not yet, and adds the time to the clock."""
+    *_, seconds = self._compiled(inputs, fixed, key, 0, progress)
+    return progress._replace(
+        clock=progress.clock.plus(Clock(compile_seconds=seconds)))
+
+  def _epoch(self, inputs, fixed, key, epoch, progress):
+    """Dispatches an epoch and waits for its losses."""
+    fn, args, _ = self._compiled(inputs, fixed, key, epoch, progress)
     begin = time.perf_counter()
     learner, losses = fn(*args)
     losses = np.asarray(losses[0])
     clock = progress.clock.plus(Clock(
-        time.perf_counter() - begin, 0.0, compile_seconds,
+        time.perf_counter() - begin, 0.0, 0.0,
         len(losses) * self.plan.batch_size, cost.step_bytes(fn) or 0))
     return progress._replace(learner=learner, clock=clock), losses
 

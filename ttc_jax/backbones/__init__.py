@@ -6,6 +6,8 @@ file names it. `vit.py` and `swin.py` are the examples. The file declares:
   make(name, image_size, **fields)
       Returns the Linen module of that name, or None if the family does not
       have the name. A field that is not given keeps its default.
+  canonical(name)
+      Returns the family's name for a name that another library has, or None.
   examples()
       Names to show a user.
   FIELDS: {field: layers.Field}
@@ -55,7 +57,7 @@ def make(name: str, image_size: int, **fields: Any) -> nn.Module:
   """Returns a backbone without parameters.
 
   Args:
-    name: e.g. "vit_b16" or "swin_ti".
+    name: e.g. "vit_b16" or "swin_ti", or one that `canonical` knows.
     image_size: pixels a side, a multiple of the patch.
     **fields: of the module, e.g. gelu="exact", drop_path=0.1.
 
@@ -68,6 +70,7 @@ def make(name: str, image_size: int, **fields: Any) -> nn.Module:
     >>> params = backbones.init(module)
     >>> features = module.apply({"params": params}, images)  # (B, 384)
   """
+  name = canonical(name)
   for family in families():
     module = family.make(name, image_size)
     if module is not None:
@@ -78,6 +81,22 @@ def make(name: str, image_size: int, **fields: Any) -> nn.Module:
       return family.make(name, image_size, **fields)
   check_known("backbone", name, [n for f in families() for n in f.examples()])
   raise ValueError(f"a family has the example {name!r}, but does not make it")
+
+
+def canonical(name: str) -> str:
+  """Returns our name of a backbone that timm, Hugging Face or Big Vision name
+  in another way; names that no family knows are returned as they are.
+
+  The name stands for the sizes alone. Weights, and all that depends on them,
+  come from a file.
+
+  Example:
+    >>> [backbones.canonical(name) for name in (
+    ...     "vit_base_patch16_224", "ViT-B/16", "google/vit-base-patch16-224")]
+    ['vit_b16', 'vit_b16', 'vit_b16']
+  """
+  found = (family.canonical(name) for family in families())
+  return next((ours for ours in found if ours), name)
 
 
 def _check_size(name, patch, image_size):

@@ -372,6 +372,14 @@ def make(name: str, image_size: int, **fields) -> Swin | None:
   return Swin(*SIZES[size], image_size, **fields)
 
 
+def canonical(name: str) -> str | None:
+  """Returns e.g. "swin_b" for timm's and Hugging Face's names of a Swin, None
+  for other names."""
+  match = re.fullmatch(r"(?:.*/)?swin[-_](tiny|small|base|large)"
+                       r"[-_]patch4[-_]window\d+[-_].*", name)
+  return match and f"swin_{'ti' if match[1] == 'tiny' else match[1][0]}"
+
+
 def examples() -> tuple[str, ...]:
   """Names to show a user."""
   return tuple(f"swin_{size}" for size in SIZES)

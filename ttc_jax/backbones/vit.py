@@ -17,7 +17,7 @@ import numpy as np
 
 from ttc_jax.backbones import layers
 from ttc_jax.backbones.layers import Dense, Field, Identity, Site, Work
-from ttc_jax.errors import check_known
+from ttc_jax.errors import UserError, check_known
 
 # name: (width, depth, heads, hidden width)
 SIZES = {
@@ -30,7 +30,13 @@ SIZES = {
     "g": (1408, 40, 16, 6144),
 }
 
-POOLS = ("cls", "gap", "map")
+POOLS = ("cls", "distilled", "gap", "map")
+
+
+def has_cls(pool: str) -> bool:
+  """Returns whether a ViT with that pooling has a class token."""
+  return pool in ("cls", "distilled")
+
 
 # Names of parameters, as in Big Vision; {} is the number of the block.
 BLOCK = "Transformer/encoderblock_{}"
@@ -168,8 +174,9 @@ class ViT(nn.Module):
   """`apply({"params": p}, images) -> features`.
 
   Attributes:
-    pool: "cls" (a learnt token), "gap" (the mean of the patch tokens) or "map"
-      (attention to them: SigLIP).
+    pool: "cls" (a learnt token), "distilled" (the mean of it and the first
+      register, the distillation token of DeiT: Touvron et al., 2021), "gap"
+      (the mean of the patch tokens) or "map" (attention to them: SigLIP).
     registers: number of learnt tokens before the patches that the pooling
       does not read.
     rope: base of the periods of rotary position embeddings (DINOv3: 100); 0
@@ -212,12 +219,13 @@ class ViT(nn.Module):
     With pool="cls" the features are one token: leaving out the queries, MLP
     and gradients of the others saves 1/14 of the work of 12 blocks.
     """
-    return 1 if self.pool == "cls" and not self.every_token else None
+    return None if self.every_token else {"cls": 1, "distilled": 2}.get(
+        self.pool)
 
   @property
   def prefix(self) -> int:
     """Number of tokens before the patches."""
-    return (self.pool == "cls") + self.registers
+    return has_cls(self.pool) + self.registers
 
   @property
   def default_k(self) -> int:
@@ -338,6 +346,8 @@ class ViT(nn.Module):
     x = Encoder(vit, name="Transformer")(x, mask, tap, train, start)
     if self.pool == "cls":
       x = x[:, 0]
+    elif self.pool == "distilled":
+      x = x[:, :2].mean(axis=1)
     elif self.pool == "gap":
       x = x[:, self.registers:].mean(axis=1)
     else:
@@ -361,7 +371,7 @@ class ViT(nn.Module):
                             (1, (S // p) ** 2, self.width))
       x = x + position.astype(self.dtype)
     for name, count in (("registers", self.registers),
-                        ("cls", self.pool == "cls")):
+                        ("cls", has_cls(self.pool))):
       if count:
         token = self.param(
             name, nn.initializers.zeros, (1, int(count), self.width))
@@ -381,8 +391,35 @@ def make(name: str, image_size: int, **fields) -> ViT | None:
   width, depth, heads, hidden = SIZES[match[1]]
   vit = ViT(width, depth, heads, hidden, int(match[2]), image_size, **fields)
   check_known("pool", vit.pool, POOLS)
+  if vit.pool == "distilled" and not vit.registers:
+    raise UserError("pool=distilled needs a distillation token: registers is 0")
   check_known("gelu", vit.gelu, layers.GELU)
   return vit
+
+
+_WORDS = {"tiny": "ti", "small": "s", "base": "b", "large": "l", "huge": "h",
+          "giant": "g", "so400m": "so400m"}
+_WORD = f"({'|'.join(_WORDS)})"
+_LETTER = "([Tt]i|[Ss]|[Bb]|[Ll]|[Hh]|g|[Ss]o400m)"
+# The two groups are the size and the patch.
+_NAMES = (
+    rf"(?:vit|deit3?|flexivit)_{_WORD}_patch(\d+)(?:[_.].*)?",  # timm
+    rf"(?:.*/)?(?:vit|deit|clip-vit|siglip2?)-{_WORD}-patch(\d+)(?:-.*)?",
+    r"(?:.*/)?dino(?:v3)?-vit([sbl])(\d+)(?:-.*)?",  # Hugging Face
+    rf"(?:[Vv]i[Tt][-_])?{_LETTER}[-_/](\d+)",  # Big Vision: B/16, ViT-B_16
+)
+
+
+def canonical(name: str) -> str | None:
+  """Returns e.g. "vit_b16" for timm's, Hugging Face's and Big Vision's names of
+  a ViT, None for other names."""
+  for pattern in _NAMES:
+    if match := re.fullmatch(pattern, name):
+      return f"vit_{_WORDS.get(match[1], match[1].lower())}{match[2]}"
+  if match := re.fullmatch(
+      rf"(?:facebook/)?dinov2(?:-with-registers)?-{_WORD}", name):
+    return f"vit_{_WORDS[match[1]]}14"
+  return None
 
 
 def examples() -> tuple[str, ...]:

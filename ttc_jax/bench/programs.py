@@ -94,7 +94,7 @@ def of_backbone(backbone: Any, config: Any,
   method = methods.load("ttc", config, backbone)
   align, adapt = method.stages
   batch = config.batch_size
-  model = Model(backbone, config.normalisation)
+  model = Model(backbone, "half")
   adapted = model._replace(handlers=method.handlers)
   work = {name: batch * flops
           for name, flops in flops_needed(backbone, config.k, CLASSES).items()}

@@ -15,7 +15,6 @@ import uuid
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ttc_jax import bundles, cost, files, normalisation, predict, trees
 from ttc_jax.errors import UserError
@@ -145,12 +144,9 @@ def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
   The image is resized to `size` x `size`, its aspect ratio not kept, divided
   by 255, and (x - mean) / std, each channel.
   """
-  black, white = (normalisation.apply(np.full(3, x, np.uint8),
-                                   meta["normalisation"]) for x in (0, 255))
-  std = 1 / (np.float64(white) - black)
+  mean, std = normalisation.mean_and_std(meta["normalisation"])
   return {"size": meta["image_size"], "resample": meta["resample"],
-          "mean": [round(x, 6) for x in (-black * std).tolist()],
-          "std": [round(x, 6) for x in std.tolist()]}
+          "mean": list(mean), "std": list(std)}
 
 
 def loading_code(meta: dict[str, Any], target: Target, out: str) -> str:

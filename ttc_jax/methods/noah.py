@@ -318,7 +318,7 @@ def prepare_supernet(context: Context, *, space: Space, released: bool,
                              space.largest, released, drop)
   buffers = sized(buffers, space.largest, space.largest[0].prompts, released)
   for site in RELEASED if released else PAPER:
-    for entry in buffers[site].values():
+    for entry in buffers.get(site, {}).values():
       entry["choices"] = np.array(space.choices[MODULE[site]], np.int32)
   return adapter, buffers
 

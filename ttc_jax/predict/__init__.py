@@ -17,6 +17,7 @@ from ttc_jax.model import Model
 from ttc_jax.predict import base
 from ttc_jax.predict.loaded import LoadedModel, attach
 from ttc_jax.tasks import images as images_lib
+from ttc_jax.weights import open_source
 
 __all__ = ["LoadedModel", "Tuned", "attach", "base", "load", "on_base"]
 
@@ -75,7 +76,7 @@ def on_base(bundle: str, weights: str | None = None,
             merge: bool = True) -> LoadedModel:
   """`load`, with the parameters on the host."""
   saved = bundles.load(bundle)
-  found = (base.check(bundle, saved.meta, base.given(weights)) if weights
+  found = (base.check(bundle, saved.meta, open_source(weights)) if weights
            else base.named(bundle, saved.meta))
   module, params = base.load(bundle, saved.meta, found)
   return attach(bundle, saved, module, params, merge)

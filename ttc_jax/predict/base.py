@@ -4,13 +4,13 @@ They come from the user's own words, or from a local file that the bundle names
 and whose hash it knows. Nothing that a bundle names is fetched.
 """
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 
-from ttc_jax import backbones, bundles, files, trees
+from ttc_jax import backbones, bundles, trees, weights
 from ttc_jax.errors import UserError, printable
-from ttc_jax.weights import sources
+from ttc_jax.weights import Source, sources
 
 Meta = dict[str, Any]
 
@@ -22,32 +22,7 @@ _FLOPS = 2e13
 _LARGEST = 2 ** 36  # bytes of a file that a bundle names
 
 
-class Base(NamedTuple):
-  """Base weights that were found.
-
-  Attributes:
-    source: as the user or the bundle names it.
-    path: of the local file; None for "random".
-    sha256: hexadecimal; "random" for "random".
-  """
-  source: str
-  path: str | None
-  sha256: str
-
-
-def given(source: str) -> Base:
-  """Returns the weights that a user names, from anywhere.
-
-  Raises:
-    UserError: they cannot be read or fetched.
-  """
-  if source == "random":
-    return Base(source, None, source)
-  path = sources.locate(source if "://" in source else files.expand(source))
-  return Base(source, path, sources.sha256(path))
-
-
-def named(bundle: str, meta: Meta) -> Base:
+def named(bundle: str, meta: Meta) -> Source:
   """Returns the local file that a bundle names, if it is the right one.
 
   Raises:
@@ -55,8 +30,8 @@ def named(bundle: str, meta: Meta) -> Base:
   """
   source, wanted = meta["weights_source"], meta["weights_sha256"]
   shown = printable(bundles.public(source))
-  if source == "random":
-    return check(bundle, meta, given(source))
+  if source == sources.RANDOM:
+    return check(bundle, meta, sources.open_source(source))
   if "://" in source or "::" in source:
     raise UserError(
         f"bundle '{bundle}' was tuned on '{shown}' (sha256 {wanted}), and what "
@@ -73,7 +48,7 @@ def named(bundle: str, meta: Meta) -> Base:
         f"bundle '{bundle}' was tuned on weights with sha256 {wanted}, and the "
         f"file '{shown}' that it names holds something else: give the base "
         "weights (--weights=FILE)")
-  return Base(source, path, wanted)
+  return Source(source, path, wanted)
 
 
 def _local_file(source):
@@ -85,7 +60,7 @@ def _local_file(source):
     return None
 
 
-def check(bundle: str, meta: Meta, base: Base) -> Base:
+def check(bundle: str, meta: Meta, base: Source) -> Source:
   """Returns the base; UserError if the bundle was tuned on other weights."""
   if base.sha256 != meta["weights_sha256"]:
     raise UserError(
@@ -95,7 +70,7 @@ def check(bundle: str, meta: Meta, base: Base) -> Base:
   return base
 
 
-def load(bundle: str, meta: Meta, base: Base) -> tuple[Any, trees.Tree]:
+def load(bundle: str, meta: Meta, base: Source) -> tuple[Any, trees.Tree]:
   """Returns the backbone that a bundle was tuned on, and its pretrained
   parameters.
 
@@ -105,11 +80,8 @@ def load(bundle: str, meta: Meta, base: Base) -> tuple[Any, trees.Tree]:
   """
   fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
   size = meta["image_size"]
-  module = backbones.make(meta["backbone"], size, **fields)
-  _check_size(bundle, meta, module)
-  if base.path is None:
-    return module, backbones.init(module)
-  return backbones.load(meta["backbone"], base.path, size, **fields)
+  _check_size(bundle, meta, backbones.make(meta["backbone"], size, **fields))
+  return weights.load(meta["backbone"], base, size, **fields)
 
 
 def _check_size(bundle, meta, module):

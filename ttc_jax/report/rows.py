@@ -17,8 +17,8 @@ SCORE = {"val": "val_top1", "final": "test_top1"}
 
 # The facts of a variant that its task, seed and tuned setting do not change.
 _OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
-                 "image_size", "normalisation", "dtype", "epochs",
-                 "batch_size")
+                 "image_size", "normalisation", "dtype", "matmul_precision",
+                 "epochs", "optimiser", "batch_size", "limit")
 _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
            "weight_decay", "val_top1", "test_top1", "module_params",
            "norm_params", "head_params", "backbone", "image_size", "weights",
@@ -96,7 +96,8 @@ def _apart(placed):
                      set()).add(workdir)
     for what, keys in ((None, _OF_A_VARIANT), (task, ("data_digest",))):
       facts.setdefault((variant, what), {}).setdefault(workdir, set()).add(
-          json.dumps([row.get(key) for key in keys], sort_keys=True))
+          # Older rows have no limit, which is a limit of 0.
+          json.dumps([row.get(key) or None for key in keys], sort_keys=True))
   return ({key[0] for key, where in homes.items() if len(where) > 1} |
           {key[0] for key, by_workdir in facts.items()
            if len(set(map(frozenset, by_workdir.values()))) > 1})

@@ -4,8 +4,18 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-from ttc_jax import backbones, methods, parallel, tasks, trees, weights
+from ttc_jax import (
+  backbones,
+  methods,
+  normalisation,
+  parallel,
+  tasks,
+  trees,
+  weights,
+)
+from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
 from ttc_jax.runs import plan
 from ttc_jax.vtab import rows as vtab
@@ -18,10 +28,13 @@ class Base(NamedTuple):
     backbone: the Linen module.
     params: on every device.
     source: of the weights, located and hashed.
+    normalisation: that the weights were trained with; "" where they do not
+      say.
   """
   backbone: Any
   params: trees.Tree
   source: weights.Source
+  normalisation: str
 
 
 def load_base(config) -> Base:
@@ -42,7 +55,26 @@ def load_base(config) -> Base:
   source = weights.open_source(config.weights)
   module, params = weights.load(
       config.backbone, source, config.image_size, **fields)
-  return Base(module, parallel.replicate(params), source)
+  found = weights.normalisation(source)
+  return Base(module, parallel.replicate(params), source,
+              normalisation.name(*found) if found else "")
+
+
+def resolved(config, base: Base) -> ml_collections.ConfigDict:
+  """Returns a copy in which every value is settled.
+
+  Raises:
+    UserError: neither the configuration nor the weights say how pixels are
+      normalised.
+  """
+  config = config_lib.resolved(config)
+  config.normalisation = config.normalisation or base.normalisation
+  if not config.normalisation:
+    raise UserError(
+        f"the weights '{base.source.name}' do not say how pixels are "
+        "normalised: add --config.normalisation=half (ImageNet-21K ViTs of "
+        "Google), imagenet (DINO, DeiT, Swin) or clip")
+  return config
 
 
 def load_task(config, name: str) -> tasks.Task:
@@ -89,7 +121,7 @@ def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
   """
   for name, task in loaded.items():
     for variant in plan.variants(config, name).values():
-      load_method(variant, base)
+      load_method(resolved(variant, base), base)
       _check_batch_size(variant, task)
   apart = plan.tasks_set_apart(config)
   general = [name for name in loaded

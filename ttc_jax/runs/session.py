@@ -9,7 +9,6 @@ import time
 import ml_collections
 
 from ttc_jax import compilation, interrupt, train
-from ttc_jax.config import resolved
 from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
 from ttc_jax.report import best
 from ttc_jax.runs import inputs, job, plan
@@ -154,7 +153,7 @@ class Session:
   def make_run(self, task: str, variant: str, config, protocol: str,
                seed: int) -> plan.Run:
     """Returns a run, its configuration and its method's options resolved."""
-    config = resolved(config)
+    config = inputs.resolved(config, self.base)
     method = inputs.load_method(config, self.base)
     data = job.data_digest(self.tasks[task], protocol, method)
     self._digests.setdefault(task, set()).add(data)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import logging
 import os
 import pkgutil
 import types
@@ -23,6 +24,7 @@ from ttc_jax.tasks import images as images_lib
 
 ROLES = ("train", "val", "trainval")  # trainval: train, then val
 _DEFAULTS = config.default()
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ class Task:
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """Names of all splits: `ROLES`, then the test sets."""
+    """Returns the names of all splits: `ROLES`, then the test sets."""
     return (*ROLES, *self.tests)
 
   def split(self, name: str) -> Split:
@@ -99,7 +101,7 @@ class Task:
     known = self._decoded[name]
     if isinstance(known, Split):
       return known
-    raise known
+    raise known.with_traceback(None)
 
   def _decode(self, name: str) -> Split | errors.DataError:
     if self.decode is None:
@@ -108,6 +110,8 @@ class Task:
       images, sha256 = self.decode(self.sources[name])
       return Split(images, self.labels[name], sha256)
     except errors.DataError as error:
+      _log.warning("task %s: %s; reading all its images to list the damaged "
+                   "ones", errors.printable(self.name), error)
       return images_lib.together(self.damaged() or [error])
 
   def damaged(self) -> list[errors.DataError]:
@@ -116,7 +120,7 @@ class Task:
 
 
 def names(data: str | None) -> tuple[str, ...]:
-  """All task names, sorted: the built-in ones and the folders under `data`."""
+  """Returns all task names, sorted: built-in ones and folders in `data`."""
   return tuple(sorted({n for f in _families() for n in _names(f, data)}))
 
 
@@ -174,10 +178,10 @@ def _names(family: types.ModuleType, data: str | None) -> tuple[str, ...]:
 
 @functools.cache
 def _families() -> tuple[types.ModuleType, ...]:
-  """The modules of this folder that define `names`.
+  """Returns the modules of this folder that define `names`.
 
-  Families that are empty without `data` come first: where a folder bears the
-  name of a built-in task, the user who pointed at it means the folder.
+  Families that are empty without `data` come first: a folder wins over a
+  built-in task of the same name.
   """
   modules = [importlib.import_module(f"{__name__}.{m.name}")
              for m in pkgutil.iter_modules(__path__)

@@ -38,7 +38,7 @@ def vtab_row(name: str, data: str | None) -> dict[str, Any]:
 def _status(name: str, data: str | None) -> str:
   if data is None:
     return "unknown"
-  if name in _in_folders(data):
+  if _in_folder(name, data):
     return "folder"
   path = family.prepared(name, data)
   if path is None:
@@ -51,14 +51,15 @@ def _status(name: str, data: str | None) -> str:
   return f"{stored} {os.path.basename(path)}"
 
 
-def _in_folders(data: str | None) -> tuple[str, ...]:
-  return (*folder.names(data), *folder.nested(data))
+def _in_folder(name: str, data: str | None) -> bool:
+  return data is not None and folder.is_task(
+      os.path.join(files.expand(data), name))
 
 
 def other_row(name: str, data: str | None) -> dict[str, Any]:
   """A task that is not VTAB's; what TFDS would say is None."""
   unknown = dict.fromkeys(("tfds", *vtab.SPLITS))
-  status = "folder" if name in _in_folders(data) else "built in"
+  status = "folder" if _in_folder(name, data) else "built in"
   try:
     task = tasks.find(name, data)
     count = len(task.labels[task.tests[0]])
@@ -138,7 +139,7 @@ def check(names: list[str], options: Any) -> int:
 
 
 def _check(name: str, data: str) -> dict[str, Any]:
-  if name in vtab.ROWS and name not in _in_folders(data):
+  if name in vtab.ROWS and not _in_folder(name, data):
     return vtab_check.check(name, data)
   return check_lib.check(name, data)
 
@@ -147,12 +148,13 @@ def _checked(names: list[str], options: Any) -> list[str]:
   """The names given, or all tasks of the data folder."""
   _need(options, "data")
   data = options.data
+  known = tasks.names(data)
   for name in names:
-    errors.check_known("task", name, {*vtab.ROWS, *tasks.names(data)})
-  found = list(dict.fromkeys(names)) or [*dict.fromkeys(
-      (*_in_folders(data), *family.names(data)))]
+    errors.check_known("task", name, {*vtab.ROWS, *known})
+  found = list(dict.fromkeys(names or (
+      *folder.names(data), *folder.nested(data), *family.names(data))))
   for name in found:
-    if name not in tasks.names(data):
+    if name not in known:
       raise errors.UserError(f"{name} is not prepared{vtab.hint(name, data)}")
   if not found:
     raise errors.UserError(_nothing(data).replace("no data set", "no task in "

@@ -45,7 +45,11 @@ class Entries(NamedTuple):
 
 
 def names(data: str | None) -> tuple[str, ...]:
-  """The folders in `data` that hold train800.txt; UserError if unreadable."""
+  """Returns the folders in `data` that hold train800.txt.
+
+  Raises:
+    errors.UserError: `data` cannot be read.
+  """
   if data is None:
     return ()
   data = files.expand(data)
@@ -55,20 +59,21 @@ def names(data: str | None) -> tuple[str, ...]:
     raise errors.UserError(f"cannot read the folder data={data} "
                            f"({error.strerror}): give a folder of tasks"
                            ) from error
-  return tuple(name for name in found if _is_task(os.path.join(data, name)))
+  return tuple(name for name in found if is_task(os.path.join(data, name)))
 
 
 def nested(data: str | None) -> tuple[str, ...]:
-  """Names TASK/INNER of the tasks in folders within those in `data`."""
+  """Returns the names TASK/INNER of tasks in folders of those in `data`."""
   if data is None:
     return ()
   data = files.expand(data)
   return tuple(f"{outer}/{inner}" for outer in sorted(os.listdir(data))
                for inner in _folders(os.path.join(data, outer))
-               if _is_task(os.path.join(data, outer, inner)))
+               if is_task(os.path.join(data, outer, inner)))
 
 
-def _is_task(folder: str) -> bool:
+def is_task(folder: str) -> bool:
+  """Tells whether a folder holds the lists of a task."""
   return os.path.isfile(os.path.join(folder, f"{LISTS['train']}.txt"))
 
 
@@ -121,7 +126,7 @@ def _path(folder: str, split: str) -> str:
 
 
 def _digest(lists: dict[str, Entries], classes: tuple[str, ...]) -> str:
-  """Of what the lists say, wherever the folder lies."""
+  """Returns a hash of the lists' contents; the folder's place is no part."""
   lines = [f"{name} {label}" for entries in lists.values()
            for name, label in zip(entries.names, entries.labels, strict=True)]
   return hashlib.sha256("\n".join((*classes, *lines)).encode()
@@ -192,7 +197,7 @@ def _wrong_lines(path: str, wrong: dict[int, str]) -> str:
 
 
 def _parse(line: str) -> tuple[str, int]:
-  """`some path label`, split at the last blank, for a path may hold blanks."""
+  """Splits `some path label` at the last blank: a path may hold blanks."""
   parts = line.rsplit(maxsplit=1)
   if len(parts) != 2:
     raise ValueError(f"expected 'relative/path label', found {line!r}")
@@ -216,7 +221,8 @@ def _make_resolver(bases: Sequence[str]
   real_folder = functools.cache(os.path.realpath)  # thousands share a few
 
   def find(base, name):
-    parent, last = posixpath.split(name)
+    # The list is UTF-8, and so are the names on the disk: whatever the locale.
+    parent, last = posixpath.split(os.fsdecode(name.encode()))
     try:
       real = os.path.join(real_folder(os.path.join(base, parent)), last)
       mode = os.lstat(real).st_mode
@@ -246,8 +252,11 @@ def _make_resolver(bases: Sequence[str]
 
 def _classes(name: str, bases: Sequence[str], lists: dict[str, Entries]
              ) -> tuple[str, ...]:
-  """Class names by label: from classes.txt, or "0", "1", ... as many as VTAB
-  or, for other tasks, the lists have; UserError for a label beyond."""
+  """Returns the class names, by label.
+
+  They are those of classes.txt; or else "0", "1", ..., as many as VTAB's row
+  or, for other tasks, the lists have. UserError for a label beyond.
+  """
   for path in (os.path.join(base, "classes.txt") for base in bases):
     if os.path.exists(path):
       found = tuple(line.strip() for line in _lines(path))
@@ -276,7 +285,7 @@ def _check_labels(folder: str, lists: dict[str, Entries],
 
 def _check_apart(folder: str, lists: dict[str, Entries], held_out: str,
                  seen: str) -> None:
-  """A held-out image that is also trained on makes every number worthless."""
+  """Refuses an image that is both held out and trained on."""
   known = set(lists[seen].files)
   both = [row for row, file in enumerate(lists[held_out].files)
           if file in known]

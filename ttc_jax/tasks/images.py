@@ -1,4 +1,4 @@
-"""Images on their way to the model: decode, resize, cache, normalise.
+"""Images: decoding, resizing, caching, normalising.
 
 Pixels follow the PyTorch PEFT repositories: the aspect ratio is not kept and
 the EXIF orientation is not applied. Unlike there, transparency is not dropped
@@ -200,7 +200,11 @@ def without_text(data: bytes) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """Any 8- or 16-bit mode to RGB, alpha over white; ValueError for floats."""
+  """Returns an image of any 8- or 16-bit mode as RGB, alpha over white.
+
+  Raises:
+    ValueError: the pixels are floats.
+  """
   if image.mode == "F":
     raise ValueError("float pixels have no known range; store 8-bit ones")
   if image.mode.startswith("I"):
@@ -234,16 +238,16 @@ def _over_white(image):
 
 
 def resize(image: Image.Image, size: int, resample: str) -> np.ndarray:
-  """RGB image to uint8 (size, size, 3), antialiased, aspect not kept."""
+  """Returns an RGB image as uint8 (size, size, 3), its aspect not kept."""
   return np.asarray(image.resize((size, size), RESAMPLES[resample]))
 
 
 def prepare(image: Any, size: int, resample: str) -> np.ndarray:
-  """Anything that shows an image -> uint8 (size, size, 3), as `resize` does it.
+  """Returns an image of any kind as uint8 (size, size, 3); see `resize`.
 
   Args:
-    image: a path, a PIL image, or a uint8 array (H, W, 3), which is handed on
-      where it has the size already.
+    image: a path, a PIL image, or a uint8 array (H, W, 3). An array that has
+      the size already is returned as it is.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -376,7 +380,7 @@ class Stream:
     return self._gather(pending)
 
   def close(self) -> None:
-    """Drops what is being decoded ahead and stops the threads."""
+    """Cancels the decoding ahead and stops the threads."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   def _submit(self, rows: Iterable[int]) -> list[futures.Future]:
@@ -414,7 +418,7 @@ def digest(images: Images) -> str:
 
 
 def _bytes(text: str) -> bytes:
-  """UTF-8, also of file names that are not."""
+  """Returns UTF-8; surrogates (of other file names) give their bytes."""
   return text.encode("utf-8", "surrogateescape")
 
 
@@ -497,7 +501,7 @@ def _open_cache(path: str, shape: tuple[int, ...]
 
 
 def _write_or_wait(path: str, stream: Stream) -> None:
-  """Writes the cache file, unless another process is at it."""
+  """Writes the cache file, or waits for a process that is writing it."""
   folder, name = os.path.split(path)
   waited = False
   while not (waited and os.path.exists(path)):

@@ -4,7 +4,7 @@ A data set must be prepared, as TFRecord (TFDS's default) or array_record:
 
   tfds build cifar10 --data_dir=DIR
 
-Any of them is a task, once it is said what its splits and labels are:
+With its splits and its label named, any of them is a task:
 
   task = tfds.task("cifar10", tfds.Spec("cifar10", {
       "train": "train[:80%]", "val": "train[80%:]", "test": "test"}), "DIR")
@@ -29,7 +29,7 @@ _AGAIN = "prepare the data set again"
 
 
 class Spec(NamedTuple):
-  """What makes a prepared data set a task.
+  """A prepared data set's splits and labels, which make it a task.
 
   name: of TFDS, with the configuration if there are several ("sun397/tfds");
     or the path of a folder with a version of a data set, "/.../dtd/3.0.1".
@@ -99,7 +99,7 @@ def _images(dataset: Dataset, part: str) -> images.Source:
 
 
 def prepared(spec: Spec, data: str | None) -> str | None:
-  """The folder of the preferred version that is there, or None."""
+  """Returns the folder of the preferred version that is there, or None."""
   root = files.expand(spec.name)
   if os.path.isabs(root):
     return root if _is_version(root) else None
@@ -118,7 +118,7 @@ def _is_version(folder: str) -> bool:
 
 
 def _numbers(folder):
-  """The version that a folder is named after; None: not one, or half made."""
+  """Returns the version of a folder's name; None: it is none, or half made."""
   found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", os.path.basename(folder))
   return found and tuple(map(int, found.groups()))
 
@@ -146,7 +146,7 @@ def open_set(spec: Spec, data: str | None) -> Dataset:
 
 
 def _splits(spec: Spec, builder) -> dict[str, str]:
-  """TFDS's expression of each split, after a check of all names."""
+  """Checks all names; returns TFDS's expression of each split."""
   given = dict(spec.splits)
   for role in ("train", "val"):
     if role not in given:
@@ -195,7 +195,12 @@ class _Labels(Mapping):
 
   def __getitem__(self, part: str) -> np.ndarray:
     if part not in self._known:
-      self._known[part] = self._read(part)
+      union = f"{self._splits['train']}+{self._splits['val']}"
+      self._known[part] = (
+          np.concatenate([self["train"], self["val"]])
+          if part == "trainval" and self._splits[part] == union
+          else self._read(part))
+      self._known[part].setflags(write=False)
     return self._known[part]
 
   def _read(self, part: str) -> np.ndarray:
@@ -208,7 +213,6 @@ class _Labels(Mapping):
       raise errors.DataError(
           f"{self._folder}: example {first} of {self._splits[part]} has the "
           f"label {labels[first]}, expected 0 to {self._classes - 1}; {_AGAIN}")
-    labels.setflags(write=False)
     return labels
 
   def __iter__(self) -> Iterator[str]:
@@ -250,7 +254,7 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _whole(folder, what):
-  """Turns whatever damaged files make the readers raise into a sentence."""
+  """Turns what the readers raise for damaged files into a sentence."""
   try:
     yield
   except errors.UserError:  # a sentence already
@@ -276,11 +280,11 @@ class Source:
       return self._examples[i]
 
   def image(self, i: int, binary: bool) -> Image.Image:
-    """RGB."""
+    """Returns example i as an RGB image."""
     return self.decode(self[i], i, binary)
 
   def decode(self, example: Example, i: int, binary: bool) -> Image.Image:
-    """RGB, of example i, which has been read already."""
+    """Returns the RGB image of example i, which has been read already."""
     with _whole(self._folder, f"image {i} of {self._split}"):
       return images.decode(io.BytesIO(example["image"]),
                            _lit if binary else None)
@@ -305,7 +309,7 @@ def _examples(builder, split, files):
 
 
 class _Decoded:
-  """A sequence, each of its items through a function."""
+  """A sequence that applies a function to the items of another."""
 
   def __init__(self, items, decode):
     self._items, self._decode = items, decode
@@ -318,7 +322,7 @@ class _Decoded:
 
 
 def digest(dataset: Dataset) -> str:
-  """Of what describes the data, and of its shards' sizes."""
+  """Returns a hash of the data set's description and its shards' sizes."""
   spec = dataset.spec
   name = os.path.basename(spec.name) if os.path.isabs(
       files.expand(spec.name)) else spec.name
@@ -334,7 +338,7 @@ def digest(dataset: Dataset) -> str:
 
 
 def _stamps(folder: str) -> Iterator[str]:
-  """Lines that change when a shard does: contents are checked on reading."""
+  """Yields lines that change when a shard does; contents are not read."""
   for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
     stat = os.stat(path)
     yield (f"{os.path.basename(path)}\t{stat.st_size}\t{stat.st_mtime_ns}\t"

@@ -23,8 +23,10 @@ _AGAIN = "copy the file again, or prepare the data set again"
 
 
 class Part(NamedTuple):
-  """`take` records of a file, after the first `skip`; TFDS's file
-  instructions have these fields too."""
+  """`take` records of a file, after the first `skip`.
+
+  TFDS's file instructions have these fields too.
+  """
   filename: str
   skip: int
   take: int
@@ -69,7 +71,7 @@ class File:
     self._offsets = array.array("q", [0])  # of the data, header before it
 
   def read(self, number: int) -> bytes:
-    """The data of record `number`, their checksum verified."""
+    """Returns the data of record `number`, its checksum verified."""
     try:
       start, end = self._span(number)
       block = os.pread(self._descriptor, end + _FOOTER.size - start, start)
@@ -118,7 +120,6 @@ class File:
 
 
 def masked(data: bytes) -> int:
-  """CRC-32C as TFRecord stores it, so that the checksum of data which hold
-  their own checksum is still of use."""
+  """Returns the CRC-32C of data as TFRecord stores it, rotated and shifted."""
   crc = google_crc32c.value(data)
   return ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff

@@ -1,9 +1,9 @@
-"""Is a prepared data set the one that VTAB-1K means? Reads all of it.
+"""Checks whether a prepared data set is the one that VTAB-1K means.
 
-It is compared with what is certain: the splits' sizes, the classes, the
-histograms that the makers of a data set fixed, the order that TFDS gives, and
-that no image is in two splits (`facts`). Two sites that want more compare
-fingerprints (`fingerprint`).
+It reads all examples and compares them with what is certain (`facts`): the
+splits' sizes, the classes, the histograms that the makers of a data set fixed,
+the order that TFDS gives, and that no image is in two splits. Two sites that
+want more compare fingerprints (`fingerprint`).
 """
 from collections import Counter
 import hashlib
@@ -103,7 +103,7 @@ def _id(row, classes, label, example):
 # --- Judging ------------------------------------------------------------------
 
 def _wrong_labels(name, row, part, seen):
-  """Sentences about the count, the range and the histogram of the labels."""
+  """Yields sentences about the labels' count, range and histogram."""
   want = row.test_count if part == "test" else facts.COUNTS[part]
   if len(seen.labels) != want:
     yield f"{len(seen.labels)} examples, expected {want}"
@@ -132,7 +132,9 @@ def _repeated(row, seen):
 
 
 def _wrong_order(row, part, seen):
-  """TFDS writes a split by the MD5 of its name and each example's key.
+  """Yields a sentence if the examples stand in another order than TFDS's.
+
+  TFDS writes a split by the MD5 of its name and each example's key.
 
   So train[:800] are the same everywhere; a copy made another way need not be.
   """
@@ -192,7 +194,7 @@ def _common(seen, one, other, kind):
 
 
 def _shared_ids(row, seen):
-  """Examples in two splits that should have none in common."""
+  """Yields sentences about examples that are in two splits."""
   if row.tfds not in facts.IDS:
     return
   for one, other in (("train", "val"), ("trainval", "test")):

@@ -34,8 +34,13 @@ IDS = {
 
 def _numbered(pattern: str, spelled: str = "", /, **counts: int
               ) -> Callable[[str, tuple[str, ...]], list[str]]:
-  """`pattern` with the split's name (`spelled` for the validation split) and
-  0, 1, ... as many as it has."""
+  """Returns (split, classes) -> `pattern` filled with the split and 0, 1, ...
+
+  Args:
+    pattern: takes the split's name and a number.
+    spelled: name of the validation split, if it is another in the pattern.
+    counts: examples of each split.
+  """
   def names(split, classes):
     del classes
     name = spelled if split == "validation" else split
@@ -57,7 +62,7 @@ NAMES = {
 
 
 def _doubled(name: str) -> str:
-  """"River_7.jpg" has the key "River_River_7.jpg"."""
+  """Returns the key of an id: "River_River_7.jpg" of "River_7.jpg"."""
   return f"{name.rsplit('_', 1)[0]}_{name}"
 
 

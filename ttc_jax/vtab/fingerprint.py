@@ -31,7 +31,7 @@ def save(reports: Iterable[dict[str, Any]], path: str) -> None:
 
 
 def read(path: str) -> dict[str, Any]:
-  """What `save` wrote; errors.UserError for anything else."""
+  """Reads what `save` wrote; errors.UserError for anything else."""
   try:
     with open(files.expand(path), encoding="utf-8") as file:
       tasks = json.load(file)

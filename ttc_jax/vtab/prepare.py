@@ -1,4 +1,4 @@
-"""VTAB's data sets, downloaded and built by TFDS where it can be done alone."""
+"""Downloads and builds VTAB's data sets by TFDS, where no user is needed."""
 from collections.abc import Callable, Iterable
 import importlib.util
 import os
@@ -43,13 +43,13 @@ _ALSO = {"sun397/tfds": "cv2", "kitti": "cv2",
 
 
 def needs(row: Row) -> tuple[str, ...]:
-  """Packages without which TFDS cannot build the data set."""
+  """Returns the packages that TFDS needs to build the data set."""
   also = _ALSO.get(row.tfds)
   return ("tensorflow", also) if also else ("tensorflow",)
 
 
 def manual_folder(data: str) -> str:
-  """Where TFDS looks for what was downloaded by hand."""
+  """Returns the folder of files that a user downloaded by hand."""
   return os.path.join(files.expand(data), "downloads", "manual")
 
 
@@ -130,7 +130,7 @@ def _build(row, data):
 
 
 def _builder(tfds, row, data):
-  """Of the preferred version that the installed TFDS can build."""
+  """Returns a builder of the preferred version that TFDS can build."""
   for version in row.versions[:-1]:
     try:
       return tfds.builder(f"{row.tfds}:{version}", data_dir=data)

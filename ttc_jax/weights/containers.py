@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import pickle
+import re
 import tokenize
 from typing import NamedTuple
 import zipfile
@@ -66,7 +67,11 @@ def open_file(path: str) -> Opened:
     if path.endswith(sources.INDEX):
       return _open_shards(path)
     with open(path, "rb") as f:
-      start = f.read(9)
+      start = f.read(len(_LFS))
+    if start == _LFS:
+      raise UserError(f"weights file '{path}' is a Git LFS pointer, not the "
+                      "file itself: run 'git lfs pull' in its repository")
+    start = start[:9]
     if start.startswith(b"\x80\x02") and start[8:] != b"{":
       return _open_torch(path, mmap=False)  # before PyTorch wrote zip files
     if not start.startswith(b"PK"):
@@ -163,8 +168,37 @@ def _open_shards(path):
   return tensors, {}
 
 
-# Keys of the state_dict in a training checkpoint.
-_STATES = ("model", "state_dict", "model_state_dict", "teacher")
+_LFS = b"version https://git-lfs.github.com/spec/"
+_TRAINING = re.compile(r"(optim|.*scheduler|scaler|amp|rng).*")
+_DEEPEST = 4  # levels of a training checkpoint
+
+
+def _states(value, path=()):
+  """Yields (keys, state_dict) of every state_dict in a training checkpoint: a
+  dictionary with a tensor of two or more axes."""
+  if not isinstance(value, dict) or len(path) > _DEEPEST:
+    return
+  if any(getattr(v, "ndim", 0) >= 2 for v in value.values()):
+    yield path, value
+  for key, inner in value.items():
+    # An optimiser's state is by number of parameter.
+    if isinstance(key, str) and not _TRAINING.fullmatch(key):
+      yield from _states(inner, (*path, key))
+
+
+def _one_state(loaded, path):
+  """The only state_dict of a checkpoint."""
+  if not isinstance(loaded, dict):
+    raise UserError(f"weights file '{path}' holds a {type(loaded).__name__}; "
+                    "expected a state_dict")
+  found = list(_states(loaded))
+  if len(found) < 2:
+    return found[0][1] if found else loaded
+  names = [".".join(keys) or "the file itself" for keys, _ in found]
+  keys = "".join(f"[{key!r}]" for key in found[-1][0])
+  raise UserError(
+      f"weights file '{path}' holds {len(found)} models, {', '.join(names)}: "
+      f"save one alone, e.g. torch.save(torch.load(FILE){keys}, NEW)")
 
 
 def _open_torch(path, mmap=True):
@@ -181,12 +215,7 @@ def _open_torch(path, mmap=True):
         "save the model's state_dict() alone") from error
   except Exception as error:  # of a damaged pickle it raises many kinds
     raise ValueError(f"{type(error).__name__}: {error}") from error
-  while isinstance(state, dict) and (inner := [
-      state[k] for k in _STATES if isinstance(state.get(k), dict)]):
-    state = inner[0]
-  if not isinstance(state, dict):
-    raise UserError(f"weights file '{path}' holds a {type(state).__name__}; "
-                    "expected a state_dict")
+  state = _one_state(state, path)
 
   def reader(tensor):
     return lambda: tensor.detach().to(torch.float32).numpy()

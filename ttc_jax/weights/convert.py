@@ -9,10 +9,18 @@ import ml_dtypes
 import numpy as np
 
 from ttc_jax import backbones, files, trees
-from ttc_jax import weights as weights_lib
 from ttc_jax.errors import UserError, check_known
-from ttc_jax.weights import containers, formats
+from ttc_jax.weights import (
+  containers,
+  formats,
+  identity,
+  loading,
+  reader,
+  sources,
+  writer,
+)
 from ttc_jax.weights.formats import Format
+from ttc_jax.weights.reader import Weights
 
 # The formats of a target are tried in this order; the first that holds the
 # variant is written.
@@ -46,52 +54,67 @@ def describe(source: str) -> dict[str, Any]:
     source: as in `sources`.
 
   Returns:
-    The keys file, format, backbone (None if no backbone has its size), fields,
-    image_size (None if any), parameters, dtypes, sha256 and ignored (names of
-    tensors that are not of the backbone).
+    The keys file, format, backbone (None if no backbone has its size, with the
+    reason), fields,
+    image_size (None if any), normalisation (mean and deviation, None if
+    unknown), parameters, dtypes, sha256 and ignored (names of tensors that are
+    not of the backbone).
 
   Raises:
     UserError: no file of weights of a known format.
   """
-  path = weights_lib.locate(source)
-  opened = weights_lib.read(path)
+  path = sources.locate(source)
+  opened = reader.read(path)
+  backbone, reason = None, ""
   try:
-    backbone = weights_lib.identify(opened)
-  except UserError:
-    backbone = None
+    backbone = identity.identify(opened)
+  except UserError as error:
+    reason = str(error)
   ignored = [n for n in opened.tensors
              if re.fullmatch(opened.format.ignored, n)]
   used = [t for n, t in opened.tensors.items() if n not in ignored]
   return {
-      "file": source, "format": opened.format.name, "backbone": backbone,
+      "file": sources.public(source), "format": opened.format.name,
+      "backbone": backbone, **({"reason": reason} if reason else {}),
       "fields": opened.fields,
-      "image_size": weights_lib.native_size(opened),
+      "image_size": identity.native_size(opened),
+      "normalisation": (opened.normalisation._asdict()
+                        if opened.normalisation else None),
       "parameters": sum(math.prod(t.shape) for t in used),
       "dtypes": sorted({t.dtype for t in used}),
-      "sha256": weights_lib.sha256(path),
+      "sha256": sources.sha256(path),
       "ignored": sorted([*ignored, *opened.outside])}
 
 
-def load(opened: weights_lib.Weights, gelu: str = "",
-         patch: int = 0) -> tuple[nn.Module, trees.Tree]:
+def _guessed(opened, other):
+  """Fields that a file leaves open: those of the other file, else any, for
+  they only have to make the tensors readable."""
+  guess = {"gelu": "exact", "rope": 0.0, "pool": "gap",
+           "registers": reader.count_tokens(opened)}
+  return {name: guess[name] if other.fields.get(name) is None
+          else other.fields[name]
+          for name, value in opened.fields.items() if value is None}
+
+
+def load(opened: Weights, patch: int = 0,
+         **fields: Any) -> tuple[nn.Module, trees.Tree]:
   """Returns the backbone that a file is of, on its native grid, and its
   parameters.
 
   Args:
-    gelu: replaces the file's; needed if the file does not say it.
     patch: pixels a side to resize the patch embedding to; 0: the file's.
+    **fields: replace the file's; needed if the file does not say them.
   """
   if patch and not 1 <= patch <= _LARGEST_PATCH:
     raise UserError(f"--patch={patch} is not possible: give the pixels of a "
                     f"patch's side, up to {_LARGEST_PATCH}")
-  name, size = weights_lib.identify(opened), weights_lib.native_size(opened)
+  name, size = identity.identify(opened), identity.native_size(opened)
   size = size or _SIZE
   if patch:
     side = size // backbones.make(name, size).patch
-    name, size = weights_lib.identify(opened, patch), side * patch
-  return weights_lib.load_opened(
-      opened, name, size, resample_patch=bool(patch),
-      **({"gelu": gelu} if gelu else {}))
+    name, size = identity.identify(opened, patch), side * patch
+  return loading.load_opened(
+      opened, name, size, resample_patch=bool(patch), **fields)
 
 
 def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
@@ -101,7 +124,8 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   Args:
     to: a key of `TARGETS`.
     dtype: one of `DTYPES`.
-    gelu, patch: as of `load`.
+    gelu: replaces the file's, if given.
+    patch: as of `load`.
 
   Returns:
     The format's name, and the fields that its readers have to be told.
@@ -114,15 +138,16 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   check_known("--dtype", dtype, DTYPES)
   out = files.new(out)
   module, params = load(
-      weights_lib.read(weights_lib.locate(source)), gelu, patch)
+      reader.read(sources.locate(source)), patch,
+      **({"gelu": gelu} if gelu else {}))
   os.makedirs(os.path.dirname(out), exist_ok=True)
   if to == "ttc_jax":
-    weights_lib.write(out, params, module.fields, dtype)
+    writer.write(out, params, module.fields, dtype)
     return to, {}
   format_, tensors = _first_that_holds(TARGETS[to], module, params)
-  tensors = weights_lib.cast(tensors, dtype, f"weights file '{out}'")
+  tensors = writer.cast(tensors, dtype, f"weights file '{out}'")
   _write(out, format_, tensors)
-  assumed = formats.recognise(tensors, {}, {}, out)[1]
+  assumed = formats.recognise(tensors, {}, {}, out).fields
   return format_.name, {k: v for k, v in module.fields.items()
                         if assumed.get(k) != v}
 
@@ -133,7 +158,7 @@ def _first_that_holds(candidates: tuple[Format, ...], module: nn.Module,
   errors = []
   for format_ in candidates:
     try:
-      return format_, weights_lib.to_tensors(params, format_, module)
+      return format_, writer.to_tensors(params, format_, module)
     except UserError as error:
       errors.append(error)
   raise UserError("; ".join(map(str, errors)))
@@ -157,12 +182,10 @@ def compare(one: str, two: str) -> Difference:
   Raises:
     UserError: one of them is no file of a whole backbone.
   """
-  opened = [weights_lib.read(weights_lib.locate(s)) for s in (one, two)]
-  # An unknown GELU is no tensor: with any the parameters are the same.
-  loaded = [load(o, "exact" if o.fields.get("gelu", "") is None else "")
-            for o in opened]
-  fields = [{"backbone": weights_lib.identify(o), **module.fields, **(
-      {"gelu": o.fields["gelu"]} if "gelu" in o.fields else {})}
+  opened = [reader.read(sources.locate(s)) for s in (one, two)]
+  loaded = [load(o, **_guessed(o, other))
+            for o, other in (opened, opened[::-1])]
+  fields = [{"backbone": identity.identify(o), **module.fields, **o.fields}
             for o, (module, _) in zip(opened, loaded, strict=True)]
   notes = [f"{k}: {fields[0].get(k)}, {fields[1].get(k)}"
            for k in dict.fromkeys((*fields[0], *fields[1]))

@@ -160,11 +160,17 @@ def settled(weights: Weights, given: Mapping[str, Any]) -> dict[str, Any]:
     UserError: the file leaves a field open, and it is not given.
   """
   fields = weights.fields | dict(given)
-  for field, value in fields.items():
-    if value is None:
-      raise UserError(
-          f"weights file '{weights.path}' does not say the field '{field}': "
-          "put the model's config.json beside it, or give the field (as in "
-          f"--config.{field}), for a GELU one of "
-          f"{', '.join(layers.GELU)} (OpenAI's CLIP: quick, SigLIP: tanh)")
+  lacking = [name for name, value in fields.items() if value is None]
+  if lacking == ["gelu"]:
+    raise UserError(
+        f"weights file '{weights.path}' does not say the field 'gelu': "
+        "put the model's config.json beside it, or give the field (as in "
+        "--config.gelu), for a GELU one of "
+        f"{', '.join(layers.GELU)} (OpenAI's CLIP: quick, SigLIP: tanh)")
+  if lacking:
+    raise UserError(
+        f"weights file '{weights.path}' does not say the field"
+        f"{'s' * (len(lacking) > 1)} {', '.join(map(repr, lacking))}, which no "
+        "tensor shows: put the model's config.json beside it, or give "
+        f"{'them' if len(lacking) > 1 else 'it'} to backbones.load")
   return fields

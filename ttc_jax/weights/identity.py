@@ -68,14 +68,12 @@ def identify(weights: Weights, patch: int = 0) -> str:
   Raises:
     UserError: no backbone has such shapes.
   """
-  shape = shapes_of(weights)
-  found = family_of(resized(shape, patch) if patch else shape)
-  if found is None:
+  identity = _identity(weights, patch)
+  if identity is None:
     raise UserError(
         f"weights file '{weights.path}' is of no whole backbone: tensors of "
         "the first block or the patch embedding are missing, or their shapes "
         "contradict each other")
-  identity = found[1]
   if identity.name is None:
     raise UserError(
         f"weights file '{weights.path}' is {identity.kind} of "
@@ -87,8 +85,38 @@ def identify(weights: Weights, patch: int = 0) -> str:
 def native_size(weights: Weights) -> int | None:
   """Returns the pixels a side that a file's position embedding is made for;
   None if it has none."""
-  found = family_of(shapes_of(weights))
-  return found[1].image_size if found else None
+  identity = _identity(weights)
+  return identity.image_size if identity else None
+
+
+def _identity(weights: Weights, patch: int = 0) -> Identity | None:
+  """Returns what the tensors show and the configuration states.
+
+  Raises:
+    UserError: they contradict each other.
+  """
+  shape = shapes_of(weights)
+  found = family_of(resized(shape, patch) if patch else shape)
+  if found is None:
+    return None
+  identity = found[1]
+  stated = {k: v for k, v in weights.sizes.items() if k in identity.sizes
+            and not (k == "patch" and patch)}
+  for key, value in stated.items():
+    if identity.sizes[key] not in (None, value):
+      raise UserError(
+          f"weights file '{weights.path}' has tensors of {identity.kind} of "
+          f"{key} {identity.sizes[key]}, while config.json beside it states "
+          f"{value}: if it belongs to another file, move it away")
+  identity = identity._replace(sizes=identity.sizes | stated)
+  heads = stated.get("heads")
+  if identity.name and heads:
+    own = backbones.make(
+        identity.name, identity.image_size or 4 * identity.sizes["patch"]).heads
+    if own != heads:
+      return identity._replace(name=None, reason=(
+          f"by config.json it has {heads} heads, {identity.name} has {own}"))
+  return identity
 
 
 def text(sizes: Mapping[str, Any]) -> str:
@@ -111,13 +139,15 @@ def check_variant(weights: Weights, want: Shape, name: str,
   Raises:
     UserError: the sizes differ.
   """
+  mine = family_of(want)
   try:
-    file, mine = family_of(shapes_of(weights)), family_of(want)
+    file = family_of(shapes_of(weights))
   except UserError:
     return
   if file is None or mine is None:
     return
-  theirs, ours = dict(file[1].sizes), mine[1].sizes
+  identity = _identity(weights) or file[1]
+  theirs, ours = dict(identity.sizes), mine[1].sizes
   differ = [k for k, v in theirs.items() if v not in (None, ours.get(k))
             and not (k == "patch" and resample_patch)]
   if not differ:
@@ -126,8 +156,8 @@ def check_variant(weights: Weights, want: Shape, name: str,
   if set(differ) & set(first):
     theirs = {k: theirs[k] for k in first}
   shown = {k: ours[k] for k in theirs if k in ours}
-  advice = (f"use backbone={file[1].name}" if file[1].name else
+  advice = (f"use backbone={identity.name}" if identity.name else
             "no backbone here has that size"
-            + (f" ({file[1].reason})" if file[1].reason else ""))
-  raise UserError(f"weights file '{weights.path}' is {file[1].kind} of "
+            + (f" ({identity.reason})" if identity.reason else ""))
+  raise UserError(f"weights file '{weights.path}' is {identity.kind} of "
                   f"{text(theirs)}; {name} has {text(shown)}: {advice}")

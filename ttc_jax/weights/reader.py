@@ -15,7 +15,7 @@ import numpy as np
 from ttc_jax.errors import UserError
 from ttc_jax.weights import containers, formats
 from ttc_jax.weights.containers import Tensor
-from ttc_jax.weights.formats import Format, layout
+from ttc_jax.weights.formats import Format, Normalisation, layout
 
 LARGEST_GRID = 256  # patches a side of a believable position embedding
 
@@ -24,17 +24,24 @@ class Weights(NamedTuple):
   """An opened file.
 
   Attributes:
-    fields: of the module, as far as the file determines them; None marks a
-      field that it leaves open.
+    fields: of the module, as far as the file and its configuration determine
+      them; None for a field that they leave open.
     tensors: by the names that they have in the format.
     outside: names of tensors that do not belong to the backbone, e.g. of
       another tower.
+    sizes, positioned: see `formats.Found`.
+    normalisation: (mean, std) that the weights were trained with, of pixels in
+      [0, 1], by the configuration beside the file or by its format; None if
+      unknown.
   """
   path: str
   format: Format
   fields: dict[str, Any]
   tensors: Mapping[str, Tensor]
   outside: tuple[str, ...] = ()
+  sizes: Mapping[str, Any] = {}
+  positioned: tuple[int, ...] = (0,)
+  normalisation: Normalisation | None = None
 
 
 def read(path: str) -> Weights:
@@ -49,21 +56,47 @@ def read(path: str) -> Weights:
       architecture that is not supported.
   """
   everything, metadata = containers.open_file(path)
-  format_, fields, tensors = formats.recognise(
-      everything, metadata, _config(path), path)
-  for pattern, what in format_.refused.items():
-    for name in filter(re.compile(pattern).fullmatch, tensors):
+  found = formats.recognise(
+      everything, metadata, _beside(path, "config.json"), path)
+  for pattern, what in found.format.refused.items():
+    for name in filter(re.compile(pattern).fullmatch, found.tensors):
       raise UserError(
           f"weights file '{path}' has {what} ({name!r}), which is not "
           "supported: use a plain ViT or Swin")
-  taken = {id(t.whole or t) for t in tensors.values()}
+  return Weights(
+      path, found.format, found.fields, found.tensors,
+      _outside(path, everything, found), found.sizes, found.positioned,
+      found.normalisation or _of_processor(path))
+
+
+def _outside(path, everything, found):
+  """Names of the tensors outside the format's root, all of them known."""
+  taken = {id(t.whole or t) for t in found.tensors.values()}
   outside = tuple(n for n, t in everything.items() if id(t) not in taken)
-  return Weights(path, format_, fields, tensors, outside)
+  unknown = sorted(n for n in outside if not re.fullmatch(found.beside, n))
+  if unknown:
+    raise UserError(
+        f"weights file '{path}' has {len(unknown)} tensors beside those of "
+        f"{found.format.name} whose part in the features is not known, first "
+        f"{unknown[0]!r}: save the backbone alone, if they have none")
+  return outside
 
 
-def _config(path):
-  """Returns the object in config.json beside the file, {} if there is none."""
-  beside = os.path.join(os.path.dirname(path), "config.json")
+def _of_processor(path):
+  """The normalisation in Hugging Face's preprocessor_config.json."""
+  config = _beside(path, "preprocessor_config.json")
+  if config.get("do_normalize") is False:
+    return None
+  try:
+    return formats.normalisation(
+        config.get("image_mean"), config.get("image_std"))
+  except UserError as error:
+    raise UserError(f"weights file '{path}': {error}") from error
+
+
+def _beside(path, name):
+  """Returns the object in a JSON file beside the file, {} if there is none."""
+  beside = os.path.join(os.path.dirname(path), name)
   try:
     with open(beside, encoding="utf-8") as f:
       config = json.load(f)
@@ -160,16 +193,40 @@ def grid(weights: Weights, name: str) -> tuple[int, int]:
   Raises:
     UserError: the positions are of no square grid.
   """
-  found, prefix = shape(weights, name), count_tokens(weights)
-  tokens = found[1] if len(found) == 3 else 0
-  # None of them has a position, [CLS] alone has one, or all have.
-  for extra in sorted({0, min(prefix, 1), prefix}):
+  found, theirs = shape(weights, name), find(weights, name)
+  where = (f"weights file '{weights.path}': {theirs!r} has the shape "
+           f"{weights.tensors[theirs].shape}")
+  tokens = found[1] if len(found) == 3 and found[0] == 1 else 0
+  _check_stated(weights, tokens, where)
+  for extra in weights.positioned:
     side = math.isqrt(max(tokens - extra, 0))
-    if (found[:1] == (1,) and side ** 2 + extra == tokens
-        and 1 <= side <= LARGEST_GRID):
+    if side ** 2 + extra == tokens and 1 <= side <= LARGEST_GRID:
       return extra, side
-  theirs = find(weights, name)
+  if weights.positioned == (1,) and math.isqrt(tokens) ** 2 == tokens > 0:
+    raise UserError(
+        f"{where}: beside a class token that has a position, these are no "
+        "square grid of patches; if it has none, as in DeiT III, put the "
+        "model's config.json beside the file")
   raise UserError(
-      f"weights file '{weights.path}': {theirs!r} has the shape "
-      f"{weights.tensors[theirs].shape}, expected (1, n * n, D), or "
-      "one more for a class token")
+      f"{where}, expected (1, n * n, D)" + "".join(
+          f", or {extra} more for tokens before the patches"
+          for extra in weights.positioned if extra)
+      + ": only square grids are supported")
+
+
+def _check_stated(weights, tokens, where):
+  """Compares the number of positions with the image size that is stated."""
+  if "image_size" not in weights.sizes:
+    return
+  height, width = weights.sizes["image_size"]
+  patch = weights.sizes.get("patch") or shape(weights, "embedding/kernel")[0]
+  rows, columns = height // patch, width // patch
+  if tokens - rows * columns not in weights.positioned:
+    raise UserError(
+        f"{where}, but config.json beside it states images of {height} x "
+        f"{width} px, which are {rows} x {columns} patches: correct it or "
+        "move it away")
+  if rows != columns:
+    raise UserError(
+        f"{where}, a grid of {rows} x {columns} patches ({height} x {width} "
+        "px): only square grids are supported")

@@ -24,13 +24,70 @@ INDEX = ".safetensors.index.json"
 _MAIN = ("model.safetensors", "model" + INDEX)
 _BLOCK = 2 ** 22  # bytes of one read while a download resumes
 RANDOM = "random"
+_SCHEMES = ("https", "gs", "hf")
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+def public(source: str) -> str:
+  """Returns a source without passwords: an address loses its user, query and
+  fragment; a path stays as it is.
+
+  Every message, row, note and bundle shows a source in this form.
+
+  Example:
+    >>> public("https://me:secret@host/a.npz?X-Amz-Signature=1")
+    'https://host/a.npz'
+  """
+  scheme, mark, rest = source.partition("://")
+  if not mark:
+    return source
+  host, slash, path = re.split(r"[?#]", rest)[0].partition("/")
+  return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def check_scheme(source: str) -> None:
+  """Raises UserError for an address that is not fetched.
+
+  Only https, gs and hf are, and http from this machine: fsspec would also open
+  chains with "::", files of other users and other protocols, and an address may
+  come from a stranger's bundle.
+  """
+  scheme, mark, rest = source.partition("://")
+  if not mark:
+    return
+  if "::" in source.replace("[::1]", ""):
+    raise UserError(f"weights '{public(source)}': chains with '::' are not "
+                    "followed: give one https://, gs:// or hf:// address")
+  if scheme in _SCHEMES:
+    return
+  host = re.split(r"[/?#]", rest)[0].rpartition("@")[2]
+  if scheme == "http" and re.sub(r":\d+$", "", host) in _LOCAL_HOSTS:
+    return
+  fix = {"http": "use https://",
+         "file": "give the path alone, or an https:// address"}.get(
+             scheme, "use https://, gs:// or hf://")
+  raise UserError(f"weights '{public(source)}': {scheme[:20]}:// is not "
+                  f"fetched: {fix}")
+
+
+def _scrub(text: str, source: str) -> str:
+  """Removes the secrets of a source from an error message."""
+  text = re.sub(r"\w+://[^\s'\")]+", lambda m: public(m[0]), text)
+  rest = source.partition("://")[2]
+  user = re.split(r"[/?#]", rest)[0].rpartition("@")[0]
+  query = rest.partition("?")[2].partition("#")[0]
+  for secret in (query, user, user.partition(":")[2],
+                 *(part.partition("=")[2] for part in query.split("&"))):
+    if len(secret) > 3:
+      text = text.replace(secret, "...")
+  return text
 
 
 class Source(NamedTuple):
   """A source of weights that was found: it is located and hashed once.
 
   Attributes:
-    source: as the user named it.
+    source: as the user named it; it may hold a password, see `public`.
     path: of the local file; None for "random".
     sha256: hexadecimal; "random" for "random".
   """
@@ -41,13 +98,15 @@ class Source(NamedTuple):
   @property
   def name(self) -> str:
     """The file's name, for tables: "ViT-B_16.npz"."""
-    return os.path.basename(self.source)
+    return os.path.basename(public(self.source))
 
   @property
   def address(self) -> str:
-    """The source, of use in any working directory: local paths absolute."""
+    """The source without passwords, of use in any working directory: local
+    paths are absolute."""
     local = os.path.expanduser(self.source)
-    return os.path.abspath(local) if os.path.exists(local) else self.source
+    return (os.path.abspath(local) if os.path.exists(local)
+            else public(self.source))
 
 
 def open_source(source: str, cache: str | None = None) -> Source:
@@ -82,11 +141,12 @@ def locate(source: str, cache: str | None = None) -> str:
     UserError: no such file, a failed download (the next call resumes it), a
       hash that differs, or a library that is not installed.
   """
+  check_scheme(source)
   address, _, wanted = source.partition("#sha256=")
   if "#sha256=" in source and not re.fullmatch("[0-9a-f]{64}", wanted):
     raise UserError(
-        f"weights '{source}': the hash after '#sha256=' needs 64 lower-case "
-        "hexadecimal digits")
+        f"weights '{public(source)}': the hash after '#sha256=' needs 64 "
+        "lower-case hexadecimal digits")
   if "://" in address and not address.startswith("hf://"):
     return _download(address, wanted, cache or default_cache())
   path = (_from_hub(address, cache) if "://" in address
@@ -157,8 +217,8 @@ def _weight_map(path):
 def _check(address, found, wanted):
   if found != wanted:
     raise UserError(
-        f"weights '{address}' have the sha256 {found}, expected {wanted}: "
-        "correct the hash, or the source")
+        f"weights '{public(address)}' have the sha256 {found}, expected "
+        f"{wanted}: correct the hash, or the source")
 
 
 @contextlib.contextmanager
@@ -170,20 +230,21 @@ def _remote(address: str) -> Iterator[None]:
     raise
   except ImportError as e:
     raise UserError(
-        f"weights '{address}' need a library that is not installed ({e}): "
-        "pip install -e '.[hub]'") from e
+        f"weights '{public(address)}' need a library that is not installed "
+        f"({e}): pip install -e '.[hub]'") from e
   except Exception as e:  # Every file system has errors of its own.
     # fsspec reports a silent server as a missing file; the cause is right.
     cause = e.__cause__ or e
-    reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+    reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+    reason = _scrub(reason, address)[:300]
     raise UserError(
-        f"weights '{address}' cannot be fetched ({reason}): check the "
+        f"weights '{public(address)}' cannot be fetched ({reason}): check the "
         "address, or run again; a broken download resumes") from e
 
 
 def _download(url: str, wanted: str, cache: str) -> str:
   """Returns the path of a verified copy in the cache, fetched if need be."""
-  stem = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1])
+  stem = re.sub(r"[^\w.-]", "_", public(url).rsplit("/", 1)[-1])
   key = hashlib.sha256(url.encode()).hexdigest()[:16]
   path = os.path.join(cache, f"{key}-{stem[-100:]}")
   # Processes of a host may start at the same time.
@@ -199,7 +260,7 @@ def _download(url: str, wanted: str, cache: str) -> str:
     if wanted and found != wanted:
       os.remove(part)
       _check(url, found, wanted)
-    _write_json(path + ".json", {"url": url.split("?")[0], "sha256": found})
+    _write_json(path + ".json", {"url": public(url), "sha256": found})
     os.replace(part, path)
   return path
 
@@ -251,7 +312,7 @@ def _from_hub(address: str, cache: str | None) -> str:
       r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?", address)
   if not match:
     raise UserError(
-        f"weights '{address}' are no hf://owner/name[@revision][/file]")
+        f"weights '{public(address)}' are no hf://owner/name[@revision][/file]")
   repo, revision, file = match.groups()
   with _remote(address):
     import huggingface_hub as hub
@@ -262,8 +323,9 @@ def _from_hub(address: str, cache: str | None) -> str:
           repo, os.path.join(os.path.dirname(file), name), revision=revision,
           cache_dir=cache)
     path = fetch(os.path.basename(file))
-    with contextlib.suppress(hub.errors.EntryNotFoundError):
-      fetch("config.json")  # it may say which GELU
+    for name in ("config.json", "preprocessor_config.json"):
+      with contextlib.suppress(hub.errors.EntryNotFoundError):
+        fetch(name)  # which GELU, pooling and normalisation
     if path.endswith(INDEX):
       for name in sorted(set(_weight_map(path).values())):
         fetch(name)

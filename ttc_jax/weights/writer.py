@@ -99,9 +99,10 @@ def _check_held(tensors, format_, module):
   """Reads the tensors as a stranger would, and compares the fields."""
   if format_ is formats.OURS:
     return
-  _, fields, _ = formats.recognise(tensors, {}, {}, f"of {format_.name}")
+  fields = formats.recognise(tensors, {}, {}, f"of {format_.name}").fields
   for field, value in module.fields.items():
-    if field not in ("gelu", "epsilon") and fields.get(field) != value:
+    if field not in ("gelu", "epsilon") and fields.get(
+        field, not value) not in (value, None):
       raise UserError(
           f"the format '{format_.name}' cannot hold {field}={value!r}: "
           "choose another, ttc_jax holds everything")

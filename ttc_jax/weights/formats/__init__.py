@@ -1,9 +1,13 @@
 """Formats of weights: under which name, how laid out, our parameters are kept.
 
 The folder is the registry: a module with `recognise(tensors, config)` that
-returns (format, fields, tensors below the format's root), or None where the
-tensors are not of its family. A field that is None is in doubt. `config` is
-what a config.json beside the file holds, {} if there is none.
+returns a `Found`, or None where the tensors are not of its family. `config` is
+the object in the config.json beside the file, {} if there is none.
+
+Every tensor of a file is used, known by its name to have no part in the
+features, or a reason to refuse the file. What tensors do not show (a pooling, a
+GELU, the form of rotary positions) comes from config.json or from the user, and
+a contradiction between config.json and the tensors is an error.
 
   ttc_jax: safetensors named as our own parameter tree, with the fields of
     the variant in the metadata.
@@ -12,13 +16,22 @@ from collections.abc import Mapping, Sequence
 import importlib
 import json
 import pkgutil
+import re
 from types import ModuleType
 from typing import Any
 
 from ttc_jax import backbones
 from ttc_jax.backbones.layers import Field
 from ttc_jax.errors import UserError
-from ttc_jax.weights.formats.base import Format, Found, count_tokens, is_zero
+from ttc_jax.weights.formats.base import (
+  HALF,
+  Format,
+  Found,
+  Normalisation,
+  count_tokens,
+  is_zero,
+  normalisation,
+)
 from ttc_jax.weights.formats.bigvision import BIGVISION
 from ttc_jax.weights.formats.hf import (
   HF_CLIP,
@@ -31,9 +44,10 @@ from ttc_jax.weights.formats.swin import SWIN_HF, SWIN_MS, SWIN_TIMM
 from ttc_jax.weights.formats.timm import TIMM, TIMM_DINOV3
 
 __all__ = (
-    "BIGVISION", "Format", "Found", "HF_CLIP", "HF_DINOV2", "HF_DINOV3",
-    "HF_SIGLIP", "HF_VIT", "OURS", "SWIN_HF", "SWIN_MS", "SWIN_TIMM", "TIMM",
-    "TIMM_DINOV3", "check_fields", "count_tokens", "is_zero", "recognise")
+    "BIGVISION", "HALF", "HF_CLIP", "HF_DINOV2", "HF_DINOV3", "HF_SIGLIP",
+    "HF_VIT", "OURS", "SWIN_HF", "SWIN_MS", "SWIN_TIMM", "TIMM", "TIMM_DINOV3",
+    "Format", "Found", "Normalisation", "check_fields", "count_tokens",
+    "is_zero", "normalisation", "recognise")
 
 OURS = Format("ttc_jax", names=lambda name: (name,))
 
@@ -46,7 +60,8 @@ def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
     UserError: they are of no format, or of more than one.
   """
   if "ttc_jax" in metadata:
-    return OURS, _own_fields(metadata["ttc_jax"], tensors, path), tensors
+    return Found(OURS, _own_fields(metadata["ttc_jax"], tensors, path), tensors)
+  _refuse_others(tensors, path)
   modules = [importlib.import_module(f"{__name__}.{m.name}")
              for m in pkgutil.iter_modules(__path__)]
   try:
@@ -58,13 +73,32 @@ def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
     return found[0]
   if found:
     raise UserError(f"weights file '{path}' may be of the formats "
-                    f"{' and '.join(f[0].name for f in found)}: save the "
+                    f"{' and '.join(f.format.name for f in found)}: save the "
                     "tensors of one model alone")
   raise UserError(
       f"weights file '{path}' is of no known format: its first tensors are "
       f"{', '.join(sorted(tensors)[:3]) or 'none'}; expected a ViT as a "
       "vision_transformer or Big Vision .npz, or a ViT or Swin as a timm, "
       "Hugging Face or ttc_jax .safetensors, or as a .pth")
+
+
+# Tensors that only one architecture has, whose file has no format here.
+_OTHERS = {
+    r"embeds\.(proj|cls_token|reg_token|pos_embed).*": "a NaFlexVit",
+    r"encoder\.layer\.\d+\.lambda_[12]": "a BEiT or Data2Vec",
+    r"embeddings\.rms_norm\.weight|encoder\.layers\.\d+\.rms_norm1\.weight":
+        "an AIMv2",
+    r"blocks_token_only\..*": "a CaiT",
+    r"embeddings\.detection_tokens": "a YOLOS",
+    r"vision_encoder\.layers\.\d+\.attn\.rel_pos_[hw]": "a SAM encoder",
+}
+
+
+def _refuse_others(tensors, path):
+  for pattern, what in _OTHERS.items():
+    for name in filter(re.compile(rf"(.*\.)?({pattern})").fullmatch, tensors):
+      raise UserError(f"weights file '{path}' is {what} ({name!r}), which is "
+                      "not supported: use a plain ViT or Swin")
 
 
 # --- The fields of our own format ---------------------------------------------

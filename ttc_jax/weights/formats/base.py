@@ -1,33 +1,47 @@
-"""What a format of weights is, and how a table gives its names."""
+"""A format of weights, a table of its names, and what was recognised."""
 from collections.abc import Callable, Mapping
 import re
 from typing import Any, NamedTuple
 
+from ttc_jax.backbones import vit
 from ttc_jax.errors import UserError
 
 Fields = dict[str, Any]
-# (format, fields, tensors below the format's root)
-Found = tuple["Format", Fields, Mapping[str, Any]]
+Triple = tuple[float, float, float]
+
+
+class Normalisation(NamedTuple):
+  """Pixels in [0, 1] become (x - mean) / std, red, green and blue.
+
+  Attributes:
+    mean, std: three numbers each; hashable.
+  """
+  mean: Triple
+  std: Triple
+
+
+HALF = Normalisation((0.5,) * 3, (0.5,) * 3)
 
 
 class Format(NamedTuple):
-  """How a family of files keeps our parameters.
+  """How a family of files names and lays out our parameters.
 
   Attributes:
     names: our name -> the names it may have there, the likeliest first; none
-      where the format has no place for it.
+      if the format has no place for it.
     torch: whether kernels are (out, in) and (out, in, p, p), heads are merged,
-      and what shares a name is joined along the first axis. Else all is laid
-      out as ours.
-    tokens: the names of what stands before the patches, in that order.
+      and parameters that share a name are joined along the first axis. If
+      not, the layout is ours.
+    tokens: the names of the tokens before the patches, in that order.
     positions: (whether there is a [CLS], registers) -> how many of those
       tokens have a position of their own when we write a file.
     squeezed: {their name: how many leading axes of 1 it lacks}.
-    zero: {pattern of our names: the field}: what has no place in files of the
-      variants that have that field, being 0 there.
-    optional: pattern of our names: what a file may lack, being 0.
+    zero: {pattern of our names: the field}: parameters that are 0 and not in
+      the files of variants with that field.
+    optional: pattern of our names: parameters that a file may lack; they are
+      0 then.
     ignored: pattern of tensors without a part in the features.
-    refused: {pattern: what of the architecture we lack}.
+    refused: {pattern: a part of an architecture that is not supported}.
   """
   name: str
   names: Callable[[str], tuple[str, ...]]
@@ -41,8 +55,31 @@ class Format(NamedTuple):
   refused: Mapping[str, str] = {}
 
 
+class Found(NamedTuple):
+  """What a format recognised.
+
+  Attributes:
+    fields: of the module; None for one that neither the tensors nor the
+      configuration determine.
+    tensors: those below the format's root, by their names there.
+    beside: pattern of the names of other tensors that may be in the file,
+      because they have no part in the features; all others are refused.
+    sizes: stated by the configuration: "width", "depth", "heads", "hidden",
+      "patch", and "image_size" as (height, width).
+    positioned: how many tokens before the patches may have a position.
+    normalisation: that the weights were trained with, None if unknown.
+  """
+  format: Format
+  fields: Fields
+  tensors: Mapping[str, Any]
+  beside: str = r"(?!)"
+  sizes: Mapping[str, Any] = {}
+  positioned: tuple[int, ...] = (0,)
+  normalisation: Normalisation | None = None
+
+
 def is_zero(format_: Format, name: str, fields: Mapping[str, Any]) -> bool:
-  """Whether our parameter is 0 in files of a variant, and not in them."""
+  """Returns whether our parameter is 0, and so not in a variant's files."""
   return any(re.fullmatch(pattern, name) and fields.get(field)
              for pattern, field in format_.zero.items())
 
@@ -52,7 +89,7 @@ _LEAF = {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}
 
 
 def by_table(table: Mapping[str, str]) -> Callable[[str], tuple[str, ...]]:
-  """`Format.names` of a table {our name or its stem: theirs}.
+  """Returns `Format.names` of a table {our name or its stem: theirs}.
 
   "{}" is a number of a block or stage, in both; "{next}" the first number plus
   one. A stem's leaves are named as PyTorch's modules name them.
@@ -72,8 +109,12 @@ def by_table(table: Mapping[str, str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def below(tensors: Mapping[str, Any], mark: str) -> Mapping[str, Any] | None:
-  """The tensors of the one module that has a tensor called `mark`, by their
-  names below it; None if none has."""
+  """Returns the tensors of the one module that has a tensor called `mark`, by
+  their names below it; None if no module has.
+
+  Raises:
+    UserError: several modules have.
+  """
   roots = sorted(n.removesuffix(mark) for n in tensors
                  if n == mark or n.endswith("." + mark))
   if len(roots) > 1:
@@ -84,17 +125,68 @@ def below(tensors: Mapping[str, Any], mark: str) -> Mapping[str, Any] | None:
 
 
 def count_tokens(tensors: Mapping[str, Any], names: tuple[str, ...]) -> int:
-  """How many tokens stand before the patches."""
+  """Returns the number of tokens before the patches."""
   shapes = [tensors[n].shape for n in names if n in tensors]
   return sum(shape[-2] if len(shape) > 1 else 1 for shape in shapes)
 
 
-def vit_fields(pool: str, tokens: int, **fields: Any) -> Fields:
-  """All fields of a `vit.ViT` that belong to its weights.
+def sizes(config: Mapping[str, Any],
+          names: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the sizes that a configuration states, see `Found`.
 
   Args:
-    tokens: before the patches; those that are no [CLS] are registers.
+    names: {our name: the configuration's}.
+
+  Raises:
+    UserError: one is no positive whole number, or no (height, width).
   """
-  return {"pool": pool, "registers": max(tokens - (pool == "cls"), 0),
+  out = {}
+  for ours, theirs in names.items():
+    value = config.get(theirs)
+    if value is None:
+      continue
+    pair = value if isinstance(value, (list, tuple)) else [value]
+    if not 1 <= len(pair) <= (2 if ours in ("image_size", "patch") else 1) or (
+        not all(type(v) is int and v > 0 for v in pair)):
+      raise UserError(f"config.json has the {theirs} {value!r}; expected a "
+                      "positive whole number")
+    if ours == "image_size":
+      out[ours] = (pair[0], pair[-1])
+    elif pair[0] != pair[-1]:
+      raise UserError(f"config.json has the {theirs} {value!r}: only square "
+                      "patches are supported")
+    else:
+      out[ours] = pair[0]
+  return out
+
+
+def normalisation(mean: Any, std: Any) -> Normalisation | None:
+  """Returns a configuration's mean and deviation, None if it states none.
+
+  Raises:
+    UserError: they are no three numbers each.
+  """
+  if mean is None or std is None:
+    return None
+
+  def triple(name, value):
+    if (isinstance(value, (list, tuple)) and len(value) == 3 and all(
+        type(v) in (int, float) and abs(v) < 1e3 for v in value)
+        and (name == "mean" or min(value) > 0)):
+      return (float(value[0]), float(value[1]), float(value[2]))
+    raise UserError(f"the configuration beside it has the {name} {value!r}; "
+                    "expected three numbers")
+  return Normalisation(triple("mean", mean), triple("std", std))
+
+
+def vit_fields(pool: str | None, tokens: int, **fields: Any) -> Fields:
+  """Returns all fields of a `vit.ViT` that belong to its weights.
+
+  Args:
+    pool: None if it is not known.
+    tokens: before the patches; those that are not [CLS] are registers.
+  """
+  registers = None if pool is None else max(tokens - vit.has_cls(pool), 0)
+  return {"pool": pool, "registers": registers,
           "rope": 0.0, "pre_norm": False, "layer_scale": False,
           "final_norm": True, "pool_norm": False, **fields}

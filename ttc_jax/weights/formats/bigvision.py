@@ -6,6 +6,7 @@ Both are `.npz`, with or without the optimiser's state beside the parameters.
 import re
 from typing import Any
 
+from ttc_jax.errors import UserError
 from ttc_jax.weights.formats import base
 
 # The module numbered its layers in the order of calls, dropout included.
@@ -29,22 +30,46 @@ def _names(name):
 
 BIGVISION = base.Format(
     "bigvision", names=_names, tokens=("cls",),
-    ignored=r"(head|pre_logits)/.*",
+    ignored=r"(head|pre_logits)/(kernel|bias)",
     refused={r"(conv_root|block\d+)/.*": "a ResNet below the Transformer"})
+
+
+# The tree itself, or one of two towers, with the optimiser beside or without.
+_ROOTS = tuple(tree + tower for tower in ("", "img/")
+               for tree in ("", "params/", "target/", "opt/target/"))
+# The other tower, its temperature and bias, and the state of the training.
+_BESIDE = (r"((params|opt/target|target)/)?(txt/.*|t|b)|"
+           r"(opt|extra|state|chrono)/.*|step|rng")
 
 
 def recognise(tensors, config):
   del config
-  for tree in ("", "params/", "target/", "opt/target/"):
-    for root in (tree, tree + "img/"):  # one tower of two
-      below = {n.removeprefix(root): t for n, t in tensors.items()
-               if n.startswith(root)}
-      if any(n.startswith(("embedding/", "Transformer/")) for n in below):
-        pool = ("map" if below.keys() & {"MAPHead_0/probe", "probe"} else
-                "cls" if "cls" in below else "gap")
-        return BIGVISION, base.vit_fields(
-            pool, pool == "cls", gelu="tanh", epsilon=1e-6), _unstacked(below)
-  return None
+  roots = [root for root in _ROOTS if any(
+      n.startswith((f"{root}embedding/", f"{root}Transformer/"))
+      for n in tensors)]
+  if not roots:
+    return None
+  if len(roots) > 1:
+    raise UserError(f"the weights hold {len(roots)} vision models, below "
+                    f"{' and '.join(map(repr, roots))}: save one alone")
+  below = {n.removeprefix(roots[0]): t for n, t in tensors.items()
+           if n.startswith(roots[0])}
+  pool = ("map" if below.keys() & {"MAPHead_0/probe", "probe"} else
+          "cls" if "cls" in below else "gap")
+  # vision_transformer's position embedding covers the class token, Big Vision's
+  # is added before it is inserted.
+  of_all = "Transformer/posembed_input/pos_embedding" in below
+  return base.Found(
+      BIGVISION, base.vit_fields(pool, pool == "cls", gelu="tanh",
+                                 epsilon=1e-6),
+      _unstacked(below) if roots[0] else _without(_unstacked(below)),
+      beside=_BESIDE, positioned=(int(of_all and pool == "cls"),),
+      normalisation=base.HALF)
+
+
+def _without(tensors):
+  """Without what is beside a tree that has no root of its own."""
+  return {n: t for n, t in tensors.items() if not re.fullmatch(_BESIDE, n)}
 
 
 def _unstacked(tensors):

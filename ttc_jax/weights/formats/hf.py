@@ -4,7 +4,7 @@ As `save_pretrained` writes them: safetensors with a config.json beside, which
 has the epsilon and the GELU.
 """
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ttc_jax.backbones import vit
 from ttc_jax.errors import UserError
@@ -85,7 +85,7 @@ HF_VIT = base.Format(
     positions=lambda cls, registers: int(cls),
     tokens=("embeddings.cls_token", "embeddings.distillation_token",
             "embeddings.register_tokens"),
-    ignored=r"pooler\..*|embeddings\.mask_token")
+    ignored=r"pooler\.dense\.(weight|bias)|embeddings\.mask_token")
 HF_DINOV2 = HF_VIT._replace(
     name="hf_dinov2", names=base.by_table(_DINOV2),
     refused={r"encoder\.layer\.\d+\.mlp\.weights_(in|out)\..*": "a gated MLP"})
@@ -108,14 +108,15 @@ HF_DINOV3 = base.Format(
 
 
 class _Kind(NamedTuple):
-  """One of the formats, the models that have it, and their defaults.
+  """A format, the models that have it, and their defaults.
 
   Attributes:
     format: see above.
-    marks: tensors that tell it from the others.
+    marks: tensors that distinguish it from the others.
     models: `model_type` of config.json.
-    act, epsilon: where config.json does not say.
-    act_alone: where there is no config.json.
+    act, epsilon, heads: the model's where config.json does not state them, for
+      it holds what differs from the defaults.
+    act_alone: without a config.json.
   """
   format: base.Format
   marks: tuple[str, str]
@@ -123,6 +124,7 @@ class _Kind(NamedTuple):
   act: str
   epsilon: float
   act_alone: str | None
+  heads: int = 12
 
 
 _KINDS = (
@@ -142,25 +144,51 @@ _KINDS = (
           "gelu_pytorch_tanh"),
     _Kind(HF_DINOV3, ("embeddings.patch_embeddings.weight",
                       "layer.0.norm1.weight"), ("dinov3_vit",), "gelu", 1e-5,
-          "gelu"),
+          "gelu", heads=6),
 )
+# Heads, the other tower and what pretraining needs, by their whole names.
+_BESIDE = (r"(.*\.)?(classifier|cls_classifier|distillation_classifier|"
+           r"visual_projection|text_projection|pooler\.dense)\.(weight|bias)|"
+           r"(text_model|decoder)\..*|logit_scale|logit_bias")
+_NAMES = {"width": "hidden_size", "depth": "num_hidden_layers",
+          "heads": "num_attention_heads", "hidden": "intermediate_size",
+          "patch": "patch_size", "image_size": "image_size"}
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh",
          "quick_gelu": "quick"}
 
 
-def settings(config: Mapping, models: tuple[str, ...], act: str,
-             epsilon: float, act_alone: str | None) -> base.Fields:
-  """GELU (None: in doubt) and epsilon, of a config.json if it is of a model."""
+def of_model(config: Mapping[str, Any],
+             models: tuple[str, ...]) -> Mapping[str, Any]:
+  """Returns a config.json, or its part on vision; {} if it is not Hugging
+  Face's.
+
+  Raises:
+    UserError: it is of another model.
+  """
   kind = config.get("model_type")
-  if kind is None:
-    return {"gelu": act_alone and _GELU[act_alone], "epsilon": epsilon}
+  if kind is None and "architecture" not in config:
+    return {}
+  kind = kind or config["architecture"]
   if kind not in models:
     raise UserError(
         f"config.json beside it is of a {kind!r}, while its tensors are named "
         f"as in {' or '.join(models)}: if it belongs to another file, move it "
         "away")
   if isinstance(config.get("vision_config"), dict):  # of two towers
-    config = config["vision_config"]
+    return {"model_type": kind, **config["vision_config"]}
+  return config
+
+
+def settings(config: Mapping[str, Any], act: str, epsilon: float,
+             act_alone: str | None) -> base.Fields:
+  """Returns GELU (None if not known) and epsilon.
+
+  Args:
+    config: see `of_model`.
+    act, epsilon, act_alone: see `_Kind`.
+  """
+  if not config:
+    return {"gelu": act_alone and _GELU[act_alone], "epsilon": epsilon}
   act = config.get("hidden_act", act)
   epsilon = config.get("layer_norm_eps", epsilon)
   if not isinstance(act, str) or act not in _GELU:
@@ -175,7 +203,9 @@ def settings(config: Mapping, models: tuple[str, ...], act: str,
 def _rope(kind, config):
   if kind.format is not HF_DINOV3:
     return 0.0
-  rope = config.get("rope_theta", 100.0)
+  given = config.get("rope_parameters")
+  rope = config.get("rope_theta", (given or {}).get("rope_theta", 100.0)
+                    if isinstance(given, dict | None) else given)
   if rope != 100:
     raise UserError(f"config.json has the rope_theta {rope!r}; expected 100.0")
   return 100.0
@@ -185,13 +215,37 @@ def recognise(tensors, config):
   for kind in _KINDS:
     found = base.below(tensors, kind.marks[0])
     if found and kind.marks[1] in found:
-      pool = ("map" if "head.probe" in found else
-              "gap" if kind.format is HF_SIGLIP else "cls")
+      config = of_model(config, kind.models)
+      tokens = base.count_tokens(found, kind.format.tokens)
+      cls = bool(found.keys() & {"embeddings.cls_token",
+                                 "embeddings.class_embedding"})
       fields = base.vit_fields(
-          pool, base.count_tokens(found, kind.format.tokens),
+          _pool(found, tensors, cls), tokens,
           pre_norm="pre_layrnorm.weight" in found,
           layer_scale=any(".layer_scale1." in n for n in found),
           rope=_rope(kind, config),
-          **settings(config, *kind[2:]))
-      return kind.format, fields, found
+          **settings(config, kind.act, kind.epsilon, kind.act_alone))
+      return base.Found(
+          kind.format, fields, found, beside=_BESIDE,
+          sizes=_sizes(kind, config),
+          positioned=(cls + ("embeddings.distillation_token" in found),))
   return None
+
+
+def _pool(found, tensors, cls):
+  if "head.probe" in found:
+    return "map"
+  # The class with a teacher averages the logits of both tokens, the others
+  # read [CLS] alone.
+  if any(n.startswith("distillation_classifier.") for n in tensors):
+    return "distilled"
+  return "cls" if cls else "gap"
+
+
+def _sizes(kind, config):
+  if not config:
+    return {}
+  out = {"heads": kind.heads} | base.sizes(config, _NAMES)
+  if kind.format is HF_DINOV2:  # it has an mlp_ratio
+    out.pop("hidden", None)
+  return out

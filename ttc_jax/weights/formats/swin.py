@@ -2,7 +2,8 @@
 import math
 import re
 
-from ttc_jax.weights.formats import base, hf
+from ttc_jax.errors import UserError
+from ttc_jax.weights.formats import base, hf, timm
 
 _BLOCK = "stage_{}_block_{}"
 _FUSED = {
@@ -27,7 +28,7 @@ _ENDS_HF = {"embedding": "embeddings.patch_embeddings.projection",
 
 
 def _format(name, of_block, ends, layers, merge):
-  """`merge`: the stage that a merging belongs to, it or the next."""
+  """`merge`: the stage that a merging is named after, its own or the next."""
   table = ends | {
       f"{_BLOCK}/{ours}": f"{layers}.{{}}.blocks.{{}}.{theirs}"
       for ours, theirs in of_block.items()} | {
@@ -36,7 +37,8 @@ def _format(name, of_block, ends, layers, merge):
   return base.Format(
       name, names=base.by_table(table), torch=True, tokens=(),
       # Indices and masks are computed; heads are not part of the features.
-      ignored=r"(head|classifier)\..*|.*\.(relative_position_index|attn_mask)",
+      ignored=r"(head(\.fc)?|classifier)\.(weight|bias)|embeddings\.mask_token|"
+              r".*\.(relative_position_index|attn_mask)",
       refused={
           r"absolute_pos_embed|.*position_embeddings": "absolute positions",
           r".*\.(logit_scale|cpb_mlp\..*|continuous_position_bias.*)":
@@ -58,11 +60,39 @@ def recognise(tensors, config):
       SWIN_HF if any(n.startswith("encoder.layers.") for n in found) else
       SWIN_MS if any(n.startswith("layers.0.downsample.") for n in found) else
       SWIN_TIMM)
-  fields = (hf.settings(config, ("swin",), "gelu", 1e-5, "gelu")
-            if format_ is SWIN_HF else {"gelu": "exact", "epsilon": 1e-5})
   table, = format_.names("stage_0_block_0/attention/relative_position_bias")
-  if table in found:
-    shape = found[table].shape
-    side = math.isqrt(shape[0]) if shape else 0
-    fields["window"] = (side + 1) // 2
-  return format_, fields, found
+  windows = {_window(found[n].shape) for n in found
+             if n.endswith(table.rpartition(".")[2])}
+  if len(windows) > 1:
+    raise UserError(f"its windows have the sides {sorted(windows)}, as in a "
+                    "Swin-S3: only Swins with one window size are supported")
+  fields: base.Fields = {"window": windows.pop()} if windows else {}
+  if format_ is SWIN_HF:
+    config = hf.of_model(config, ("swin",))
+    return base.Found(
+        format_, fields | hf.settings(config, "gelu", 1e-5, "gelu"), found,
+        beside=_BESIDE, sizes=_sizes_hf(config))
+  return base.Found(
+      format_, fields | {"gelu": "exact", "epsilon": 1e-5}, found,
+      normalisation=timm.normalisation(timm.of_timm(config)))
+
+
+def _window(shape):
+  return (math.isqrt(shape[0]) + 1) // 2 if shape else 0
+
+
+# Heads of classifiers and of masked image modelling.
+_BESIDE = r"classifier\.(weight|bias)|decoder\..*"
+
+
+def _sizes_hf(config):
+  if not config:
+    return {}
+  heads = config.get("num_heads", [3])
+  ratio = config.get("mlp_ratio", 4.0)
+  if ratio != 4:
+    raise UserError(f"config.json has the mlp_ratio {ratio!r}; expected 4.0")
+  return base.sizes(
+      {**config, "heads": heads[0] if isinstance(heads, list) and heads
+       else heads}, {"width": "embed_dim", "heads": "heads",
+                     "patch": "patch_size"})

@@ -1,9 +1,11 @@
 """timm's VisionTransformer, as `.safetensors` or `.pth`.
 
-So are the files of DeiT, DINO and DINOv2, and the vision towers of CLIP and
-SigLIP that timm keeps.
+The files of DeiT, DINO and DINOv2 are of this format too, and those of the
+vision towers of CLIP and SigLIP in timm.
 """
+from collections.abc import Mapping
 import re
+from typing import Any
 
 from ttc_jax.backbones import vit
 from ttc_jax.errors import UserError
@@ -45,9 +47,13 @@ TIMM = base.Format(
     positions=lambda cls, registers: int(cls and not registers),
     zero={"embedding/bias": "pre_norm"},
     # The mask token stands for hidden patches; only pretraining hides any.
-    ignored=r"(head|head_dist)\..*|mask_token",
+    ignored=r"(head|head_dist)\.(weight|bias)|mask_token",
     refused={
         r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
+        r"blocks\.\d+\.attn\.[qkv]_proj\..*": "the attention of EVA-02",
+        r"blocks\.\d+\.attn\.rel_pos_[hw]": "the positions of SAM",
+        r"blocks\.\d+\.proj\..*": "the blocks of Hiera",
+        r"blocks\.\d+\.mlp\.fc1_[gx]\..*": "a gated MLP",
         r"blocks\.\d+\.mlp\.w\d+\..*": "a gated MLP",
         r"blocks\.\d+\.gamma_\d": "blocks of BEiT or EVA",
         r"patch_embed\.backbone\..*": "a ResNet below the Transformer",
@@ -63,17 +69,92 @@ TIMM_DINOV3 = base.Format(
         f"{vit.BLOCK}/layer_scale_1": "blocks.{}.gamma_2",
     }), tokens=("cls_token", "reg_token"),
     zero={r".*/key/bias": "rope"}, optional=r".*/(query|value)/bias",
-    ignored=r"head\..*", refused={
+    ignored=r"head\.(weight|bias)", refused={
+        r"fc_norm\..*": "rotary positions that are not DINOv3's",
         r"blocks\.\d+\.mlp\.(w\d+|fc1_[gx])\..*": "a gated MLP"})
 
+# Beside the backbone: heads of DINO's and DINOv2's training, a linear head, and
+# what OpenCLIP keeps around a timm tower.
+_BESIDE = (r"(.*\.)?((dino_head|ibot_head|head)\.(mlp\.\d+|last_layer)\.\w+|"
+           r"head\.(weight|bias))|text\..*|logit_(scale|bias)|"
+           r"visual\.head\..*")
 _GELU = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
+_POOLS = {"token": "cls", "avg": "gap", "map": "map"}
+
+# Architectures of config.json whose tensors may look like a ViT's.
+_OTHERS = {
+    r"eva_.*": "an EVA", r"eva02_.*": "an EVA-02", r"beit.*": "a BEiT",
+    r"vit_pe_.*": "a Perception Encoder (PE)", r"aimv2_.*": "an AIMv2",
+    r"naflexvit_.*": "a NaFlexVit", r"samvit_.*": "a SAM encoder",
+    r"hiera.*": "a Hiera", r"swinv2_.*": "a Swin V2", r"cait_.*": "a CaiT",
+    r"swin_s3_.*": "a Swin-S3",
+    r"vit_.*_rope_.*": "a ViT with rotary positions that are not DINOv3's"}
+
+# Keys of model_args that are read, that tensors show, or that only training
+# reads.
+_ARGUMENTS = {
+    "act_layer", "class_token", "depth", "depths", "drop_path_rate",
+    "dynamic_img_size", "embed_dim", "fc_norm", "final_norm", "global_pool",
+    "img_size", "init_values", "mlp_ratio", "no_embed_class", "num_classes",
+    "num_heads", "num_reg_tokens", "patch_size", "pre_norm", "qkv_bias",
+    "reg_tokens", "window_size"}
+
+
+def of_timm(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns a config.json of timm, {} if it states no model.
+
+  Raises:
+    UserError: it is of a model that is not supported, or not of timm.
+  """
+  architecture = config.get("architecture")
+  if architecture is None:
+    if "model_type" in config:
+      raise UserError(
+          f"config.json beside it is of a {config['model_type']!r}, while its "
+          "tensors are named as in timm: if it belongs to another file, move "
+          "it away")
+    return {}
+  for pattern, what in _OTHERS.items():
+    if re.fullmatch(pattern, str(architecture)):
+      raise UserError(f"it is {what}, by the architecture {architecture!r} in "
+                      "config.json, which is not supported: use a plain ViT or "
+                      "Swin")
+  unknown = sorted(_arguments(config).keys() - _ARGUMENTS)
+  if unknown:
+    raise UserError(f"config.json has the model_args {', '.join(unknown)}, "
+                    "which may change the features and are not supported")
+  return config
+
+
+def _arguments(config):
+  arguments = config.get("model_args")
+  return arguments if isinstance(arguments, dict) else {}
+
+
+def normalisation(config: Mapping[str, Any]) -> base.Normalisation | None:
+  """Returns mean and deviation of a config.json of timm, None if unknown."""
+  inner = config.get("pretrained_cfg")
+  given = inner if isinstance(inner, dict) else config
+  return base.normalisation(given.get("mean"), given.get("std"))
+
+
+def _sizes(config):
+  arguments, inner = _arguments(config), config.get("pretrained_cfg")
+  given = inner if isinstance(inner, dict) else config
+  size = given.get("input_size")
+  if size is not None and not (isinstance(size, list) and len(size) == 3):
+    raise UserError(f"config.json has the input_size {size!r}; expected "
+                    "[3, height, width]")
+  return base.sizes(
+      {"img_size": size[1:] if size else None, **arguments},
+      {"width": "embed_dim", "depth": "depth", "heads": "num_heads",
+       "patch": "patch_size", "image_size": "img_size"})
 
 
 def _gelu(config, clip, map_):
-  """None where the tensors' names leave a doubt."""
+  """None where the tensors' names leave it open."""
   architecture = str(config.get("architecture", ""))
-  arguments = config.get("model_args")
-  layer = isinstance(arguments, dict) and arguments.get("act_layer")
+  layer = _arguments(config).get("act_layer")
   if layer:
     if not isinstance(layer, str) or layer not in _GELU:
       raise UserError(f"config.json has the act_layer {layer!r}; known: "
@@ -85,6 +166,28 @@ def _gelu(config, clip, map_):
   return None if clip or map_ else "exact"
 
 
+def _pool(config, found, has, doubtful):
+  """None where neither tensors nor the configuration show it."""
+  if "dist_token" in found:  # timm's class averages both
+    return "distilled"
+  stated = _arguments(config).get("global_pool", config.get("global_pool"))
+  if stated and stated not in _POOLS:
+    raise UserError(f"config.json has the global_pool {stated!r}; known: "
+                    f"{', '.join(_POOLS)}")
+  if has("attn_pool."):
+    shown = "map"
+  elif has("fc_norm.") or not has("cls_token"):
+    shown = "gap"
+  elif stated:
+    return _POOLS[stated]
+  else:
+    return None if doubtful else "cls"
+  if stated and _POOLS[stated] != shown:
+    raise UserError(f"config.json has the global_pool {stated!r}, but the "
+                    f"tensors are of a model with the pool {shown!r}")
+  return shown
+
+
 def recognise(tensors, config):
   found = base.below(tensors, "patch_embed.proj.weight") or tensors
   if any(n.startswith("layers.") for n in found) or not any(
@@ -93,22 +196,45 @@ def recognise(tensors, config):
   # In chunks, as DINOv2's own training saves them; numbers go on through them.
   found = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", n): t
            for n, t in found.items()}
-  config = config if "architecture" in config else {}
+  config = of_timm(config)
 
   def has(start):
     return any(n.startswith(start) for n in found)
-  pool = ("map" if has("attn_pool.") else
-          "cls" if has("cls_token") and not has("fc_norm.")
-          and config.get("global_pool") != "avg" else "gap")
   # EVA's and BEiT's have positions, be it of a token alone.
-  rope = not {"blocks.0.gamma_1", "reg_token"} - found.keys() and not any(
+  dinov3 = not {"blocks.0.gamma_1", "reg_token"} - found.keys() and not any(
       re.search("pos_embed|rel_pos|attn.rope", n) for n in found)
+  stated = "dinov3" in str(config.get("architecture", ""))
+  # No tensor shows rotary positions: so look a DINOv3 and other ViTs, or a
+  # Perception Encoder and a CLIP with another pooling, alike.
+  encoder = has("norm_pre.") and (has("attn_pool.") or not has("norm."))
+  rope = ((100.0 if stated else None) if dinov3 else
+          None if encoder and not config else 0.0)
   fields = base.vit_fields(
-      pool, base.count_tokens(found, TIMM.tokens),
+      _pool(config, found, has, dinov3),
+      base.count_tokens(found, TIMM.tokens),
       pre_norm=has("norm_pre."), final_norm=has("norm."),
-      pool_norm=has("fc_norm."), layer_scale=any(".ls1." in n for n in found),
-      gelu=_gelu(config, has("norm_pre."), pool == "map"),
-      epsilon=1e-5 if has("norm_pre.") or rope else 1e-6)
-  if rope:
-    return TIMM_DINOV3, fields | {"rope": 100.0, "layer_scale": True}, found
-  return TIMM, fields, found
+      pool_norm=has("fc_norm."),
+      layer_scale=dinov3 or any(".ls1." in n for n in found),
+      gelu=_gelu(config, has("norm_pre."), has("attn_pool.")),
+      epsilon=1e-5 if has("norm_pre.") or dinov3 else 1e-6, rope=rope)
+  return base.Found(
+      TIMM_DINOV3 if dinov3 else TIMM, fields, found, beside=_BESIDE,
+      sizes=_sizes(config), positioned=_positioned(found, config),
+      normalisation=normalisation(config))
+
+
+def _positioned(found, config):
+  """How many tokens may have a position, see `base.Found`.
+
+  A class token without one is told from a grid that is not square, such as
+  14 x 16 + 1 = 15 x 15, by the configuration only.
+  """
+  tokens = base.count_tokens(found, TIMM.tokens)
+  stated = "image_size" in _sizes(config) or str(
+      config.get("architecture")).startswith(("deit3_", "flexivit_"))
+  if "register_tokens" in found or tokens == 1 and not (
+      stated or "reg_token" in found):
+    return (1,)
+  if "dist_token" in found:
+    return (tokens,)
+  return tuple({0, tokens})
