@@ -14,7 +14,12 @@ import pytest
 from tests.command import ROOT
 from ttc_jax import interrupt
 
-START = "import gc, os, signal, sys, time\nfrom ttc_jax import cli, interrupt\n"
+# A shell that starts tests in the background has SIGINT ignored.
+DEFAULT = "import signal; signal.signal(2, signal.default_int_handler)\n"
+START = DEFAULT + """
+import gc, os, sys, time
+from ttc_jax import cli, interrupt
+"""
 RUN = "\ncli.run(main)\n"
 # An epoch that ends 0.5 s after the signal, and a session that looks then.
 TRAINING = START + """
@@ -31,12 +36,10 @@ def main(argv):
 C_CODE = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 10 ** 9)"
 
 
-def start(code, *args, **options):
-  return subprocess.Popen(
-      [sys.executable, *(args or ["-c", code])], cwd=ROOT, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, **{
-          "preexec_fn": lambda: signal.signal(
-              signal.SIGINT, signal.default_int_handler), **options})
+def start(*args, **options):
+  return subprocess.Popen([sys.executable, *args], cwd=ROOT, **{
+      "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+      **options})
 
 
 def end(process, *numbers):
@@ -53,19 +56,19 @@ def end(process, *numbers):
     (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 0, "SIGTERM"),
     (signal.SIGHUP, 129, "SIGHUP")])
 def test_the_epoch_in_progress_is_saved_first(number, code, name):
-  assert end(start(TRAINING), number) == (
+  assert end(start("-c", TRAINING), number) == (
       code, "saved\n",
       f"stopped by {name}; start the same command again to go on\n")
 
 
 def test_a_second_one_ends_at_once():
-  code, out, err = end(start(TRAINING), signal.SIGINT, signal.SIGINT)
+  code, out, err = end(start("-c", TRAINING), signal.SIGINT, signal.SIGINT)
   assert (code, out) == (130, "") and err.count("\n") == 1
 
 
 def test_a_second_one_ends_a_computation_at_once():
   code = TRAINING.replace("time.sleep(0.5)", C_CODE)
-  code, out, err = end(start(code), signal.SIGINT, signal.SIGINT)
+  code, out, err = end(start("-c", code), signal.SIGINT, signal.SIGINT)
   assert (code, out) == (130, "") and err.startswith("ended by Ctrl-C")
 
 
@@ -74,7 +77,7 @@ def test_a_request_that_nothing_answers_ends_after_a_while():
       "time.sleep(0.5)", C_CODE).replace(
           "interrupt.listen()", "interrupt._GRACE_SECONDS = 0.3; "
           "interrupt.listen()")
-  code, out, err = end(start(code), signal.SIGTERM)
+  code, out, err = end(start("-c", code), signal.SIGTERM)
   assert (code, out) == (0, "") and err.startswith("ended by SIGTERM")
 
 
@@ -91,7 +94,8 @@ def main(argv):
   interrupt.check()
   print("went on")
 """ + RUN
-  process = start(code.replace('os.kill', 'gc.callbacks.clear(); os.kill'))
+  code = code.replace("os.kill", "gc.callbacks.clear(); os.kill")
+  process = start("-c", code)
   code, out, err = end(process)
   assert (code, out) == (130, "") and err.startswith("stopped by Ctrl-C")
 
@@ -107,7 +111,7 @@ def main(argv):
   finally:
     print("tidied")
 """ + RUN
-  code, out, err = end(start(code), number)
+  code, out, err = end(start("-c", code), number)
   assert (code, out) == (128 + number, "tidied\n")
   assert "Traceback" not in err and err.count("\n") <= 1
 
@@ -116,8 +120,9 @@ def test_imports_end_without_a_traceback(tmp_path):
   """`python -m ttc_jax...` sets the handlers before it imports anything big."""
   (tmp_path / "absl.py").write_text(
       "import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
-  process = start("", "-m", "ttc_jax.report", env=os.environ | {
-      "PYTHONPATH": f"{tmp_path}"})
+  (tmp_path / "sitecustomize.py").write_text(DEFAULT)
+  process = start("-m", "ttc_jax.report",
+                  env=os.environ | {"PYTHONPATH": f"{tmp_path}"})
   code, _, err = end(process, signal.SIGINT)
   assert code == 130 and err.count("\n") == 1 and err.startswith("ended by")
 
@@ -125,9 +130,10 @@ def test_imports_end_without_a_traceback(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_that_is_ignored_stays_so(number):
   """nohup ignores SIGHUP; a shell SIGINT, for jobs in the background."""
-  process = start(TRAINING.replace("range(100)", "range(2)"),
-                  preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
-  assert end(process, number) == (0, "saved\nsaved\n", "")
+  ignored = f"signal.signal({number:d}, signal.SIG_IGN)\nimport gc"
+  code = TRAINING.replace("range(100)", "range(2)").replace(
+      "import gc", ignored)
+  assert end(start("-c", code), number) == (0, "saved\nsaved\n", "")
 
 
 def test_a_closed_terminal_saves_too(tmp_path):
@@ -136,15 +142,16 @@ def test_a_closed_terminal_saves_too(tmp_path):
       print("saved", flush=True)
       print("bar", file=sys.stderr, flush=True)
       open({str(tmp_path / 'saved')!r}, "w").close()""")
-  pid, terminal = pty.fork()
-  if not pid:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.chdir(ROOT)
-    os.execv(sys.executable, [sys.executable, "-c", code])
-  assert b"ready" in os.read(terminal, 100)
+  own = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+  window, terminal = pty.openpty()
+  process = start(
+      "-c", "import signal; signal.signal(1, signal.SIG_DFL)\n" + own + code,
+      stdin=terminal, stdout=terminal, stderr=terminal, text=False,
+      start_new_session=True)
   os.close(terminal)
-  _, status = os.waitpid(pid, 0)
-  assert os.waitstatus_to_exitcode(status) == 129
+  assert b"ready" in os.read(window, 100)
+  os.close(window)
+  assert process.wait(timeout=60) == 129
   assert (tmp_path / "saved").exists()
 
 
