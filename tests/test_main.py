@@ -74,7 +74,7 @@ def weights(tmp_path_factory):
   path = tmp_path_factory.mktemp("weights") / "ti16.safetensors"
   module = backbones.make("vit_ti16", 32)
   weights_lib.write(str(path), backbones.init(module),
-                    {"gelu": "tanh", "epsilon": 1e-6})
+                    {"gelu": "tanh", "epsilon": 1e-6}, normalisation="half")
   return path
 
 
@@ -542,6 +542,22 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
   (name, why), = s.failed.items()
   assert "broken" in name and "training diverged" in why
   assert [r["variant"] for r in rows(tmp_path / "work")] == ["linear"]
+
+
+def test_pixels_are_normalised_as_the_weights_or_the_user_say(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path / "a")
+  assert s.make_run("colours", "ttc", s.config, "final", 0
+                    ).config.normalisation == "half"
+  s = session(data, weights, tmp_path / "b", normalisation="clip")
+  assert s.make_run("colours", "ttc", s.config, "final", 0
+                    ).config.normalisation == "clip"
+  silent = tmp_path / "silent.safetensors"
+  module = backbones.make("vit_ti16", 32)
+  weights_lib.write(str(silent), backbones.init(module), module.fields)
+  with pytest.raises(UserError, match="silent.safetensors' do not say how"):
+    session(data, silent, tmp_path / "c")
+  assert not (tmp_path / "c" / "work").exists()
 
 
 @pytest.mark.parametrize("changes,message", [

@@ -398,3 +398,18 @@ def test_another_patch_is_asked_for(sizes, tmp_path):
               trees.flatten(params), 0)
   with pytest.raises(UserError, match="depth 2; vit_s8 has width 384"):
     backbones.load("vit_s8", path, 32, resample_patch=True)
+
+
+def test_a_normalisation_is_kept_by_our_own_format(tmp_path):
+  """timm's numbers, through `convert`; CLIP's are a name."""
+  path = str(tmp_path / "ours.safetensors")
+  weights.write(path, trees.unflatten(flat_params()), FIELDS,
+                normalisation="clip")
+  again = str(tmp_path / "again.safetensors")
+  cli.convert(path, again)
+  for file in (path, again):
+    assert weights.read(file).normalisation.mean[0] == 0.48145466
+  with pytest.raises(UserError, match="unknown normalisation"):
+    weights.write(str(tmp_path / "no.safetensors"),
+                  trees.unflatten(flat_params()), FIELDS, normalisation="a")
+  assert not (tmp_path / "no.safetensors").exists()

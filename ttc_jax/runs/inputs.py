@@ -55,9 +55,16 @@ def load_base(config) -> Base:
   source = weights.open_source(config.weights)
   module, params = weights.load(
       config.backbone, source, config.image_size, **fields)
-  found = weights.normalisation(source)
   return Base(module, parallel.replicate(params), source,
-              normalisation.name(*found) if found else "")
+              _normalisation(source))
+
+
+def _normalisation(source):
+  """The normalisation that weights say; random ones take any."""
+  if source.path is None:
+    return "half"
+  found = weights.normalisation(source)
+  return normalisation.name(*found) if found else ""
 
 
 def resolved(config, base: Base) -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import ml_dtypes
 import numpy as np
 
-from ttc_jax import backbones, files, trees
+from ttc_jax import backbones, files, normalisation, trees
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.weights import (
   containers,
@@ -137,12 +137,13 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   check_known("--to", to, TARGETS)
   check_known("--dtype", dtype, DTYPES)
   out = files.new(out)
-  module, params = load(
-      reader.read(sources.locate(source)), patch,
-      **({"gelu": gelu} if gelu else {}))
+  opened = reader.read(sources.locate(source))
+  module, params = load(opened, patch, **({"gelu": gelu} if gelu else {}))
   os.makedirs(os.path.dirname(out), exist_ok=True)
   if to == "ttc_jax":
-    writer.write(out, params, module.fields, dtype)
+    known = opened.normalisation
+    writer.write(out, params, module.fields, dtype,
+                 normalisation.name(*known) if known else "")
     return to, {}
   format_, tensors = _first_that_holds(TARGETS[to], module, params)
   tensors = writer.cast(tensors, dtype, f"weights file '{out}'")

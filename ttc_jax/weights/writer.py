@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from ttc_jax import normalisation as pixels
 from ttc_jax import trees
 from ttc_jax.errors import UserError
 from ttc_jax.weights import containers, formats
@@ -14,16 +15,19 @@ from ttc_jax.weights.formats import Format, layout
 
 
 def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
-          dtype: str = "float32") -> None:
+          dtype: str = "float32", normalisation: str = "") -> None:
   """Writes a backbone's parameters in our own format, all or nothing.
 
   Args:
     fields: of the module: "gelu" and "epsilon", and those of `module.fields`
       that are not the defaults.
     dtype: "float32", "float16" or "bfloat16".
+    normalisation: that the weights were trained with, see
+      `ttc_jax.normalisation`; "": unknown.
 
   Raises:
-    UserError: an unknown field, or a parameter that does not fit the dtype.
+    UserError: an unknown field or normalisation, or a parameter that does not
+      fit the dtype.
 
   Example:
     >>> weights.write("mine.safetensors", params, module.fields)
@@ -31,7 +35,11 @@ def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
   where = f"weights file '{path}'"
   fields = formats.check_fields(fields, where)
   flat = cast(trees.flatten(params), dtype, where)
-  containers.write_safetensors(path, flat, {"ttc_jax": json.dumps(fields)})
+  metadata = {"ttc_jax": json.dumps(fields)}
+  if normalisation:
+    pixels.mean_and_std(normalisation)
+    metadata["normalisation"] = normalisation
+  containers.write_safetensors(path, flat, metadata)
 
 
 def cast(tensors: Mapping[str, Any], dtype: str,

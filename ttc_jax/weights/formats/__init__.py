@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from ttc_jax import backbones
+from ttc_jax import normalisation as pixels
 from ttc_jax.backbones.layers import Field
 from ttc_jax.errors import UserError
 from ttc_jax.weights.formats.base import (
@@ -60,7 +61,9 @@ def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
     UserError: they are of no format, or of more than one.
   """
   if "ttc_jax" in metadata:
-    return Found(OURS, _own_fields(metadata["ttc_jax"], tensors, path), tensors)
+    return Found(
+        OURS, _own_fields(metadata["ttc_jax"], tensors, path), tensors,
+        normalisation=_own_normalisation(metadata.get("normalisation"), path))
   _refuse_others(tensors, path)
   modules = [importlib.import_module(f"{__name__}.{m.name}")
              for m in pkgutil.iter_modules(__path__)]
@@ -135,6 +138,13 @@ def check_fields(fields: Mapping[str, Any], where: str,
       raise UserError(f"{where}: the field '{name}' is {value!r}, expected "
                       f"{' or '.join(dict.fromkeys(map(str, known[name])))}")
   return dict(fields)
+
+
+def _own_normalisation(text, path):
+  try:
+    return Normalisation(*pixels.mean_and_std(text)) if text else None
+  except UserError as error:
+    raise UserError(f"weights file '{path}': its metadata: {error}") from error
 
 
 def _own_fields(text, tensors, path):
