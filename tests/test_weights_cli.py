@@ -403,7 +403,8 @@ def test_another_patch_is_asked_for(sizes, tmp_path):
 def test_a_normalisation_is_kept_by_our_own_format(tmp_path):
   """timm's numbers, through `convert`; CLIP's are a name."""
   path = str(tmp_path / "ours.safetensors")
-  weights.write(path, trees.unflatten(flat_params()), FIELDS,
+  module = backbones.make("vit_ti16", 32)
+  weights.write(path, random_params(module), module.fields,
                 normalisation="clip")
   again = str(tmp_path / "again.safetensors")
   cli.convert(path, again)

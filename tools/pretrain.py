@@ -172,7 +172,8 @@ def main(argv):
       print(f"  k-NN {top1:.1f} %", flush=True)
   weights.write(
       _OUT.value, params["backbone"],
-      {"gelu": student.gelu, "epsilon": student.epsilon}, dtype="float16")
+      {"gelu": student.gelu, "epsilon": student.epsilon}, dtype="float16",
+      normalisation="half")
 
 
 if __name__ == "__main__":
