@@ -17,8 +17,9 @@ Not reproduced:
 - NOAH's depths: there the last blocks have no prompts (or LoRA, or adapter),
   and 3, 6, 9 or 12 of 12 blocks have some. Here 0 is one more size of a block.
 - The limit of parameters is an argument of their search. 640,000, its default
-  in evolution.py, is used here. Their count includes up to 84,480 parameters of
-  prompts that their block 0 replaces; ours counts what is used.
+  in evolution.py, is used here. Their count includes 80,640 to 153,600
+  parameters of prompts at the input, which block 0 replaces by its own; here
+  only prompts that are used exist and count.
 - The sizes of the winners in experiments/NOAH/subnet are 1, 5 and 10, not
   those of the supernet's file: it is not certain which space they came from.
 - Their search normalises by 0.5 and 0.5 (--inception) what the supernet was
