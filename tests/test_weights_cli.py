@@ -295,6 +295,38 @@ def test_microsoft_s_swin(tmp_path):
               trees.flatten(params))
 
 
+@pytest.mark.parametrize("around, words", [
+    (lambda s: {"state_dict": s, "state_dict_ema": s}, "state_dict_ema"),
+    (lambda s: {"model": s, "model_ema": s, "epoch": 3}, "2 models, model"),
+    (lambda s: {"ema": {"shadow": s}, "net": {"model": s}}, "ema.shadow"),
+    (lambda s: {"model": {f"{who}.backbone.{n}": t for n, t in s.items()
+                          for who in ("student", "teacher")}},
+     "2 vision models, below 'student"),
+    (lambda s: s | {"probe.weight": s["pos_embed"]}, None),
+    (lambda s: {f"net.{n}": t for n, t in s.items()} | {
+        "probe.weight": s["pos_embed"]}, "'probe.weight': save the backbone"),
+])
+def test_one_model_of_several_is_not_chosen(tmp_path, around, words):
+  torch = pytest.importorskip("torch")
+  path = str(tmp_path / "model.pth")
+  torch.save(around({n: torch.from_numpy(v)
+                     for n, v in as_timm(flat_params()).items()}), path)
+  with pytest.raises(UserError, match=words or "no place for.*'probe.weight'"):
+    fit(path)
+
+
+def test_the_state_of_the_training_is_not_a_model(tmp_path):
+  torch = pytest.importorskip("torch")
+  path, flat = str(tmp_path / "model.pth"), flat_params()
+  state = {n: torch.from_numpy(v) for n, v in as_timm(flat).items()}
+  torch.save({
+      "model": {f"_orig_mod.{n}": t for n, t in state.items()},
+      "optimizer": {"state": {0: {"exp_avg": torch.zeros(3, 3)}}},
+      "rng_state": torch.zeros(9), "lr_scheduler": {"x": torch.zeros(2, 2)},
+      "epoch": 3}, path)
+  check_equal(fit(path), flat)
+
+
 class Evil:
   def __reduce__(self):
     return os.mkdir, ("executed",)
@@ -351,6 +383,33 @@ def test_timm_s_config(tmp_path, config, gelu, pool):
   fields = weights.read(path).fields
   assert (fields["gelu"], fields["pool"]) == (gelu, pool)
   assert fields["registers"] == int(pool == "gap")
+
+
+# --- Names --------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, ours", [
+    ("vit_base_patch16_224", "vit_b16"), ("ViT-B/16", "vit_b16"),
+    ("B/16", "vit_b16"), ("ViT-B_16", "vit_b16"), ("Ti/16", "vit_ti16"),
+    ("deit_tiny_distilled_patch16_224", "vit_ti16"), ("vit_b_32", "vit_b32"),
+    ("vit_small_patch14_dinov2.lvd142m", "vit_s14"), ("S/14", "vit_s14"),
+    ("vit_so400m_patch14_siglip_224", "vit_so400m14"),
+    ("google/vit-base-patch16-224-in21k", "vit_b16"),
+    ("facebook/dinov2-small", "vit_s14"), ("dino-vits16", "vit_s16"),
+    ("openai/clip-vit-large-patch14", "vit_l14"),
+    ("swin_tiny_patch4_window7_224", "swin_ti"),
+    ("microsoft/swin-base-patch4-window12-384", "swin_b"),
+    ("vit_b16", "vit_b16"), ("G/14", "G/14"), ("resnet50", "resnet50"),
+    ("microsoft/beit-base-patch16-224", "microsoft/beit-base-patch16-224"),
+    ("swinv2_tiny_window8_256", "swinv2_tiny_window8_256")])
+def test_names_of_other_libraries(name, ours):
+  assert backbones.canonical(name) == ours
+
+
+def test_the_name_may_be_left_out(sizes, tmp_path):
+  path = save(tmp_path / "t.safetensors", as_timm(flat_params()))
+  module, params = backbones.load("", path, 16)
+  assert module == backbones.make("vit_tiny_patch4_16", 16, gelu="exact")
+  check_equal(trees.flatten(params), flat_params())
 
 
 # --- Another patch ------------------------------------------------------------

@@ -57,7 +57,8 @@ def load_opened(opened: Weights, name: str, image_size: int,
   name = name or identity.identify(opened)
   module = backbones.make(name, image_size, **fields)
   fitting.check_fields(opened, module, name)
-  module = module.clone(**fitting.settled(opened, fields))
+  settled = fitting.settled(opened, fields)
+  module, opened = module.clone(**settled), opened._replace(fields=settled)
   return module, fitting.fit(
       opened, backbones.shapes(module), name, resample_patch)
 

@@ -220,7 +220,7 @@ def recognise(tensors, config):
       cls = bool(found.keys() & {"embeddings.cls_token",
                                  "embeddings.class_embedding"})
       fields = base.vit_fields(
-          _pool(found, tensors, cls), tokens,
+          _pool(kind, found, tensors), tokens,
           pre_norm="pre_layrnorm.weight" in found,
           layer_scale=any(".layer_scale1." in n for n in found),
           rope=_rope(kind, config),
@@ -232,14 +232,14 @@ def recognise(tensors, config):
   return None
 
 
-def _pool(found, tensors, cls):
+def _pool(kind, found, tensors):
   if "head.probe" in found:
     return "map"
   # The class with a teacher averages the logits of both tokens, the others
   # read [CLS] alone.
   if any(n.startswith("distillation_classifier.") for n in tensors):
     return "distilled"
-  return "cls" if cls else "gap"
+  return "gap" if kind.format is HF_SIGLIP else "cls"
 
 
 def _sizes(kind, config):

@@ -50,7 +50,8 @@ TIMM = base.Format(
     ignored=r"(head|head_dist)\.(weight|bias)|mask_token",
     refused={
         r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
-        r"blocks\.\d+\.attn\.[qkv]_proj\..*": "the attention of EVA-02",
+        r"blocks\.\d+\.attn\.([qkv]_proj\..*|q_bias)":
+            "the attention of EVA-02",
         r"blocks\.\d+\.attn\.rel_pos_[hw]": "the positions of SAM",
         r"blocks\.\d+\.proj\..*": "the blocks of Hiera",
         r"blocks\.\d+\.mlp\.fc1_[gx]\..*": "a gated MLP",

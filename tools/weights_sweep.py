@@ -1,0 +1,296 @@
+"""Every small vision transformer of timm and every vision model class of
+Hugging Face's transformers, with random weights: our features equal the
+library's, or one sentence refuses the file.
+
+  python tools/weights_sweep.py [--library=timm] [--out=sweep.md] [NAME...]
+
+timm's models are cut to two blocks where their classes allow it, and the
+others run if they are small; Hugging Face's are made of a small configuration.
+Each file is tried alone and with its config.json. Prints a line for each fault
+and a table, and exits with 1 if any file loads silently wrong or fails without
+a sentence.
+"""
+import collections
+import json
+import os
+import sys
+import tempfile
+import types
+from typing import Any, NamedTuple
+import warnings
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from ttc_jax import backbones, weights
+from ttc_jax.backbones import swin, vit
+from ttc_jax.errors import UserError
+from ttc_jax.weights import identity
+
+_FAMILIES = (
+    "vit_", "deit", "flexivit", "test_vit", "swin_", "swinv2", "eva", "beit",
+    "naflex", "aimv2", "samvit", "cait", "volo", "hiera", "tiny_vit", "convit",
+    "crossvit", "pit_", "levit", "xcit", "mvitv2")
+_LARGEST = 60_000_000  # parameters of a model, after it was cut
+_CLOSE = 1e-3  # of the features' deviation
+
+# Sizes of Hugging Face's configurations; one takes those that it has.
+_SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 128, "mlp_ratio": 2, "image_size": 32,
+    "patch_size": 8, "num_channels": 3, "embed_dim": 32, "depths": [1, 1],
+    "num_heads": [2, 4], "window_size": 4, "projection_dim": 32,
+    "num_register_tokens": 2, "vision_use_head": True}
+_SMALL_SWIN = {"patch_size": 4, "mlp_ratio": 4.0}
+
+
+class Row(NamedTuple):
+  """One file: "equal", "refused", "wrong" or "odd", and why or how far."""
+  library: str
+  name: str
+  config: bool
+  result: str
+  detail: str
+
+
+def load(path: str, size: int, heads: int | None) -> tuple[Any, Any]:
+  """The module that a file is of, whatever its size, and its parameters."""
+  read = weights.read(path)
+  found = identity.family_of(identity.shapes_of(read))
+  if found is None:
+    raise UserError(str(weights.identify(read)))
+  family, one = found
+  given = {} if read.fields.get("gelu", "") else {"gelu": "exact"}
+  sizes, fields = one.sizes, weights.settled(read, given)
+  if family is vit:
+    module = vit.ViT(
+        sizes["width"], sizes["depth"], sizes["heads"] or heads or 1,
+        sizes["hidden"], sizes["patch"], size, **fields)
+  else:
+    module = swin.Swin(sizes["width"], sizes["depths"], sizes["heads"], size,
+                       **fields)
+  return module, weights.fit(read._replace(fields=fields),
+                             backbones.shapes(module), "this model")
+
+
+def judge(library: str, name: str, config: bool, path: str, images: np.ndarray,
+          expected: np.ndarray, heads: int | None) -> Row:
+  """Compares the features of a file with the library's."""
+  def row(result, detail):
+    return Row(library, name, config, result, " ".join(str(detail).split()))
+  try:
+    module, params = load(path, images.shape[1], heads)
+    found = np.asarray(jax.jit(module.apply)({"params": params}, images))
+  except UserError as error:
+    return row("refused", str(error).replace(path, "FILE").replace(
+        os.path.dirname(path), "FOLDER"))
+  except Exception as error:  # each one is a fault of ours
+    return row("odd", f"{type(error).__name__}: {error}"[:200])
+  if found.shape != expected.shape:
+    return row("wrong", f"shape {found.shape}, expected {expected.shape}")
+  far = float(np.abs(found - expected).max() / expected.std())
+  return row("equal" if far < _CLOSE else "wrong", f"{far:.1e}")
+
+
+def shake(model: Any) -> Any:
+  """No parameter at a special value."""
+  import torch
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for p in model.parameters():
+      p.add_(0.02 * torch.randn_like(p))
+  return model.eval()
+
+
+def images_of(size: int) -> np.ndarray:
+  return np.random.default_rng(0).normal(
+      size=(2, size, size, 3)).astype(np.float32)
+
+
+def torch_images(size: int) -> Any:
+  import torch
+  return torch.from_numpy(images_of(size).transpose(0, 3, 1, 2).copy())
+
+
+# --- timm ---------------------------------------------------------------------
+
+def timm_model(name: str) -> Any:
+  """The model without a head, of two blocks if it can be; None if large."""
+  import timm
+  import torch
+  for cut in ({"depth": 2}, {}):
+    try:
+      with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0, **cut)
+    except Exception:
+      continue  # it has no depth, or needs a library
+    if sum(p.numel() for p in model.parameters()) <= _LARGEST:
+      torch.manual_seed(0)
+      return shake(timm.create_model(name, num_classes=0, **cut))
+  return None
+
+
+def sweep_timm(names: list[str]):
+  import timm
+  import torch
+  seen = set()
+  for name in names or [n for n in timm.list_models()
+                        if n.startswith(_FAMILIES)]:
+    model = timm_model(name)
+    if model is None:
+      continue
+    size = model.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
+    state = model.state_dict()
+    key = (type(model).__name__, getattr(model, "global_pool", ""), size,
+           *sorted(f"{n} {tuple(t.shape)}" for n, t in state.items()))
+    if key in seen:
+      continue
+    seen.add(key)
+    try:
+      with torch.no_grad():
+        expected = model(torch_images(size)).numpy()
+    except Exception as error:
+      print(f"timm itself does not run {name}: {error}"[:200])
+      continue
+    heads = next((m.num_heads for m in model.modules()
+                  if hasattr(m, "num_heads")), None)
+    config = {
+        "architecture": name, "num_classes": 0,
+        "num_features": model.num_features,
+        "global_pool": getattr(model, "global_pool", None),
+        "pretrained_cfg": {
+            k: v for k, v in model.pretrained_cfg.items() if isinstance(
+                v, (str, int, float, list, tuple, bool))}}
+    yield from both("timm", name, state, config, size, expected, heads)
+
+
+def both(library, name, state, config, size, expected, heads):
+  """The rows of a file without and with its configuration."""
+  from safetensors.torch import save_file
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "model.safetensors")
+    save_file({n: t.clone().contiguous() for n, t in state.items()}, path)
+    for with_config in (False, True):
+      if with_config:
+        with open(os.path.join(folder, "config.json"), "w") as file:
+          json.dump(config, file)
+      yield judge(library, name, with_config, path, images_of(size), expected,
+                  heads)
+
+
+# --- Hugging Face -------------------------------------------------------------
+
+def small_config(kind: Any) -> Any:
+  """A small configuration of a class, as far as it has our sizes."""
+  def sizes(config):
+    own = _SMALL | (_SMALL_SWIN if hasattr(config, "depths") else {})
+    return {k: v for k, v in own.items() if hasattr(config, k)}
+  config = kind()
+  inner = getattr(config, "vision_config", None)
+  if inner is None:
+    return kind(**sizes(config))
+  return kind(vision_config={**inner.to_dict(), **sizes(inner)})
+
+
+def features_of(model: Any, size: int) -> np.ndarray:
+  """What a linear head of the class reads, or its pooled output."""
+  import torch
+  tower = getattr(model, "vision_model", model)
+  with torch.no_grad():
+    out = tower(pixel_values=torch_images(size))
+  pooled = getattr(out, "pooler_output", None)
+  kind = model.config.model_type
+  if pooled is not None and ("clip" in kind or "siglip" in kind
+                             or "swin" in kind):
+    return pooled.numpy()
+  tokens = out.last_hidden_state
+  has_cls = any(n.endswith(("cls_token", "class_embedding"))
+                for n, _ in model.named_parameters())
+  return (tokens[:, 0] if has_cls else tokens.mean(1)).numpy()
+
+
+def sweep_hf(names: list[str]):
+  import transformers
+  from transformers.models.auto import modeling_auto
+  mapping = modeling_auto.MODEL_MAPPING_NAMES
+  vision = set(modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES) | set(
+      modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES) | {
+          "clip_vision_model", "siglip_vision_model"}
+  for name in names or sorted(vision):
+    classes = mapping.get(name)
+    if classes is None:
+      continue
+    class_ = classes if isinstance(classes, str) else classes[0]
+    try:
+      model_class = getattr(transformers, class_)
+      model = shake(model_class(small_config(model_class.config_class)))
+      if sum(p.numel() for p in model.parameters()) > _LARGEST:
+        raise ValueError("large")
+      size = _SMALL["image_size"]
+      expected = features_of(model, size)
+      if expected.ndim != 2:
+        raise ValueError(f"features of shape {expected.shape}")
+    except Exception as error:
+      # Its file is still to be refused: what it computes is of no matter.
+      if "model" not in locals() or model is None:
+        print(f"not made: {name}: {type(error).__name__}: {error}"[:160])
+        continue
+      expected = np.zeros((2, 1), np.float32)
+    yield from both("Hugging Face", name, model.state_dict(),
+                    model.config.to_dict(), _SMALL["image_size"], expected, 4)
+    model = None
+
+
+# --- The table ----------------------------------------------------------------
+
+def table(rows: list[Row]) -> str:
+  """Markdown: the counts, then how each model fares without and with its
+  configuration."""
+  counts = collections.Counter((r.library, r.config, r.result) for r in rows)
+  results = ("equal", "refused", "wrong", "odd")
+  lines = ["| | equal | refused | silently wrong | no sentence |",
+           "|---|---|---|---|---|"]
+  for library in dict.fromkeys(r.library for r in rows):
+    for config in (False, True):
+      cells = (str(counts[library, config, result]) for result in results)
+      lines.append(f"| {library}, config.json "
+                   f"{'beside' if config else 'missing'} | "
+                   f"{' | '.join(cells)} |")
+  equal = {(r.library, r.config): [] for r in rows}
+  for r in rows:
+    if r.result == "equal":
+      equal[r.library, r.config].append(r.name)
+  for (library, config), names in equal.items():
+    lines += ["", f"Equal, {library}, config.json "
+              f"{'beside' if config else 'missing'}: "
+              f"{', '.join(f'`{n}`' for n in sorted(names)) or 'none'}."]
+  return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+  warnings.filterwarnings("ignore")
+  # torchvision may be of another version than torch; timm needs none of it.
+  sys.modules.setdefault("torchvision._meta_registrations",
+                         types.ModuleType("absent"))
+  sweeps = {"timm": sweep_timm, "hf": sweep_hf}
+  rows: list[Row] = []
+  for library in [_LIBRARY.value] if _LIBRARY.value else sweeps:
+    for row in sweeps[library](argv[1:]):
+      rows.append(row)
+      if row.result in ("wrong", "odd") or _LIST.value:
+        print(f"{row.result:8}{row.library} {row.name}"
+              f"{' + config' if row.config else ''}: {row.detail}", flush=True)
+  text = table(rows)
+  print(text)
+  if _OUT.value:
+    with open(_OUT.value, "w", encoding="utf-8") as file:
+      file.write(text)
+  sys.exit(any(row.result in ("wrong", "odd") for row in rows))
+
+
+if __name__ == "__main__":
+  _LIBRARY = flags.DEFINE_enum("library", None, ("timm", "hf"), "one alone")
+  _OUT = flags.DEFINE_string("out", "", "Markdown file to write")
+  _LIST = flags.DEFINE_bool("list", False, "a line for each file")
+  app.run(main)
