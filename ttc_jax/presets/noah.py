@@ -27,8 +27,8 @@ Not reproduced:
 - Their LoRA and adapters start at random (normal, deviation 0.02: timm's
   initialisation of the whole model overwrites theirs), here at 0; prompts are
   uniform within other bounds.
-- Their prompts for method=vpt_*: other counts per task; see
-  config.vpt.prompts.
+- For method=vpt_* there are files of 1 to 1,000 prompts in experiments/VPT;
+  here config.vpt.prompts decides.
 - Their images went through JPEG once more (PIL's default quality) on their
   way from TFDS to files; give data= such a folder to have that too.
 

@@ -7,6 +7,8 @@ and a grid of its own. Their learning rates are for 256 images a batch.
 
 Not reproduced:
 - The number of prompts is chosen for each task there; see config.vpt.prompts.
+- The dropout of prompts is config.vpt.dropout, 0.1. In their configuration it
+  is 0.0 unless a command sets it; what the published runs had is not certain.
 - Batches of 64 for many prompts, and of 1024 for linear probing, more than
   there are images; here both have 128.
 - The runs of the grid have no fixed seed there; here the first of the five.
