@@ -35,11 +35,11 @@ def write(path: str, params: trees.Tree, fields: Mapping[str, Any],
   where = f"weights file '{path}'"
   fields = formats.check_fields(fields, where)
   flat = cast(trees.flatten(params), dtype, where)
-  metadata = {"ttc_jax": json.dumps(fields)}
   if normalisation:
     pixels.mean_and_std(normalisation)
-    metadata["normalisation"] = normalisation
-  containers.write_safetensors(path, flat, metadata)
+  containers.write_safetensors(path, flat, {
+      "ttc_jax": json.dumps(fields),
+      "normalisation": normalisation or formats.UNKNOWN})
 
 
 def cast(tensors: Mapping[str, Any], dtype: str,

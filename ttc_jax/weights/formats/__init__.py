@@ -47,7 +47,7 @@ from ttc_jax.weights.formats.timm import TIMM, TIMM_DINOV3
 __all__ = (
     "BIGVISION", "HALF", "HF_CLIP", "HF_DINOV2", "HF_DINOV3", "HF_SIGLIP",
     "HF_VIT", "OURS", "SWIN_HF", "SWIN_MS", "SWIN_TIMM", "TIMM", "TIMM_DINOV3",
-    "Format", "Found", "Normalisation", "check_fields", "count_tokens",
+    "UNKNOWN", "Format", "Found", "Normalisation", "check_fields", "count_tokens",
     "is_zero", "normalisation", "recognise")
 
 OURS = Format("ttc_jax", names=lambda name: (name,))
@@ -140,9 +140,19 @@ def check_fields(fields: Mapping[str, Any], where: str,
   return dict(fields)
 
 
+UNKNOWN = "unknown"  # of a normalisation, in our own format
+
+
 def _own_normalisation(text, path):
+  """The normalisation in the metadata of our own format.
+
+  Files of before it was kept there, as the embedded backbone, are "half".
+  """
+  if text is None:
+    return HALF
   try:
-    return Normalisation(*pixels.mean_and_std(text)) if text else None
+    return (None if text == UNKNOWN else
+            Normalisation(*pixels.mean_and_std(text)))
   except UserError as error:
     raise UserError(f"weights file '{path}': its metadata: {error}") from error
 
