@@ -47,8 +47,8 @@ from ttc_jax.weights.formats.timm import TIMM, TIMM_DINOV3
 __all__ = (
     "BIGVISION", "HALF", "HF_CLIP", "HF_DINOV2", "HF_DINOV3", "HF_SIGLIP",
     "HF_VIT", "OURS", "SWIN_HF", "SWIN_MS", "SWIN_TIMM", "TIMM", "TIMM_DINOV3",
-    "UNKNOWN", "Format", "Found", "Normalisation", "check_fields", "count_tokens",
-    "is_zero", "normalisation", "recognise")
+    "UNKNOWN", "Format", "Found", "Normalisation", "check_fields",
+    "count_tokens", "is_zero", "normalisation", "recognise")
 
 OURS = Format("ttc_jax", names=lambda name: (name,))
 
