@@ -63,8 +63,9 @@ def check_scheme(source: str) -> None:
   host = re.split(r"[/?#]", rest)[0].rpartition("@")[2]
   if scheme == "http" and re.sub(r":\d+$", "", host) in _LOCAL_HOSTS:
     return
-  fix = {"http": "use https://", "file": "give the path alone, or an https:// address"}.get(
-      scheme, "use https://, gs:// or hf://")
+  fix = {"http": "use https://",
+         "file": "give the path alone, or an https:// address"}.get(
+             scheme, "use https://, gs:// or hf://")
   raise UserError(f"weights '{public(source)}': {scheme[:20]}:// is not "
                   f"fetched: {fix}")
 
