@@ -110,8 +110,9 @@ class Task:
       images, sha256 = self.decode(self.sources[name])
       return Split(images, self.labels[name], sha256)
     except errors.DataError as error:
-      _log.warning("task %s: %s; reading all its images to list the damaged "
-                   "ones", errors.printable(self.name), error)
+      _log.warning(
+          "task %s: %s; reading all its images to list the damaged ones",
+          errors.printable(self.name), errors.printable(str(error)))
       return images_lib.together(self.damaged() or [error])
 
   def damaged(self) -> list[errors.DataError]:

@@ -198,7 +198,7 @@ def _naming(show: Callable) -> Callable:
     if path is None:
       show(message, *args, **kw)
     else:
-      _log.warning("image %s: %s", path, message)
+      _log.warning("image %s: %s", errors.printable(path), message)
   show_named.names_images = True  # type: ignore[attr-defined]
   return show_named
 
@@ -512,7 +512,8 @@ def _open_cache(path: str, shape: tuple[int, ...]
     raise
   except Exception:  # a damaged file can make the readers raise anything
     pass
-  _log.warning("the image cache %s is damaged: decoding again", path)
+  _log.warning("the image cache %s is damaged: decoding again",
+               errors.printable(path))
   for damaged_file in (path, f"{path}.json"):
     with contextlib.suppress(FileNotFoundError):
       os.remove(damaged_file)
