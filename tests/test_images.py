@@ -262,7 +262,7 @@ def test_a_task_may_have_any_name(tmp_path, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")
-def test_a_path_need_not_be_utf8(tmp_path):
+def test_a_path_need_not_be_utf8(tmp_path, caplog):
   data = tmp_path / os.fsdecode(b"caf\xe9")
   folder = write_task(data / os.fsdecode(b"t\xff"))
   task = load(folder, cache=str(data / "cache"))
@@ -273,6 +273,7 @@ def test_a_path_need_not_be_utf8(tmp_path):
   with pytest.raises(errors.DataError) as error:
     load(folder).split("train")
   errors.printable(str(error.value)).encode()
+  assert caplog.records and caplog.text.encode()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")
