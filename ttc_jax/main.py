@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from ttc_jax import checkpoint, cli, compilation, interrupt, report
-from ttc_jax.errors import Stopped, UserError
+from ttc_jax.errors import UserError, printable
 from ttc_jax.runs.session import Session
 
 _CONFIG = cli.define_config()
@@ -43,15 +43,11 @@ def main(argv: list[str]) -> int:
     print(f"normalisation: {session.base.normalisation}, as the weights "
           f"{session.base.source.name} say")
   for task, why in session.missing.items():
-    print(f"skipped: {task}: {why}", file=sys.stderr)
-  try:
-    session.run_all()
-  except Stopped as stop:
-    print(f"{stop}; start the same command again to go on", file=sys.stderr)
-    return interrupt.exit_code()
+    print(printable(f"skipped: {task}: {why}"), file=sys.stderr)
+  session.run_all()
   _conclude(session)
   for name, why in [*session.missing.items(), *session.failed.items()]:
-    print(f"failed: {name}: {why}", file=sys.stderr)
+    print(printable(f"failed: {name}: {why}"), file=sys.stderr)
   return 1 if session.missing or session.failed else 0
 
 
@@ -65,7 +61,7 @@ def _conclude(session: Session) -> None:
       for file in plots.write(rows, workdir) or ["none: no final run yet"]:
         print(f"plot: {file}")
     workdir.write_table(text)
-    print(f"\n{text}\nRows, bundles and curves: {workdir}")
+    print(f"\n{text}\nRows, bundles and curves: {printable(str(workdir))}")
   print(compilation.count())
 
 

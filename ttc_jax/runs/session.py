@@ -9,7 +9,14 @@ import time
 import ml_collections
 
 from ttc_jax import compilation, interrupt, train
-from ttc_jax.errors import Busy, DataError, RunError, Stopped, UserError
+from ttc_jax.errors import (
+  Busy,
+  DataError,
+  RunError,
+  Stopped,
+  UserError,
+  printable,
+)
 from ttc_jax.report import best
 from ttc_jax.runs import inputs, job, plan
 from ttc_jax.runs.progress import Progress
@@ -216,5 +223,6 @@ def _kept_keys(config, weights_sha256):
 def _line(row: Row) -> str:
   accuracy = (f"test {row['test_top1']:.1f} %" if row["val_top1"] is None
               else f"val {row['val_top1']:.1f} %")
-  return (f"{row['task']}  {row['variant']}  seed {row['seed']}  "
-          f"lr {row['lr']:g}  {accuracy}  {row['seconds_train']:.0f} s")
+  return printable(
+      f"{row['task']}  {row['variant']}  seed {row['seed']}  "
+      f"lr {row['lr']:g}  {accuracy}  {row['seconds_train']:.0f} s")
