@@ -8,7 +8,7 @@ import re
 from absl import logging
 import pytest
 
-from ttc_jax import backbones, main, methods, optim, presets, report
+from ttc_jax import backbones, main, methods, optim, presets
 from ttc_jax import config as config_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.errors import UserError
@@ -285,7 +285,7 @@ def test_a_preset_runs_on_digits_by_its_general_settings(
   session = main.Session(c, str(tmp_path / "work"))
   session.run_all()
   assert not session.failed
-  rows = report.read(session.results)
+  rows = session.workdir.rows()
   protocols = ["val", "final"] if name == "vpt" else ["final"]
   assert [r["protocol"] for r in rows] == protocols
   row = rows[-1]
@@ -314,7 +314,7 @@ def test_a_row_has_the_values_of_its_task(small, tmp_path):
       session.make_run("digits", "linear", settled, "final", 0), session.base,
       session.tasks["digits"], print)
   assert job.model.backbone.drop_path == 0.2
-  rows = report.read(session.results)
+  rows = session.workdir.rows()
   assert [(r["variant"], r["scale"]) for r in rows[:2]] == [
       ("sct", 0.25), ("sct", 0.5)]
   assert rows[2]["scale"] in (0.25, 0.5) and rows[2]["protocol"] == "final"
