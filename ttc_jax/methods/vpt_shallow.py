@@ -58,7 +58,7 @@ def last_site(backbone) -> tuple[str, str]:
 
 def pooling(backbone, count):
   """The buffers that keep prompts out of a pooling of all patches."""
-  if backbone.pool == "cls" or not count:
+  if backbone.pool in ("cls", "distilled") or not count:
     return {}
   patches = (backbone.image_size // backbone.patch) ** 2
   site, block = last_site(backbone)
