@@ -210,36 +210,42 @@ def features_of(model: Any, size: int) -> np.ndarray:
   return (tokens[:, 0] if has_cls else tokens.mean(1)).numpy()
 
 
-def sweep_hf(names: list[str]):
+def hf_model(name: str) -> Any:
+  """A small model of a model type, None if none can be made."""
   import transformers
   from transformers.models.auto import modeling_auto
-  mapping = modeling_auto.MODEL_MAPPING_NAMES
+  classes = modeling_auto.MODEL_MAPPING_NAMES.get(name)
+  if classes is None:
+    return None
+  class_ = classes if isinstance(classes, str) else classes[0]
+  try:
+    model_class = getattr(transformers, class_)
+    model = model_class(small_config(model_class.config_class))
+  except Exception as error:  # a library that is missing, or odd sizes
+    print(f"not made: {name}: {type(error).__name__}: {error}"[:160])
+    return None
+  if sum(p.numel() for p in model.parameters()) > _LARGEST:
+    print(f"not made: {name}: its small configuration is large")
+    return None
+  return shake(model)
+
+
+def sweep_hf(names: list[str]):
+  from transformers.models.auto import modeling_auto
   vision = set(modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES) | set(
       modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES) | {
           "clip_vision_model", "siglip_vision_model"}
+  size = _SMALL["image_size"]
   for name in names or sorted(vision):
-    classes = mapping.get(name)
-    if classes is None:
+    model = hf_model(name)
+    if model is None:
       continue
-    class_ = classes if isinstance(classes, str) else classes[0]
     try:
-      model_class = getattr(transformers, class_)
-      model = shake(model_class(small_config(model_class.config_class)))
-      if sum(p.numel() for p in model.parameters()) > _LARGEST:
-        raise ValueError("large")
-      size = _SMALL["image_size"]
       expected = features_of(model, size)
-      if expected.ndim != 2:
-        raise ValueError(f"features of shape {expected.shape}")
-    except Exception as error:
-      # Its file is still to be refused: what it computes is of no matter.
-      if "model" not in locals() or model is None:
-        print(f"not made: {name}: {type(error).__name__}: {error}"[:160])
-        continue
-      expected = np.zeros((2, 1), np.float32)
+    except Exception:  # its file is to be refused, whatever it computes
+      expected = np.zeros((2, 0), np.float32)
     yield from both("Hugging Face", name, model.state_dict(),
-                    model.config.to_dict(), _SMALL["image_size"], expected, 4)
-    model = None
+                    model.config.to_dict(), size, expected, 4)
 
 
 # --- The table ----------------------------------------------------------------

@@ -72,9 +72,9 @@ def last_site(backbone: nn.Module) -> tuple[str, str]:
 def pooling(backbone: nn.Module, count: int) -> trees.Tree:
   """Returns the buffers that keep prompts out of a pooling over all patches.
 
-  Empty where only [CLS] is read, or without prompts.
+  Empty where tokens before the patches alone are read, or without prompts.
   """
-  if backbone.pool == "cls" or not count:
+  if backbone.pool in ("cls", "distilled") or not count:
     return {}
   patches = (backbone.image_size // backbone.patch) ** 2
   site, block = last_site(backbone)
