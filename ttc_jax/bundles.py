@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 from typing import Any, NamedTuple
-import urllib.parse
 
 from absl import flags
 import numpy as np
@@ -27,7 +26,7 @@ from ttc_jax import checkpoint, cli, files, normalisation
 from ttc_jax.checkpoint import Flat, explain_disk_errors, fill, unfill
 from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images
-from ttc_jax.weights import containers, formats
+from ttc_jax.weights import containers, formats, sources
 
 FORMAT = "1"  # of the file
 _KEY = "ttc_jax_bundle"  # of its header
@@ -139,32 +138,13 @@ def without_secrets(meta: dict[str, Any]) -> dict[str, Any]:
   if not isinstance(source, str) or "://" not in source:
     return meta
   clean = public(source)
-  named = {"weights": clean.partition("#")[0].rsplit("/", 1)[-1]}
+  named = {"weights": clean.rsplit("/", 1)[-1]}
   return meta | {"weights_source": clean} | (named if "weights" in meta else {})
 
 
 def public(source: str) -> str:
-  """Returns a source as it may be shown and kept.
-
-  A URL's user, password and query are left out; "#sha256=..." stays.
-  """
-  if "://" not in source:
-    return source
-  return "::".join(map(_public_url, source.split("::")))
-
-
-def _public_url(url):
-  scheme, separator, rest = url.partition("://")
-  if not separator:
-    return url
-  try:
-    parts = urllib.parse.urlsplit(f"//{rest}")
-  except ValueError:  # no URL: nothing of it is safe to show
-    return f"{scheme}://..."
-  # The "@" of hf://owner/name@revision comes after the first "/".
-  fragment = f"#{parts.fragment}" if parts.fragment else ""
-  return (f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-          f"{fragment}")
+  """Returns a source without passwords, `sources.public`, also of chains."""
+  return sources.public("::".join(map(sources.public, source.split("::"))))
 
 
 def load(path: str) -> Bundle:
