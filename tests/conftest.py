@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 
 # Images and compiled programs; processes that tests start use it too.
@@ -19,6 +20,15 @@ os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_force_host_platform_device_count=2"
                            " --xla_backend_optimization_level=0")
+
+# A runner that ignores these (nohup) would hand that on to the processes that
+# tests start.
+for _name, _handler in (("SIGINT", signal.default_int_handler),
+                        ("SIGHUP", signal.SIG_DFL)):
+  if hasattr(signal, _name):
+    _number = getattr(signal, _name)
+    if signal.getsignal(_number) == signal.SIG_IGN:
+      signal.signal(_number, _handler)
 
 import jax
 import numpy as np

@@ -47,7 +47,7 @@ def test_a_new_file_is_a_method_that_trains(
   assert methods.options_of("toy") == ()
   job = make_job(config, model, split, "toy")
   outcome, flat = run(job, params, tmp_path / "run")
-  assert len(outcome.history) == job.epochs
+  assert len(outcome.history) == job.config.epochs
   for name, leaf in flat.items():
     if name.startswith("adapter/"):
       assert (leaf != 1).any(), name

@@ -279,7 +279,8 @@ def test_the_search_is_on_val200(config, model, params, split, tmp_path,
 def test_a_killed_run_goes_on_to_the_same_bits(
     config, model, params, split, tmp_path, stage, epoch):
   config.noah.budget = 400  # so that the winner lacks modules
-  job = make_job(config, model, split, "noah", epochs=3, save_seconds=0)
+  job = make_job(config, model, split, "noah",
+                 dict(epochs=3, save_seconds=0))
   _, want = run(job, params, tmp_path / "a")
   kill_after(stage, epoch, job, params, tmp_path / "b")
   for _ in range(2):  # goes on, then reloads
@@ -341,9 +342,8 @@ def test_an_interrupted_search_goes_the_same_way(
 def test_the_search_holds_val200_out(config, model, split):
   half = Split(split.images[:20], split.labels[:20])
   job = make_job(config, model, split, "noah", holdout=(half, split))
-  supernet, winner = job.method.stages
-  assert train._train_split(job, supernet) is half
-  assert train._train_split(job, winner) is split
+  supernet, winner = (train.StageRun(job, i, None) for i in (0, 1))
+  assert supernet._split is half and winner._split is split
 
 
 def test_the_winner_has_no_leaf_that_it_does_not_use(

@@ -13,6 +13,7 @@ from ttc_jax import config as config_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.errors import UserError
 from ttc_jax.runs import plan as jobs
+from ttc_jax.runs.job import make_job
 from ttc_jax.vtab import rows as vtab
 
 
@@ -310,7 +311,7 @@ def test_a_row_has_the_values_of_its_task(small, tmp_path):
   session.run_all()
   assert not session.failed
   settled = jobs.variants(c, "digits")["linear"]
-  job = jobs.make_job(
+  job = make_job(
       session.make_run("digits", "linear", settled, "final", 0), session.base,
       session.tasks["digits"], print)
   assert job.model.backbone.drop_path == 0.2
