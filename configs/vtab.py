@@ -23,7 +23,7 @@ from ttc_jax.errors import check_known
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(arg, task=("all",), method="", protocol="final",
-                  backbone="vit_b16", data="", weights="", size=224,
+                  backbone="", data="", weights="", size=224,
                   runlocal=False)
   config = default()
   check_known("protocol", arg.protocol, (*PROTOCOLS, *presets.names()))

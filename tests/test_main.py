@@ -544,6 +544,14 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
   assert [r["variant"] for r in rows(tmp_path / "work")] == ["linear"]
 
 
+@pytest.mark.parametrize("name", ["", "vit_tiny_patch16_224", "Ti/16"])
+def test_the_backbone_may_be_left_out_or_called_otherwise(
+    data, weights, tmp_path, name):
+  s = session(data, weights, tmp_path, backbone=name)
+  run = s.make_run("colours", "ttc", s.config, "final", 0)
+  assert (s.base.name, run.config.backbone) == ("vit_ti16", "vit_ti16")
+
+
 def test_pixels_are_normalised_as_the_weights_or_the_user_say(
     data, weights, tmp_path):
   s = session(data, weights, tmp_path / "a")

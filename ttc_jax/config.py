@@ -49,7 +49,7 @@ def default() -> ml_collections.ConfigDict:
   # Every combination is tried; `scale` for the methods that have it.
   c.grid = ml_collections.ConfigDict(dict(lr=(), weight_decay=(), scale=()))
 
-  c.backbone = "vit_b16"
+  c.backbone = ""             # e.g. "vit_b16"; empty: what the weights say
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
   c.gelu = ""                 # exact, tanh, quick; empty: what the weights say
   c.window = 0                # of a Swin, tokens a side; 0: what they say

@@ -25,12 +25,14 @@ class Base(NamedTuple):
   """The pretrained backbone that all runs start from.
 
   Attributes:
+    name: of the backbone, e.g. "vit_b16".
     backbone: the Linen module.
     params: on every device.
     source: of the weights, located and hashed.
     normalisation: that the weights were trained with; "" where they do not
       say.
   """
+  name: str
   backbone: Any
   params: trees.Tree
   source: weights.Source
@@ -48,15 +50,26 @@ def load_base(config) -> Base:
         "jax_default_matmul_precision", config.matmul_precision)
   if not config.weights:
     raise UserError(
-        f"{config.backbone} needs pretrained weights: add weights=FILE (.npz "
-        "or .safetensors), or weights=random to try the machinery")
-  # A wrong name costs no download.
-  backbones.make(config.backbone, config.image_size, **fields)
+        f"{config.backbone or 'a run'} needs pretrained weights: add "
+        "weights=FILE (.npz or .safetensors), or weights=random to try the "
+        "machinery")
+  if config.backbone:  # a wrong name costs no download
+    backbones.make(config.backbone, config.image_size, **fields)
   source = weights.open_source(config.weights)
-  module, params = weights.load(
-      config.backbone, source, config.image_size, **fields)
-  return Base(module, parallel.replicate(params), source,
+  name = _name(config.backbone, source)
+  module, params = weights.load(name, source, config.image_size, **fields)
+  return Base(name, module, parallel.replicate(params), source,
               _normalisation(source))
+
+
+def _name(backbone, source):
+  """Our name of a backbone; by default the one that the weights are of."""
+  if backbone:
+    return backbones.canonical(backbone)
+  if source.path is None:
+    raise UserError("random weights do not say which backbone: add it, e.g. "
+                    "backbone=vit_ti16")
+  return weights.identify(weights.read(source.path))
 
 
 def _normalisation(source):
@@ -75,6 +88,7 @@ def resolved(config, base: Base) -> ml_collections.ConfigDict:
       normalised.
   """
   config = config_lib.resolved(config)
+  config.backbone = base.name
   config.normalisation = config.normalisation or base.normalisation
   if not config.normalisation:
     raise UserError(
