@@ -32,6 +32,7 @@ def step_flops(model, stage, base):
     ViT(128, 2, 2, 512, patch=8, image_size=32, pool="gap"),
     # Grids of 10 and 5 tokens a side, padded to 12 and 8.
     Swin(64, (1, 1), 2, image_size=40, window=4)])
+@pytest.mark.sweep(keep=1)
 def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(backbone):
   config = default()
   config.k, config.score = 16, "random"
@@ -118,6 +119,7 @@ def assert_rows(result, names):
       assert value is None if none else key == "name" or value > 0, (row, key)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
   file = tmp_path / "bench.json"
   names, arguments = ["forward", "stage 1", "stage 2"], []

@@ -31,6 +31,7 @@ def rows():
   return {r["method"]: r for r in json.loads(done.stdout)}
 
 
+@pytest.mark.slow
 def test_the_list_has_every_method_with_its_cost(rows):
   assert set(rows) == set(methods.names())
   assert rows["ttc"]["module_params"] == 12 * 24 * 24

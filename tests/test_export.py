@@ -172,6 +172,7 @@ SWIN = ("swin_ti", {"window": 4}, "ttc")
 @pytest.mark.parametrize("backbone, fields, method", [
     *VIT_S, SCALED, SWIN, DINOV3, SIGLIP, CLIP, FC_NORM,
     ("vit_ti8", {"gelu": "exact", "pool": "gap"}, "layernorm")])
+@pytest.mark.sweep(keep=5)
 def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
   import_timm()
   bundle = save(tmp_path, method, backbone, fields)
@@ -183,6 +184,7 @@ def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
 
 @pytest.mark.parametrize("backbone, fields, method", [
     *VIT_S, SCALED, SWIN, REGISTERS])
+@pytest.mark.sweep(keep=4)
 def test_hugging_face_s_own_model(tmp_path, monkeypatch, backbone, fields,
                                   method):
   import_transformers()
@@ -194,6 +196,7 @@ def test_hugging_face_s_own_model(tmp_path, monkeypatch, backbone, fields,
 
 
 @pytest.mark.parametrize("pool", ["cls", "gap"])
+@pytest.mark.sweep(keep=1)
 def test_big_vision_s_file(tmp_path, monkeypatch, pool):
   bundle = save(tmp_path, "ssf", fields={"gelu": "tanh", "pool": pool})
   exported(bundle, "bigvision", tmp_path / "out")

@@ -52,6 +52,7 @@ def cut(name, leaf, genome):
 @pytest.mark.parametrize("genome, pool, released, final_norm", [
     *itertools.product(GENOMES, ("cls", "gap"), (False, True), (True,)),
     *itertools.product(GENOMES[:1], ("gap",), (False, True), (False,))])
+@pytest.mark.sweep(keep=6)
 def test_a_masked_supernet_is_the_small_network(
     config, model, params, split, genome, pool, released, final_norm):
   model = model._replace(backbone=model.backbone.clone(
@@ -261,6 +262,7 @@ def test_a_tight_budget_is_met():
   assert len(asked) > 20 and max(map(space.count, asked)) <= 600
 
 
+@pytest.mark.slow
 def test_the_search_is_on_val200(config, model, params, split, tmp_path,
                                  monkeypatch):
   half = Split(split.images[:20], split.labels[:20])
@@ -276,6 +278,7 @@ def test_the_search_is_on_val200(config, model, params, split, tmp_path,
 @pytest.mark.sweep
 @pytest.mark.parametrize("stage, epoch", [("supernet", 2), ("winner", 1),
                                           ("winner", 2), ("winner", 3)])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(
     config, model, params, split, tmp_path, stage, epoch):
   config.noah.budget = 400  # so that the winner lacks modules
@@ -299,6 +302,7 @@ def test_a_damaged_search_starts_anew(tmp_path):
     assert noah._scores(str(path)) == {}
 
 
+@pytest.mark.slow
 def test_blocks_below_the_first_module_run_once(
     config, model, params, split, tmp_path):
   """Their tokens must not hold the prompts of the block that comes next."""

@@ -272,6 +272,7 @@ def test_protocol_names_a_preset_or_what_is_trained_on():
 
 
 @pytest.mark.parametrize("name", ["sct", "ssf", "vpt", "noah"])
+@pytest.mark.sweep(keep=1)
 def test_a_preset_runs_on_digits_by_its_general_settings(
     name, small, tmp_path, monkeypatch):
   c = vtab_config(f"task=digits,protocol={name},runlocal")
@@ -297,6 +298,7 @@ def test_a_preset_runs_on_digits_by_its_general_settings(
   assert len(alone) == bool(c.per_task)
 
 
+@pytest.mark.slow
 def test_a_row_has_the_values_of_its_task(small, tmp_path):
   c = config_lib.default()
   config_lib.run_locally(c)

@@ -72,6 +72,7 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("method", methods.names())
+@pytest.mark.sweep(keep=4)
 def test_a_folder_and_a_file_hold_the_same_bits(method, base, tmp_path):
   bundle = made_bundles.make(base["vit_ti8"], method)
   folder, file = str(tmp_path / "folder"), str(tmp_path / "file")
@@ -185,6 +186,7 @@ def take(name):
      "channels beyond the 32"),
     (put("tensor", "elsewhere/x", np.zeros(4, "f4")), "belongs to no part"),
 ])
+@pytest.mark.sweep(keep=8)
 def test_a_wrong_bundle_is_one_sentence(pets, change, words):
   rewrite(pets, change)
   with pytest.raises(UserError, match=words):
@@ -251,8 +253,8 @@ def test_the_command_packs_and_inspects(base, tmp_path):
 
 # --- Serving ------------------------------------------------------------------
 
-@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("backbone, method", CASES)
+@pytest.mark.sweep(keep=1)
 def test_a_mixed_batch_equals_each_task_alone(backbone, method, base, tmp_path):
   model, weights = serve.load(base[backbone]), base[backbone]
   alone = {name: add(model, tmp_path, name, weights, method, backbone,
@@ -268,6 +270,7 @@ def test_a_mixed_batch_equals_each_task_alone(backbone, method, base, tmp_path):
   assert np.abs(one[0] - one[1]).max() > 1e-3  # the images matter
 
 
+@pytest.mark.slow
 def test_methods_sizes_and_merged_tasks_in_one_call(base, tmp_path):
   weights = base["vit_ti8"]
   model = serve.load(weights)

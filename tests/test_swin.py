@@ -261,6 +261,7 @@ def test_every_parameter_has_its_block():
                     if name.endswith("/scale")}
 
 
+@pytest.mark.slow
 def test_features_from_a_block_s_tokens_are_the_features():
   module = tiny(40)
   params = {"backbone": random_params(module), "adapter": {}}
@@ -328,8 +329,8 @@ def steps(name, config, module, tmp_path):
       job, parallel.replicate(base), str(tmp_path))
 
 
-@pytest.mark.sweep(keep=2)
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.sweep(keep=1)
 def test_a_method_takes_steps_and_merges(name, config, tmp_path):
   module = tiny(40)
   base, data, method, outcome = steps(name, config, module, tmp_path)
@@ -370,6 +371,7 @@ def test_prompts_are_refused(name, config):
     methods.load(name, config, tiny())
 
 
+@pytest.mark.slow
 def test_frozen_stages_run_once_and_give_the_same(config, tmp_path):
   """Stage 4's maps on cached tokens, against a drop-path of almost nothing."""
   config.blocks, config.tune_norm, config.stage1 = 2, False, "none"

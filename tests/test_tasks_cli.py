@@ -396,6 +396,7 @@ def test_an_example_that_stands_twice_is_wrong(prepared, small_rows,
 
 @pytest.mark.parametrize("name", ["oxford_flowers102", "cifar100", "eurosat",
                                   "resisc45", "dmlab", "patch_camelyon"])
+@pytest.mark.sweep(keep=2)
 def test_another_order_than_tfdss_is_wrong(prepared, small_rows, monkeypatch,
                                            tmp_path_factory, name):
   row = vtab.ROWS[name]
@@ -517,6 +518,7 @@ def test_files_that_are_no_fingerprints_are_a_sentence(prepared, tmp_path):
 # --- export -------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["dtd", "dsprites_loc", "svhn"])
+@pytest.mark.sweep(keep=1)
 def test_what_is_exported_loads_the_same(prepared, small_rows, tmp_path, name):
   out = str(tmp_path / "out")
   assert export.export(name, str(prepared), out) == os.path.join(out, name)

@@ -219,6 +219,7 @@ def test_sgd_s_weight_decay_enters_the_momentum():
     np.testing.assert_allclose(params["head"]["kernel"], p, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_sgd_goes_on_to_the_same_bits_and_differs_from_adamw(
     config, model, params, split, tmp_path):
   def job_of(**changes):
@@ -252,6 +253,7 @@ def test_weight_decay_spares_norms_and_biases():
 
 @pytest.mark.parametrize("blocks, tune_norm, start", [
     (1, False, DEPTH - 1), (2, False, DEPTH - 2), (0, False, 0), (1, True, 0)])
+@pytest.mark.sweep(keep=1)
 def test_what_lies_below_all_that_is_tuned_runs_once(
     config, model, params, split, tmp_path, blocks, tune_norm, start):
   """Against a drop-path of almost nothing, which takes the uncached way."""
@@ -384,6 +386,7 @@ def test_label_smoothing_is_optax_on_smoothed_targets(
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.sweep(keep=1)
 def test_a_padded_head_trains_as_the_task_s_own(
     model, params, split, smoothing):
   """Loss, gradients and AdamW with decay of everything, against no padding."""
@@ -438,6 +441,7 @@ def test_decay_leaves_the_padding_where_it_is(model, params, split):
   assert loss[0] < 1.1 * np.log(CLASSES)  # not log(512)
 
 
+@pytest.mark.slow
 def test_tasks_of_any_number_of_classes_share_every_compilation(
     config, model, params, split, tmp_path):
   seen = []

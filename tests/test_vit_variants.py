@@ -135,6 +135,7 @@ def test_the_parameters_that_it_names_are_there(fields):
 
 
 @pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.sweep(keep=2)
 def test_features_from_a_block_s_tokens_are_the_features(fields):
   module = tiny(fields)
   params = random_params(module)
@@ -157,6 +158,7 @@ def test_features_from_a_block_s_tokens_are_the_features(fields):
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("variant", [
     "ssf", "ttc", "sct/qv"])
+@pytest.mark.sweep(keep=5)
 def test_methods_merge_exactly(config, split, fields, variant):
   module = tiny(fields)
   params, model = tuned_params(module), model_lib.Model(module, "half")
@@ -184,6 +186,7 @@ def test_norms_fold(split, fields):
 
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("variant", ["vpt_shallow", "vpt_deep"])
+@pytest.mark.sweep(keep=4)
 def test_prompts_stand_between_registers_and_patches(
     config, split, fields, variant):
   """Prompts that no query looks at change nothing."""
