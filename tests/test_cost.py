@@ -48,6 +48,7 @@ def test_the_list_has_every_method_with_its_cost(rows):
     assert row["source"] and row["what"].endswith(".")
 
 
+@pytest.mark.slow
 def test_the_table_is_aligned(rows):
   header, *lines = listing.table(list(rows.values())).splitlines()
   column = header.index("source")
