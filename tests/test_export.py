@@ -172,7 +172,7 @@ SWIN = ("swin_ti", {"window": 4}, "ttc")
 @pytest.mark.parametrize("backbone, fields, method", [
     *VIT_S, SCALED, SWIN, DINOV3, SIGLIP, CLIP, FC_NORM,
     ("vit_ti8", {"gelu": "exact", "pool": "gap"}, "layernorm")])
-@pytest.mark.sweep(keep=5)
+@pytest.mark.sweep(keep=3)
 def test_timm_s_own_model(tmp_path, monkeypatch, backbone, fields, method):
   import_timm()
   bundle = save(tmp_path, method, backbone, fields)

@@ -339,7 +339,7 @@ def prepared(config, variant, model, params, split):
 
 @pytest.mark.parametrize("variant", [
     v for v in VARIANTS if v not in RULES_ALONE and "vpt" not in v])
-@pytest.mark.sweep(keep=8)
+@pytest.mark.sweep(keep=6)
 def test_starts_as_the_pretrained_model(config, model, params, split, variant):
   _, tuned, new, buffers = prepared(config, variant, model, params, split)
   np.testing.assert_array_equal(
@@ -359,7 +359,7 @@ def test_ssf_starts_near_the_pretrained_model(config, model, params, split):
 @pytest.mark.parametrize("pool", ["cls", "gap"])
 @pytest.mark.parametrize(
     "variant", [v for v in VARIANTS if v not in RULES_ALONE])
-@pytest.mark.sweep(keep=12)
+@pytest.mark.sweep(keep=8)
 def test_what_can_be_merged_is_exact_and_the_rest_says_why_not(
     config, model, params, split, variant, pool):
   model = model._replace(backbone=model.backbone.clone(pool=pool))

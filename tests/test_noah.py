@@ -52,7 +52,7 @@ def cut(name, leaf, genome):
 @pytest.mark.parametrize("genome, pool, released, final_norm", [
     *itertools.product(GENOMES, ("cls", "gap"), (False, True), (True,)),
     *itertools.product(GENOMES[:1], ("gap",), (False, True), (False,))])
-@pytest.mark.sweep(keep=6)
+@pytest.mark.sweep(keep=3)
 def test_a_masked_supernet_is_the_small_network(
     config, model, params, split, genome, pool, released, final_norm):
   model = model._replace(backbone=model.backbone.clone(

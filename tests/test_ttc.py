@@ -74,7 +74,7 @@ def test_starts_as_the_identity(config, model, params, split, position):
 @pytest.mark.parametrize("position", ["mlp", "mhsa", "both"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("blocks", [0, 2])
-@pytest.mark.sweep(keep=6)
+@pytest.mark.sweep(keep=4)
 def test_merged_equals_unmerged(config, model, params, split, position, bias,
                                 blocks):
   config.position, config.bias, config.blocks = position, bias, blocks

@@ -158,7 +158,7 @@ def test_features_from_a_block_s_tokens_are_the_features(fields):
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("variant", [
     "ssf", "ttc", "sct/qv"])
-@pytest.mark.sweep(keep=5)
+@pytest.mark.sweep(keep=3)
 def test_methods_merge_exactly(config, split, fields, variant):
   module = tiny(fields)
   params, model = tuned_params(module), model_lib.Model(module, "half")

@@ -116,7 +116,7 @@ def features_of(row):
 
 
 @pytest.mark.parametrize("name", vtab.ROWS)
-@pytest.mark.sweep(keep=12)
+@pytest.mark.sweep(keep=6)
 def test_a_row_reads_its_data_set(data, small_rows, tmp_path, name):
   task = tasks.load(name, size=16, data=str(data), cache=str(tmp_path))
   row = vtab.ROWS[name]
