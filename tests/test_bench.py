@@ -32,7 +32,7 @@ def step_flops(model, stage, base):
     ViT(128, 2, 2, 512, patch=8, image_size=32, pool="gap"),
     # Grids of 10 and 5 tokens a side, padded to 12 and 8.
     Swin(64, (1, 1), 2, image_size=40, window=4)])
-@pytest.mark.sweep(keep=1)
+@pytest.mark.slow
 def test_the_compiled_step_has_no_gradient_of_a_frozen_weight(backbone):
   config = default()
   config.k, config.score = 16, "random"

@@ -320,6 +320,7 @@ def test_blocks_below_the_first_module_run_once(
       features(tuned, new, split.images, buffers), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_the_same_way(
     config, model, params, split, tmp_path, monkeypatch):
   asked = []

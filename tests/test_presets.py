@@ -272,7 +272,7 @@ def test_protocol_names_a_preset_or_what_is_trained_on():
 
 
 @pytest.mark.parametrize("name", ["sct", "ssf", "vpt", "noah"])
-@pytest.mark.sweep(keep=1)
+@pytest.mark.slow
 def test_a_preset_runs_on_digits_by_its_general_settings(
     name, small, tmp_path, monkeypatch):
   c = vtab_config(f"task=digits,protocol={name},runlocal")

@@ -59,6 +59,7 @@ def hugging_face(size, embed, depths, heads, window):
 @pytest.mark.parametrize("variant, size", [
     ("window 7", 224), ("window 7", 288), ("window 4", 128),
     ("window 4", 160)])
+@pytest.mark.sweep(keep=2)
 def test_features_are_hugging_face_s(variant, size, tmp_path, monkeypatch):
   import torch
   fields = VARIANTS[variant]

@@ -63,6 +63,7 @@ def test_gradients_of_the_handler():
 
 
 @pytest.mark.parametrize("position", ttc.POSITIONS)
+@pytest.mark.sweep(keep=2)
 def test_starts_as_the_identity(config, model, params, split, position):
   config.position = position
   _, with_adapter, new, buffers = prepared(config, model, params, split)

@@ -321,6 +321,7 @@ CASES = [("vit_ti16", TI16, 48, 48), ("vit_ti16", TI16, 64, 48),
 
 
 @pytest.mark.parametrize("name, size, trained, used", CASES)
+@pytest.mark.sweep(keep=1)
 def test_timm_files_equal_hugging_face(
     torch, transformers, tmp_path, name, size, trained, used):
   model = scramble(torch, vit_model(transformers, size, trained))
