@@ -237,6 +237,7 @@ def hugging_face(folder):
   safetensors.numpy.save_file(hf_tensors(), path)
   with open(os.path.join(folder, "config.json"), "w") as f:
     json.dump({"model_type": "vit", "hidden_act": "gelu",
+               "num_attention_heads": 2,
                "layer_norm_eps": 1e-12}, f)
   return path, fit
 
