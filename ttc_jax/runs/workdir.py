@@ -134,7 +134,7 @@ class WorkDir:
       (self.path / "runs").mkdir(parents=True, exist_ok=True)
       with files.lock(self._path(".config.lock"), wait=True):
         if not file.exists():
-          self._write(file, config)
+          self._write(file, dict(sorted(config.items())))
       old = json.loads(file.read_text())
     except (OSError, ValueError) as e:
       raise UserError(f"work directory '{self}' cannot be used: {e}") from e
@@ -284,9 +284,7 @@ class WorkDir:
 
   @staticmethod
   def _write(path: epath.Path, value: Any) -> None:
-    files.write_text(os.fspath(path), json.dumps(
-        value, indent=2, sort_keys=isinstance(value, dict)
-        and path.name == "config.json") + "\n")
+    files.write_text(os.fspath(path), json.dumps(value, indent=2) + "\n")
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
