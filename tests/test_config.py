@@ -108,8 +108,8 @@ def test_a_default_cannot_be_misspelt():
 
 def test_variants_cannot_set_what_all_share():
   c = config_lib.default()
-  c.variants = config_lib.variants(ttc=dict(image_size=96))
-  with pytest.raises(UserError, match="sets image_size, which all"):
+  c.variants = config_lib.variants(ttc=dict(cache="elsewhere"))
+  with pytest.raises(UserError, match="sets cache, which all"):
     config_lib.check(c)
 
 
@@ -170,7 +170,7 @@ def test_a_run_is_named_by_its_values_not_by_where_they_came_from(vit):
     c.lr, c.per_task, c.k = lr, per_task, 4
     c = jobs.variants(c, "dtd")["ttc"]
     return jobs.Run("dtd", "ttc", c, methods.load("ttc", c, vit), "final", 0,
-                    "digest").name
+                    "digest", "sha").name
   plain = name(0.5, {})
   assert plain == name(0.1, {"dtd": dict(lr=0.5), "svhn": dict(lr=0.7)})
   assert plain != name(0.5, {"dtd": dict(scale=0.5)})
@@ -217,6 +217,28 @@ def test_scale_is_tried_with_the_methods_that_have_one():
         dict(lr=lr, scale=s) for lr in (0.1, 0.2) for s in (0.5, 1.0)]
   c.method = "adapter"
   assert jobs.settings(c) == [dict(lr=0.1), dict(lr=0.2)]
+
+
+def further(tried, best, steps=2, **grid):
+  c = config_lib.default()
+  c.grid.lr, c.grid_steps = (1e-2, 1e-3), steps
+  c.grid.update(grid)
+  return jobs.further_settings(c, tried, best)
+
+
+def test_the_grid_grows_where_the_best_rate_is_at_its_edge():
+  assert further([1e-3, 1e-2], 1e-2) == [dict(lr=0.1)]
+  assert further([1e-3, 1e-2], 1e-3) == [dict(lr=1e-4)]
+  assert further([1e-3, 1e-2, 0.1], 0.1) == [dict(lr=1.0)]
+  assert further([1e-3, 1e-2], 1e-2, weight_decay=(0.1, 0.2)) == [
+      dict(lr=0.1, weight_decay=w) for w in (0.1, 0.2)]
+
+
+def test_the_grid_does_not_grow_where_the_best_rate_is_within_or_steps_are_out(
+    ):
+  assert further([1e-3, 1e-2, 0.1], 1e-2) == []
+  assert further([1e-3, 1e-2], 1e-2, steps=0) == []
+  assert further([1e-3, 1e-2, 0.1, 1.0], 1.0) == []
 
 
 @pytest.mark.parametrize("key", ["warmup_lr", "min_lr"])

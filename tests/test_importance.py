@@ -1,4 +1,5 @@
 """The Taylor score has three forms; all are the same number (method.md)."""
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,8 +7,10 @@ import optax
 import pytest
 
 from tests.conftest import DEPTH, WIDTH
-from ttc_jax import importance, parallel, taps, trees
+from ttc_jax import importance, normalisation, parallel, taps, trees
+from ttc_jax.backbones.layers import Site
 from ttc_jax.errors import RunError, UserError
+from ttc_jax.model import Model
 
 SITES = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -142,3 +145,112 @@ def test_top_k_keeps_the_largest_in_order_and_the_lower_index_of_equals():
   assert not importance.tied(scores, 2)
   assert importance.tied(scores, 1) and importance.tied(equal, 2)
   assert not importance.tied(equal, 5)
+
+
+def numpy_map_gradient(params, images, labels):
+  """G = dL/dM at M = 0, in numpy: features = mean over tokens of (y + y M),
+  logits = features H + b, L summed over images. {block: (D, D)} of a backbone
+  of one linear layer a block, `y_1 = y_0 W_1` and so on (no nonlinearity)."""
+  x = images.astype(np.float64)
+  kernels, head = params["kernels"], params["head"]
+  ys, y = [], x
+  for w in kernels:
+    y = y @ w
+    ys.append(y)
+  logits = y.mean(1) @ head["kernel"] + head["bias"]
+  p = np.exp(logits - logits.max(1, keepdims=True))
+  p /= p.sum(1, keepdims=True)
+  p[np.arange(len(labels)), labels] -= 1
+  g = np.repeat((p @ head["kernel"].T)[:, None] / x.shape[1], x.shape[1], 1)
+  found = {}
+  for block in reversed(range(len(kernels))):
+    found[block] = np.einsum("bni,bnj->ij", ys[block], g)
+    g = g @ kernels[block].T
+  return found
+
+
+class Layers(nn.Module):
+  """A backbone of linear layers alone, whose gradients numpy can write down."""
+  width: int = 6
+  depth: int = 2
+  dtype: type = jnp.float32
+
+  @property
+  def sites(self):
+    return {"fc2": tuple(Site(self.width, self.width, f"fc{i}")
+                         for i in range(self.depth))}
+
+  @nn.compact
+  def __call__(self, x, mask=None, tap=None, train=False):
+    for i in range(self.depth):
+      y = nn.Dense(self.width, use_bias=False, name=f"fc{i}")(x)
+      x = tap("fc2", i, y, x)
+    return x.mean(1)
+
+
+@pytest.fixture
+def layers():
+  """(model, params, images as tokens (N, T, D), labels, numpy's G)."""
+  width, classes = 6, 3
+  rng = np.random.default_rng(0)
+
+  def draw(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+  kernels = [draw(width, width) for _ in range(2)]
+  head = {"kernel": draw(width, classes), "bias": draw(classes)}
+  params = {"backbone": {f"fc{i}": {"kernel": k}
+                         for i, k in enumerate(kernels)},
+            "adapter": {}, "head": head}
+  images, labels = draw(10, 4, width), rng.integers(0, classes, 10)
+  want = numpy_map_gradient({"kernels": kernels, "head": head}, images, labels)
+  return Model(Layers(), "none"), params, images, labels, want
+
+
+@pytest.fixture
+def as_they_are(monkeypatch):
+  """Images that are tokens already."""
+  monkeypatch.setattr(normalisation, "apply", lambda images, name: images)
+
+
+def test_gradient_of_the_full_map_is_numpy_s(layers, as_they_are):
+  model, params, images, labels, want = layers
+  got = importance.map_gradient(
+      model, parallel.replicate(params), {}, images, labels, ("fc2",), 4)
+  for block, g in want.items():
+    np.testing.assert_allclose(got["fc2"][block], g, rtol=1e-4, atol=1e-4)
+
+
+def test_block_scores_keep_what_peeling_numpy_s_gradient_keeps(
+    layers, as_they_are):
+  model, params, images, labels, want = layers
+  scores = importance.score(
+      "block", model, parallel.replicate(params), {}, images, labels, ("fc2",),
+      batch_size=4)["fc2"]
+  for block, g in want.items():
+    left = list(range(len(g)))
+    while left:  # by definition: without which channel does most remain?
+      np.testing.assert_array_equal(
+          importance.top_k(scores[block], len(left)), left)
+      left = max(([x for x in left if x != i] for i in left), key=lambda s:
+                 np.square(g[np.ix_(s, s)]).sum())
+
+
+def test_diagonal_of_the_full_map_s_gradient_is_the_taylor_score(
+    model, params, split):
+  """Up to the bias, which Eq. 10 leaves out: S_i = G_ii - b_i sum dL/dy_i."""
+  flat = dict(trees.flatten(params["backbone"]))
+  for layer in model.backbone.sites["fc2"]:
+    flat[f"{layer.path}/bias"] = np.zeros(layer.width, np.float32)
+  params = params | {"backbone": trees.unflatten(flat)}
+  on_devices = parallel.replicate(params)
+  g = importance.map_gradient(model, on_devices, {}, split.images,
+                              split.labels, ("fc2",), 10)["fc2"]
+  taylor = score("taylor", model, params, split, ("fc2",))["fc2"]
+  for block in range(DEPTH):
+    np.testing.assert_allclose(np.diagonal(g[block]), taylor[block],
+                               rtol=1e-3, atol=1e-4)
+
+
+def test_peeling_drops_the_higher_of_equal_channels_first():
+  np.testing.assert_array_equal(
+      importance.peel(np.ones((4, 4))), [3, 2, 1, 0])

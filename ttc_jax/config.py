@@ -17,9 +17,11 @@ from ttc_jax.errors import UserError, check_known
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
 # Keys that all runs share.
-SHARED = ("tasks", "data", "variants", "backbone", "weights", "gelu", "window",
-          "dtype", "matmul_precision", "image_size", "resample", "cache",
-          "cache_gib", "plots", "compilation_cache", "keep_stages")
+SHARED = ("tasks", "data", "variants", "experiment", "matmul_precision",
+          "cache", "cache_gib", "plots", "compilation_cache", "keep_stages")
+# Keys that all tasks of a variant share.
+OF_A_BASE = ("backbone", "weights", "gelu", "window", "dtype", "image_size",
+             "resample")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -43,11 +45,20 @@ def default() -> ml_collections.ConfigDict:
   # over both.
   c.per_task = ml_collections.ConfigDict()
   c.seeds = (0,)
+  # A table or figure of the paper, see ttc_jax/experiments: it is made when
+  # the runs are done. Experiments may share a work directory.
+  c.experiment = ""
+  c.measures = ()             # of final runs, see ttc_jax/measures
   # val: train on 800, report the 200. final: train on 1000, report the test
   # set. select: val for every setting of `grid`, then final with the best.
   c.protocol = "final"
-  # Every combination is tried; `scale` for the methods that have it.
-  c.grid = ml_collections.ConfigDict(dict(lr=(), weight_decay=(), scale=()))
+  # Every combination is tried; `scale` and `adapter_lr` for the methods that
+  # have them.
+  c.grid = ml_collections.ConfigDict(dict(
+      lr=(), weight_decay=(), scale=(), adapter_lr=()))
+  # How many rates beyond grid.lr may be tried, at its spacing, while the best
+  # one is the lowest or the highest.
+  c.grid_steps = 0
 
   c.backbone = ""             # e.g. "vit_b16"; empty: what the weights say
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
@@ -86,12 +97,13 @@ def default() -> ml_collections.ConfigDict:
   # In the last blocks; 0: the paper's, all of a ViT, of a Swin the last half
   # of stage 3 and stage 4.
   c.blocks = 0
-  c.score = "taylor"          # taylor_abs, taylor_square, l2, random
+  c.score = "taylor"          # taylor_abs, taylor_square, block, l2, random
   c.scale = 1.0
   c.bias = False
   c.stage1 = "norm"           # linear, none
   c.tune_norm = True          # in stage 2
   c.tune = "channels"         # rows: the kernel's selected rows (Table 7)
+  c.adapter_lr = 1.0          # learning rate of the map, in times of lr
 
   # The other methods, as published; k, blocks and scale are SCT's too.
   c.adapter = ml_collections.ConfigDict(dict(
@@ -240,7 +252,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
-              "limit", "window", "cache_gib"):
+              "limit", "window", "cache_gib", "adapter_lr", "grid_steps"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs
@@ -302,7 +314,7 @@ def _check_present(where, values, like):
 def _check_per_task(where, holder, config):
   for task, overrides in holder.get("per_task", {}).items():
     _check_keys(f"{where}.per_task.{task}", overrides, config,
-                (*SHARED, "per_task", "method"))
+                (*SHARED, *OF_A_BASE, "per_task", "method"))
 
 
 def _check_keys(where, overrides, config, refused):

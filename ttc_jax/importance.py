@@ -11,7 +11,14 @@ L with respect to a factor on row i, at 1: the gradient of the backbone's mask.
   l2             the norm of y_i over all examples and tokens
   class_l2       that norm over the patch tokens of a class, averaged over the
                  classes (SCT's; of any site, not only of linear layers)
+  block          rank in the order in which `peel` keeps channels: the K last
+                 ones carry the most of the gradient that stage 2 can use
   random         a seeded draw
+
+`block` is ours. With a full map M at the insertion point, x + x M, the gradient
+G = dL/dM at M = 0 has, up to the bias, the Taylor score as its diagonal:
+G_ij = sum over examples and tokens of x_i dL/dx_j. Stage 2 trains the K x K
+block of M on the selected channels, so a set S is worth sum_{i,j in S} G_ij^2.
 """
 import functools
 
@@ -55,10 +62,34 @@ def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
     rng = np.random.default_rng(seed)
     return {s: [rng.random(layer.width, np.float32)
                 for layer in model.backbone.sites[s]] for s in sites}
+  total = _sum(SCORES[name], model, params, buffers, images, labels, sites,
+               batch_size)
+  scores = _reduce(name, total, model, params, sites)
+  for site, values in scores.items():
+    if not all(np.isfinite(value).all() for value in values):
+      raise RunError(
+          f"the {name} score of site {site!r} is not finite: the model before "
+          "the selection has diverged; lower config.lr")
+  return scores
+
+
+def map_gradient(model: Model, params: trees.Tree, buffers: trees.Tree,
+                 images: np.ndarray, labels: np.ndarray,
+                 sites: tuple[str, ...], batch_size: int = 64) -> Scores:
+  """Returns G = dL/dM at M = 0 of y + y M: {site: [(D, D) of each block]}.
+
+  Arguments as of `score`. The diagonal is the Taylor score, up to the bias.
+  """
+  return _sum(_map_gradient, model, params, buffers, images, labels, sites,
+              batch_size)
+
+
+def _sum(fn, model, params, buffers, images, labels, sites, batch_size):
+  """The sum of `fn` over all images and devices, on the host."""
   # A bfloat16 sum over a batch would reorder the channels.
   model = model._replace(backbone=model.backbone.clone(dtype=jnp.float32))
   batch_size = parallel.round_up(min(batch_size, len(images)))
-  step = _accumulate(SCORES[name], model, sites)
+  step = _accumulate(fn, model, sites)
   total = None
   for start in range(0, len(images), batch_size):
     x, y = (a[start:start + batch_size] for a in (images, labels))
@@ -68,14 +99,7 @@ def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
                             parallel.pad_to(y, batch_size), weight))
     part = step(params, buffers, *batch)
     total = part if total is None else jax.tree.map(jnp.add, total, part)
-  total = parallel.unreplicate(total)
-  scores = _reduce(name, total, model, params, sites)
-  for site, values in scores.items():
-    if not all(np.isfinite(value).all() for value in values):
-      raise RunError(
-          f"the {name} score of site {site!r} is not finite: the model before "
-          "the selection has diverged; lower config.lr")
-  return scores
+  return parallel.unreplicate(total)
 
 
 def _sum_loss(model, params, buffers, batch, mask=None, tap=None):
@@ -124,6 +148,29 @@ def _features(model, sites, params, buffers, images):
               if site == s] for s in sites}
 
 
+def _map_gradient(model, sites, params, buffers, batch):
+  """G = dL/dM at M = 0 of y + y M: {site: [(D, D) of each block]}."""
+  shapes = jax.eval_shape(
+      lambda images: _recorded(model, sites, params, buffers, images), batch[0])
+  zeros = {at: jnp.zeros((y.shape[-1],) * 2) for at, y in shapes.items()}
+
+  def loss(maps):
+    def tap(site, block, y, x):
+      del x
+      at = f"{site}/{block}"
+      return y + y @ maps[at] if at in maps else y
+    return _sum_loss(model, params, buffers, batch, tap=tap)
+  gradient = jax.grad(loss)(zeros)
+  return {s: [gradient[f"{s}/{i}"] for i in range(model.backbone.depth)]
+          for s in sites}
+
+
+def _recorded(model, sites, params, buffers, images):
+  seen: dict[tuple[str, int], jax.Array] = {}
+  model.features(params, images, buffers, extra_tap=taps.record(sites, seen))
+  return {f"{site}/{block}": y for (site, block), y in seen.items()}
+
+
 def _squares(model, sites, params, buffers, batch):
   """Sums of y_i^2 over examples and tokens: (D,) each."""
   images, _, weight = batch
@@ -150,6 +197,7 @@ SCORES = {
     "taylor_square": _kernel_gradient,
     "l2": _squares,
     "class_l2": _class_squares,
+    "block": _map_gradient,
     "random": None,
 }
 
@@ -164,6 +212,8 @@ def _accumulate(fn, model, sites):
 def _reduce(name, total, model, params, sites):
   if name == "taylor":
     return total
+  if name == "block":
+    return jax.tree.map(lambda g: peel(np.square(g)), total)
   if name == "l2":
     return jax.tree.map(np.sqrt, total)
   if name == "class_l2":
@@ -175,6 +225,29 @@ def _reduce(name, total, model, params, sites):
       for g, w, layer in zip(total[s], weights[s], model.backbone.sites[s],
                              strict=True)]
       for s in sites}
+
+
+def peel(energy: np.ndarray) -> np.ndarray:
+  """Returns ranks (D,), float32: the K highest are a set with much energy.
+
+  The energy of a set S is sum_{i,j in S} of `energy`. Starting from all
+  channels, the one without which the rest keeps the most is dropped: the one
+  with the least sum of its row and column among what is left. The first to go
+  has rank 0. Of equal channels the higher index goes first.
+
+  Args:
+    energy: (D, D), not negative.
+  """
+  energy = np.asarray(energy, np.float64)
+  diagonal = energy.diagonal()
+  loss = energy.sum(0) + energy.sum(1) - diagonal
+  ranks = np.empty(len(energy), np.float32)
+  for rank in range(len(energy)):
+    last = len(loss) - 1 - int(np.argmin(loss[::-1]))
+    ranks[last] = rank
+    loss -= energy[last] + energy[:, last]
+    loss[last] = np.inf
+  return ranks
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from absl import flags
 
 from ttc_jax import checkpoint, cli, compilation, interrupt, report
 from ttc_jax.errors import UserError, printable
+from ttc_jax.report import grid
 from ttc_jax.runs.session import Session
 
 _CONFIG = cli.define_config()
@@ -22,9 +23,16 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def default_workdir(config, config_file: str) -> str:
-  """Returns a folder of checkpoints/runs named after the configuration."""
+  """Returns a folder of checkpoints/runs named after the configuration.
+
+  Experiments that differ in their variants alone have the same one.
+  """
   stem = os.path.splitext(os.path.basename(config_file))[0]
-  key = checkpoint.digest(json.loads(config.to_json_best_effort()))[:8]
+  named = json.loads(config.to_json_best_effort())
+  if config.experiment:
+    for key in ("experiment", "variants", "measures"):
+      named.pop(key)
+  key = checkpoint.digest(named)[:8]
   return os.path.join("checkpoints", "runs", f"{stem}-{key}")
 
 
@@ -45,10 +53,30 @@ def main(argv: list[str]) -> int:
   for task, why in session.missing.items():
     print(printable(f"skipped: {task}: {why}"), file=sys.stderr)
   session.run_all()
-  _conclude(session)
+  if config.experiment:
+    _conclude_experiment(session)
+  else:
+    _conclude(session)
+  print(compilation.count())
   for name, why in [*session.missing.items(), *session.failed.items()]:
     print(printable(f"failed: {name}: {why}"), file=sys.stderr)
   return 1 if session.missing or session.failed else 0
+
+
+def _conclude_experiment(session: Session) -> None:
+  """Writes the tables and pictures of an experiment, prints the tables."""
+  from ttc_jax import experiments
+  name, config = session.config.experiment, session.config
+  shown = experiments.show(name, experiments.Results(
+      experiments.title(name), session.rows(),
+      [*session.tasks, *session.missing], session.base, config,
+      session.workdir))
+  for one in shown:
+    if isinstance(one, experiments.Grid):
+      print(f"\n{grid.text(one)}", end="")
+  print()
+  for path in experiments.write(name, shown, session.workdir):
+    print(f"written: {printable(path)}")
 
 
 def _conclude(session: Session) -> None:
@@ -62,7 +90,6 @@ def _conclude(session: Session) -> None:
         print(f"plot: {file}")
     workdir.write_table(text)
     print(f"\n{text}\nRows, bundles and curves: {printable(str(workdir))}")
-  print(compilation.count())
 
 
 if __name__ == "__main__":

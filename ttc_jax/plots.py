@@ -62,7 +62,7 @@ def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:
         "module", "norm", "head")) for r in mine])
     spread = np.std(scores, ddof=1) if len(scores) > 1 else None
     axes.errorbar(count, np.mean(scores), yerr=spread, capsize=2,
-                  label=_label(variant), linestyle="none", **_mark(i))
+                  label=label(variant), linestyle="none", **_mark(i))
   axes.set_xscale("log")
   axes.set_xlabel("tuned parameters, head included")
   tasks = len({r["task"] for r in rows})
@@ -98,7 +98,7 @@ def by_task(table: tables.Table, interval: bool = False) -> Figure:
               transform=axes.get_xaxis_transform())
     if first:
       axes.axvline(first - 0.5, color="0.6", linewidth=0.8)
-  axes.set_xticks(across, [_label(c.title) for c in table.columns],
+  axes.set_xticks(across, [label(c.title) for c in table.columns],
                   rotation=45, ha="right", rotation_mode="anchor")
   axes.set_xlim(-0.6, len(across) - 0.4)
   axes.grid(axis="x", visible=False)
@@ -114,10 +114,10 @@ def _dots(axes, line, offset, interval, **look):
   axes.errorbar(
       [x + offset for x, _ in known], [s.mean for _, s in known],
       yerr=[s or 0.0 for s in spreads] if any(spreads) else None,
-      label=_label(line.name), linestyle="none", elinewidth=1, **look)
+      label=label(line.name), linestyle="none", elinewidth=1, **look)
 
 
-def _label(name):
+def label(name: str) -> str:
   """Escapes a name: "$" begins a formula, "_" in front hides from legends."""
   return " " * name.startswith("_") + printable(name).replace("$", r"\$")
 
@@ -138,7 +138,7 @@ def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   for i, (run, records) in enumerate(curves.items()):
     at = [r["epoch"] for r in records]
     axes.plot(at, [r["val_top1"] for r in records], color=f"C{i % 10}",
-              label=_label(run))
+              label=label(run))
     axes.plot(at, [r["mean_top1"] for r in records], color=f"C{i % 10}",
               alpha=0.4, linestyle="--")
   axes.set_xlabel("generation")

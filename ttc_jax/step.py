@@ -46,6 +46,7 @@ class Hyper(NamedTuple):
   Attributes:
     warmup, steps: optimiser steps of the stage.
     classes: of the task; the head's columns beyond are padding.
+    adapter_lr: factor on the learning rate of the adapter.
   """
   lr: Number
   weight_decay: Number
@@ -54,16 +55,18 @@ class Hyper(NamedTuple):
   classes: Number
   warmup_lr: Number
   min_lr: Number
+  adapter_lr: Number
 
 
 def make_hyper(config: ml_collections.ConfigDict, steps_per_epoch: int,
-               classes: int) -> Hyper:
+               classes: int, adapter_lr: float = 1.0) -> Hyper:
   """Returns a stage's numbers, as numpy scalars."""
   return Hyper(
       np.float32(config.lr), np.float32(config.weight_decay),
       np.int32(round(config.warmup_epochs * steps_per_epoch)),
       np.int32(config.epochs * steps_per_epoch), np.int32(classes),
-      np.float32(config.warmup_lr), np.float32(config.min_lr))
+      np.float32(config.warmup_lr), np.float32(config.min_lr),
+      np.float32(adapter_lr))
 
 
 class Learner(NamedTuple):
@@ -127,6 +130,9 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
     loss, grads = jax.value_and_grad(loss_fn)(params, fixed, batch, key)
     updates, opt_state = tx.update(
         parallel.pmean(grads), learner.opt_state, params)
+    if "adapter" in updates:  # not where the head alone is trained
+      updates["adapter"] = jax.tree.map(
+          lambda u: hyper.adapter_lr * u, updates["adapter"])
     params = optax.apply_updates(params, updates)
     params["head"] = keep_padding(params["head"], hyper.classes)
     tuned, _ = trees.split(params, labels, "tune")

@@ -49,7 +49,7 @@ SCORED_AT = {"fc2": "fc2", "proj": "proj", "block": "fc2", "attention": "proj"}
 STAGE_1 = {"norm": (ALIGN,), "linear": (TUNE_HEAD,), "none": ()}
 
 OPTIONS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
-           "tune_norm", "tune")
+           "tune_norm", "tune", "adapter_lr")
 
 
 def adapt(p: dict[str, jax.Array], y: jax.Array, x: jax.Array) -> jax.Array:
@@ -92,7 +92,9 @@ def select_channels(
   that is not finite.
   """
   layers = context.model.backbone.sites
-  scored = tuple(SCORED_AT[s] for s in sites)
+  # Stage 2's map acts on the insertion point itself, and so does `block`.
+  scored = (sites if score == "block"
+            else tuple(SCORED_AT[s] for s in sites))
   scores = importance.score(
       score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
@@ -100,12 +102,12 @@ def select_channels(
   buffers: trees.Tree = {}
   for site, at in zip(sites, scored, strict=True):
     adapter[site], buffers[site] = {}, {}
-    depth = len(layers[at])
+    depth = len(scores[at])
     for i in range(depth - blocks, depth):
       if importance.tied(scores[at][i], k):
         logging.warning("equal %s scores at the cut in block %d of '%s': the "
                         "lower index was taken", score, i, at)
-      inputs = layers[at][i].inputs if rows else k
+      inputs = layers[site][i].inputs if rows else k
       adapter[site][str(i)] = {"kernel": np.zeros((inputs, k), np.float32)}
       if bias:
         adapter[site][str(i)]["bias"] = np.zeros(k, np.float32)

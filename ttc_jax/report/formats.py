@@ -103,14 +103,14 @@ def align(lines: Sequence[Sequence[str]]) -> list[list[str]]:
 def text(table: Table, interval: bool = False) -> str:
   """Writes plain text; two blanks separate columns."""
   lines = align([header(table), *(cells(x, interval) for x in table.lines)])
-  return _paragraphs(
+  return paragraphs(
       table.what + ".", "\n".join("  ".join(x).rstrip() for x in lines),
       "\n".join(notes(table, interval)))
 
 
 def markdown(table: Table, interval: bool = False) -> str:
   """Writes Markdown, aligned in the source too."""
-  return _paragraphs(
+  return paragraphs(
       table.what + ".",
       pipes([header(table), *(cells(x, interval) for x in table.lines)]),
       "\n".join(notes(table, interval)))
@@ -128,19 +128,30 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 
 def latex(table: Table, interval: bool = False) -> str:
   r"""Writes LaTeX for \input; its first line names the packages it needs."""
-  blocks = [[x for x in table.lines if x.kind == kind]
-            for kind in ("run", "published", "difference")]
-  rules = ["\\midrule\n" + "".join(
-      _latex_line(cells(x, interval)) for x in block)
-           for block in blocks if block]
+  blocks = [[latex_line(cells(x, interval)) for x in table.lines
+             if x.kind == kind] for kind in ("run", "published", "difference")]
+  return latex_table(
+      _headings(table) + latex_line(header(table)), blocks,
+      [table.what + ".", *notes(table, interval)], len(header(table)))
+
+
+def latex_table(head: str, blocks: Sequence[Sequence[str]],
+                sentences: Sequence[str], columns: int) -> str:
+  """Writes a table of lines that `latex_line` wrote, a rule above each block.
+
+  Args:
+    head: the lines of the header.
+    sentences: what is set below the table.
+    columns: number of cells in a line.
+  """
+  body = "".join("\\midrule\n" + "".join(block) for block in blocks if block)
   return (
       "% \\usepackage{booktabs,graphicx}\n"
       "\\noindent\\resizebox{\\linewidth}{!}{%\n"
-      f"\\begin{{tabular}}{{l{'r' * (len(header(table)) - 1)}}}\n\\toprule\n"
-      f"{_headings(table)}{_latex_line(header(table))}{''.join(rules)}"
-      "\\bottomrule\n\\end{tabular}}\n\n{\\footnotesize\\noindent\n"
-      + "\\\\\n".join(_escape(note) for note in (
-          table.what + ".", *notes(table, interval))) + "\\par}\n")
+      f"\\begin{{tabular}}{{l{'r' * (columns - 1)}}}\n\\toprule\n"
+      f"{head}{body}\\bottomrule\n\\end{{tabular}}}}\n\n"
+      "{\\footnotesize\\noindent\n"
+      + "\\\\\n".join(map(_escape, sentences)) + "\\par}\n")
 
 
 def _headings(table):
@@ -158,7 +169,7 @@ def _headings(table):
   return " & ".join([*line, *[""] * rest]) + " \\\\\n" + "".join(rules) + "\n"
 
 
-def _latex_line(line):
+def latex_line(line: Sequence[str]) -> str:
   """Writes a line; "-" becomes a dash, "+1.0" and "-1.0" mathematics."""
   out = []
   for i, cell in enumerate(line):
@@ -187,7 +198,7 @@ def csv(table: Table, interval: bool = False) -> str:
   writer = csv_lib.writer(out, lineterminator="\n")
 
   def write(*values):
-    writer.writerow([_csv_cell(x) for x in values])
+    writer.writerow([csv_cell(x) for x in values])
   write("kind", "variant", "method", "protocol", "task", "test", "group",
         "seed", "top1", "lr", "weight_decay",
         *(f"{part}_params" for part in PARTS), "backbone", "run")
@@ -207,7 +218,8 @@ def csv(table: Table, interval: bool = False) -> str:
   return out.getvalue()
 
 
-def _csv_cell(value):
+def csv_cell(value: Any) -> Any:
+  """Returns a cell's value; text that looks like a formula is quoted."""
   if not isinstance(value, str):
     return value
   return ("'" if value.startswith(("=", "+", "-", "@")) else "") + printable(
@@ -235,7 +247,8 @@ def _object(table: Table, line: Line) -> dict[str, Any]:
           "runs": [r["run"] for r in line.rows]}
 
 
-def _paragraphs(*parts):
+def paragraphs(*parts: str) -> str:
+  """Joins the parts that are not empty, a blank line between two."""
   return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -39,6 +39,39 @@ class Base(NamedTuple):
   normalisation: str
 
 
+class Inputs:
+  """The bases and tasks of a session's variants, each loaded once.
+
+  Attributes:
+    tasks: {name: task} that can be read, at the general image size.
+    missing: {name: why its data cannot be read}.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    self.tasks, self.missing = load_tasks(config)
+    self._config = config
+    self._bases: dict[tuple, Base] = {}
+    self._sized: dict[tuple, tasks.Task] = {}
+
+  def base(self, config: ml_collections.ConfigDict) -> Base:
+    """Returns the base of a variant."""
+    key = tuple(config[k] for k in config_lib.OF_A_BASE)
+    if key not in self._bases:
+      self._bases[key] = load_base(config)
+    return self._bases[key]
+
+  def task(self, name: str, config: ml_collections.ConfigDict) -> tasks.Task:
+    """Returns a task that decodes its images at a variant's size."""
+    how = config.image_size, config.resample
+    if how == (self._config.image_size, self._config.resample):
+      return self.tasks[name]
+    if (name, *how) not in self._sized:
+      self._sized[name, *how] = tasks.at_size(
+          self.tasks[name], config.image_size, resample=config.resample,
+          cache=config.cache or None, cache_gib=config.cache_gib)
+    return self._sized[name, *how]
+
+
 def load_base(config) -> Base:
   """Reads the weights and puts them on every device."""
   fields = {"dtype": jnp.dtype(config.dtype)}
@@ -134,18 +167,19 @@ def load_method(config, base: Base) -> methods.Method:
   return methods.load(config.method, config, base.backbone)
 
 
-def check_runs(config, base: Base, loaded: dict[str, tasks.Task]) -> None:
-  """Checks, before any long work, that backbone, tasks and values fit.
+def check_runs(config, inputs: Inputs) -> None:
+  """Checks, before any long work, that backbones, tasks and values fit.
 
   Raises:
     UserError: with the value to change.
   """
-  for name, task in loaded.items():
+  for name, task in inputs.tasks.items():
     for variant in plan.variants(config, name).values():
+      base = inputs.base(variant)
       load_method(resolved(variant, base), base)
       _check_batch_size(variant, task)
   apart = plan.tasks_set_apart(config)
-  general = [name for name in loaded
+  general = [name for name in inputs.tasks
              if not {name, vtab.canonical(name)} & apart.keys()]
   if apart and general:
     logging.warning("config.per_task has nothing for %s: the general settings "

@@ -1,11 +1,12 @@
 """What is to be run: tasks, variants, settings and seeds -> runs."""
+from collections.abc import Iterable
 import itertools
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from ttc_jax import checkpoint, methods, normalisation
-from ttc_jax.config import check
+from ttc_jax.config import check, default
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.runs.workdir import Expected, stem
 from ttc_jax.tasks import folder
@@ -14,9 +15,10 @@ from ttc_jax.vtab import rows as vtab
 
 # Keys that choose which runs there are or where files lie; they change no
 # run's result.
-_PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid", "weights",
-           "cache", "cache_gib", "save_seconds", "protocol", "plots",
-           "compilation_cache", "eval_every", "keep_stages", "method")
+_PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid",
+           "grid_steps", "weights", "cache", "cache_gib", "save_seconds",
+           "protocol", "plots", "compilation_cache", "eval_every",
+           "keep_stages", "method", "experiment", "measures")
 
 
 class Run(NamedTuple):
@@ -27,6 +29,7 @@ class Run(NamedTuple):
     method: its method, options resolved.
     protocol: "val" or "final".
     data: digest of the images and labels.
+    weights: hash of the pretrained weights.
   """
   task: str
   variant: str
@@ -35,6 +38,7 @@ class Run(NamedTuple):
   protocol: str
   seed: int
   data: str
+  weights: str
 
   @property
   def name(self) -> str:
@@ -44,18 +48,22 @@ class Run(NamedTuple):
 
   @property
   def identity(self) -> dict[str, Any]:
-    """JSON of what decides the result, except the weights."""
+    """JSON of what decides the result."""
     return {"task": self.task, "variant": self.variant, "data": self.data,
             "protocol": self.protocol, "seed": self.seed,
-            "config": common_keys(self.config), "method": self.method.name,
-            "options": self.method.options}
+            "weights": self.weights, "config": common_keys(self.config),
+            "method": self.method.name, "options": self.method.options}
 
 
 def common_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the values that decide a result and belong to no method."""
-  options = methods.option_keys()
+  """Returns the values that decide a result and belong to no method.
+
+  Those that are the default are left out: a key that a later version adds
+  renames no finished run. A default must therefore never be changed.
+  """
+  options, usual = methods.option_keys(), default()
   return {k: v for k, v in config.items()
-          if k not in _PLACES and k not in options}
+          if k not in _PLACES and k not in options and v != usual[k]}
 
 
 def variants(config, task: str = "") -> dict[str, ml_collections.ConfigDict]:
@@ -98,14 +106,34 @@ def tasks_set_apart(config) -> dict[str, None]:
 def settings(config) -> list[dict[str, float]]:
   """The settings of the grid, smallest values first.
 
-  A scale is tried with the methods that have one only.
+  The keys of the grid that a method has as options are tried with it only.
   """
-  keys = ["lr", "weight_decay"]
-  if "scale" in methods.options_of(config.method):
-    keys.append("scale")
-  grid = {k: sorted(config.grid[k]) for k in keys if config.grid[k]}
+  options = methods.options_of(config.method)
+  grid = {k: sorted(values) for k, values in config.grid.items()
+          if values and (k in ("lr", "weight_decay") or k in options)}
   return [dict(zip(grid, values, strict=True))
           for values in itertools.product(*grid.values())]
+
+
+def further_settings(config, tried: Iterable[float],
+                     best: float) -> list[dict[str, float]]:
+  """The settings with a learning rate beyond those tried, or none.
+
+  There is one while the best rate is the lowest or the highest one and fewer
+  than `config.grid_steps` were added; the distance is that of the grid.
+  """
+  given, rates = sorted(set(config.grid.lr)), sorted(set(tried))
+  if len(given) < 2 or len(rates) - len(given) >= config.grid_steps:
+    return []
+  if best == rates[-1]:
+    new = best * given[-1] / given[-2]
+  elif best == rates[0]:
+    new = best * given[0] / given[1]
+  else:
+    return []
+  wider = config.copy_and_resolve_references()
+  wider.grid.lr = (float(f"{new:.2g}"),)
+  return settings(wider)
 
 
 def expected(config) -> Expected:

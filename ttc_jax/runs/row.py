@@ -72,7 +72,8 @@ def _facts(run, base, task, job):
       "weights": base.source.name, "weights_sha256": base.source.sha256,
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": run.data, "options": options,
-      **{key: options.get(key) for key in ("k", "position", "score", "scale")},
+      **{key: options.get(key) for key in (
+          "k", "position", "score", "scale", "adapter_lr")},
       **{key: c[key] for key in _OF_CONFIG},
       "stages": [s.name for s in run.method.stages],
       "train_count": len(job.train.labels),

@@ -8,7 +8,8 @@ import time
 
 import ml_collections
 
-from ttc_jax import compilation, interrupt, train
+from ttc_jax import compilation, interrupt, measures, train
+from ttc_jax.config import default
 from ttc_jax.errors import (
   Busy,
   DataError,
@@ -26,6 +27,8 @@ from ttc_jax.runs.workdir import Row, WorkDir
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
          "save_seconds", "plots", "compilation_cache", "keep_stages")
+# Likewise, where experiments share a work directory.
+_FREE_OF_EXPERIMENTS = ("experiment", "variants", "measures", "method")
 # Between looks at what other processes have done: each twice the last.
 _POLL_SECONDS = (1.0, 30.0)
 
@@ -41,6 +44,7 @@ class Session:
     say: takes a line about each run that this process finishes.
 
   Attributes:
+    base: of the variants that set none of their own.
     missing: {task: why it is skipped}.
     done: {run: row}, also of other processes.
     failed: {run: why}, of the runs that this process tried.
@@ -55,19 +59,20 @@ class Session:
     self.config, self.workdir, self.say = config, WorkDir(workdir), say
     plan.check_config(config)
     compilation.start(config.compilation_cache)
-    self.tasks, self.missing = inputs.load_tasks(config)
-    self.base = inputs.load_base(config)
-    inputs.check_runs(config, self.base, self.tasks)
+    self.inputs = inputs.Inputs(config)
+    self.tasks, self.missing = self.inputs.tasks, self.inputs.missing
+    self.base = self.inputs.base(config)
+    inputs.check_runs(config, self.inputs)
     self.workdir.adopt(_kept_keys(config, self.base.source.sha256))
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
-    self._digests: dict[str, set[str]] = {}
+    self._planned: dict[str, plan.Run] = {}
     self._decoding: dict[str, threading.Thread] = {}
     self._look()
     self.workdir.write_plan(
         {task: {label: plan.expected(c)
                 for label, c in plan.variants(config, task).items()}
-         for task in self.tasks}, self.missing)
+         for task in self.tasks}, self.missing, config.experiment)
 
   def _look(self) -> None:
     """Reads what is done by now."""
@@ -110,11 +115,15 @@ class Session:
     if (task is None or task in self._decoding or not self.config.data
         or self._is_done(task)):
       return
+    sized = {id(found): found for found in (
+        self.inputs.task(task, config)
+        for config in plan.variants(self.config, task).values())}
     def decode():
       # RuntimeError: of its threads, when the process ends.
       with contextlib.suppress(UserError, Stopped, RuntimeError):
-        for split in self.tasks[task].splits:
-          self.tasks[task].split(split)
+        for found in sized.values():
+          for split in found.splits:
+            found.split(split)
     self._decoding[task] = threading.Thread(target=decode, daemon=True)
     self._decoding[task].start()
 
@@ -141,35 +150,50 @@ class Session:
     None while other processes run some settings; a configuration without
     seeds if all settings have failed.
     """
-    by_run = {}
-    for setting in plan.settings(config):
-      tried = config.copy_and_resolve_references()
-      tried.update(setting)
-      run = self.make_run(task, variant, tried, "val", config.seeds[0])
-      by_run[run.name] = tried
-      self.settle(run)
-    if not by_run.keys() <= self.done.keys() | self.failed.keys():
-      return None
-    rows = [self.done[name] for name in by_run if name in self.done]
-    if not rows:
-      return ml_collections.ConfigDict({"seeds": ()})
-    return by_run[best(rows)[0]["run"]]
+    by_run: dict[str, ml_collections.ConfigDict] = {}
+    settings = plan.settings(config)
+    while settings:
+      for setting in settings:
+        tried = config.copy_and_resolve_references()
+        tried.update(setting)
+        run = self.make_run(task, variant, tried, "val", config.seeds[0])
+        by_run[run.name] = tried
+        self.settle(run)
+      if not by_run.keys() <= self.done.keys() | self.failed.keys():
+        return None
+      rows = [self.done[name] for name in by_run if name in self.done]
+      if not rows:
+        return ml_collections.ConfigDict({"seeds": ()})
+      chosen = best(rows)[0]
+      settings = plan.further_settings(
+          config, [c.lr for c in by_run.values()], chosen["lr"])
+    return by_run[chosen["run"]]
 
   # --- A run ------------------------------------------------------------------
 
   def make_run(self, task: str, variant: str, config, protocol: str,
                seed: int) -> plan.Run:
     """Returns a run, its configuration and its method's options resolved."""
-    config = inputs.resolved(config, self.base)
-    method = inputs.load_method(config, self.base)
-    data = job.data_digest(self.tasks[task], protocol, method)
-    self._digests.setdefault(task, set()).add(data)
-    return plan.Run(task, variant, config, method, protocol, seed, data)
+    base = self.inputs.base(config)
+    config = inputs.resolved(config, base)
+    method = inputs.load_method(config, base)
+    data = job.data_digest(self.inputs.task(task, config), protocol, method)
+    run = plan.Run(task, variant, config, method, protocol, seed, data,
+                   base.source.sha256)
+    return self._planned.setdefault(run.name, run)
 
   def rows(self) -> list[Row]:
-    """Returns the rows that are done, but none of other images of a task."""
+    """Returns the rows that are done, but none of other images of a task.
+
+    Of an experiment, only its own: others may share the work directory.
+    """
+    if self.config.experiment:
+      return [self.done[run] for run in self._planned if run in self.done]
+    digests: dict[str, set[str]] = {}
+    for run in self._planned.values():
+      digests.setdefault(run.task, set()).add(run.data)
     return [row for row in self.done.values()
-            if row["data_digest"] in self._digests.get(
+            if row["data_digest"] in digests.get(
                 row["task"], {row["data_digest"]})]
 
   def settle(self, run: plan.Run) -> bool:
@@ -179,16 +203,19 @@ class Session:
       True when the run is done or has failed; False while another process
       does it.
     """
-    if run.name in self.done or run.name in self.failed:
+    to_measure = self._to_measure(run)
+    if run.name in self.failed or run.name in self.done and not to_measure:
       return True
     try:
       with self.workdir.claim(run.name):
         # The process that held the claim before may have done it.
         row = self.workdir.row(run.name)
-        if row is None:
+        if row is None or to_measure and not self.workdir.has_bundle(run.name):
           row = self._do(run)
           self.workdir.write_row(row)
           self.say(_line(row))
+        for name in self._to_measure(run):
+          self._measure(run, name)
         self.done[run.name] = row
     except Busy:
       return False
@@ -197,23 +224,40 @@ class Session:
       self.workdir.write_failure(run.name, run.task, run.variant, str(error))
     return True
 
+  def _to_measure(self, run: plan.Run) -> list[str]:
+    """Names of the measures that a run still lacks."""
+    return [name for name in run.config.measures if run.protocol == "final"
+            and self.workdir.measure(run.name, name) is None]
+
+  def _measure(self, run: plan.Run, name: str) -> None:
+    interrupt.check()
+    self.workdir.write_measure(run.name, name, measures.take(
+        name, self.workdir.bundle(run.name), self.inputs.base(run.config),
+        self.inputs.task(run.task, run.config), run.seed))
+
   def _do(self, run: plan.Run) -> Row:
     interrupt.check()
-    task = self.tasks[run.task]
+    task = self.inputs.task(run.task, run.config)
+    base = self.inputs.base(run.config)
     with Progress(run.name, lambda records: self.workdir.write_curve(
         run.name, records)) as bar:
-      todo = job.make_job(run, self.base, task, bar.update)
+      todo = job.make_job(run, base, task, bar.update)
       bar.expect(len(todo.method.stages) * todo.config.epochs)
       self.workdir.write_stages(run.name, train.stage_keys(todo))
-      outcome = train.run(todo, self.base.params, self.workdir.stages)
-      return finish(run, todo, self.base, task, outcome,
+      outcome = train.run(todo, base.params, self.workdir.stages)
+      return finish(run, todo, base, task, outcome,
                     self.workdir.bundle(run.name))
 
 
 def _kept_keys(config, weights_sha256):
-  """JSON of the values that no later start on a work directory may change."""
+  """JSON of the values that no later start on a work directory may change.
+
+  The defaults are left out, so that a new key of a later version is no change.
+  """
+  usual = json.loads(default().to_json_best_effort())
+  free = (*_FREE, *(_FREE_OF_EXPERIMENTS if config.experiment else ()))
   keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
-          if k not in _FREE}
+          if k not in free and v != usual[k]}
   keep["weights_sha256"] = weights_sha256
   if config.protocol == "select":  # on whose rows settings are chosen
     keep["select_seed"] = config.seeds[0]

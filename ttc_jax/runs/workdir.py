@@ -1,15 +1,18 @@
 """A work directory: the names in it, and how its files are read and written.
 
   config.json                 the configuration that the directory belongs to
-  plan.json                   the runs to expect
+  plan.json                   the runs to expect; of experiments that share
+                              the directory, plan-EXPERIMENT.json each
   runs/RUN/row.json           the row of a finished run, written whole
   runs/RUN/failure.json       why the last attempt failed
   runs/RUN/metrics.jsonl      learning curve
   runs/RUN/stages.json        the stages that the run trains through
   runs/RUN/bundle             the tuned leaves
+  runs/RUN/measures/NAME.json a measure of the trained model
   stages/STAGE                states of a stage, see `checkpoint.StageStore`
   results.jsonl               all rows, derived from the files row.json
   results.md                  the table
+  paper/EXPERIMENT            tables and pictures of an experiment
 
 No other module spells these names. Any number of processes may read and write
 a directory at the same time: a run is claimed by a lock, every file is
@@ -146,14 +149,16 @@ class WorkDir:
             "another --workdir")
 
   def write_plan(self, tasks: Mapping[str, Mapping[str, Expected]],
-                 missing: Mapping[str, str]) -> None:
+                 missing: Mapping[str, str], experiment: str = "") -> None:
     """Writes the plan.
 
     Args:
       tasks: {task: {variant: Expected}}.
       missing: {task: why its data cannot be read}.
+      experiment: whose plan it is; others keep theirs.
     """
-    self._write(self.path / "plan.json", {
+    name = f"plan-{experiment}.json" if experiment else "plan.json"
+    self._write(self.path / name, {
         "tasks": {task: {label: expected._asdict()
                          for label, expected in variants.items()}
                   for task, variants in tasks.items()},
@@ -162,10 +167,16 @@ class WorkDir:
   def plan(self) -> dict[str, Any]:
     """Reads {"tasks": {task: {variant: fields of Expected}}, "missing": {}}.
 
-    Both are empty where there is no plan.
+    Both are empty where there is no plan; plans of experiments are joined.
     """
-    plan = _read(self.path / "plan.json") or {}
-    return {"tasks": plan.get("tasks", {}), "missing": plan.get("missing", {})}
+    tasks: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for path in sorted(self.path.glob("plan*.json")):
+      plan = _read(path) or {}
+      for task, variants in plan.get("tasks", {}).items():
+        tasks.setdefault(task, {}).update(variants)
+      missing |= plan.get("missing", {})
+    return {"tasks": tasks, "missing": missing}
 
   def expected(self) -> dict[tuple[str, str], Expected]:
     """Reads {(task, variant): Expected} of the plan, in its order."""
@@ -243,6 +254,31 @@ class WorkDir:
     self.folder(run).mkdir(parents=True, exist_ok=True)
     files.write_text(os.fspath(self.folder(run) / "metrics.jsonl"),
                      to_lines(records))
+
+  def experiment(self, name: str) -> str:
+    """Folder of an experiment's tables and pictures."""
+    return os.fspath(self.path / "paper" / name)
+
+  def has_bundle(self, run: str) -> bool:
+    """Tells whether a run's bundle is there."""
+    return os.path.exists(self.bundle(run))
+
+  def measure(self, run: str, name: str) -> dict[str, Any] | None:
+    """Reads a measure of a run; None where it is missing or damaged."""
+    return _read(self.folder(run) / "measures" / f"{name}.json")
+
+  def measures(self, run: str) -> dict[str, dict[str, Any]]:
+    """Reads {name: measure} of a run."""
+    paths = sorted((self.folder(run) / "measures").glob("*.json"))
+    return {path.stem: found for path in paths
+            if (found := _read(path)) is not None}
+
+  def write_measure(self, run: str, name: str,
+                    value: Mapping[str, Any]) -> None:
+    """Writes a measure of a run."""
+    folder = self.folder(run) / "measures"
+    folder.mkdir(parents=True, exist_ok=True)
+    self._write(folder / f"{name}.json", value)
 
   # --- Stages -----------------------------------------------------------------
 

@@ -1,0 +1,45 @@
+"""A table or a figure of the paper, on any backbone and tasks.
+
+  python -m ttc_jax.main --workdir=DIR --config=configs/paper.py:table3,\
+task=dtd10,rsscn7,data=DIR,backbone=vit_s14,weights=FILE,size=56
+
+The name comes first: a file of ttc_jax/experiments/. Every method tries the
+learning rates of one grid on val200 (train on 800), and up to three more at
+either end while the best one lies there; the best one trains on 1000 and is
+tested once for each seed. Experiments of the same tasks share a work directory
+and their runs.
+"""
+import os
+
+import ml_collections
+
+from ttc_jax import experiments
+from ttc_jax.config import default, parse_arg, variants
+from ttc_jax.errors import UserError
+
+WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
+                       "vit_ti16_64.safetensors")
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  name, _, rest = (arg or "").partition(",")
+  if not name:
+    raise UserError("configs/paper.py needs an experiment, e.g. "
+                    "configs/paper.py:table3; there are "
+                    f"{', '.join(experiments.names())}")
+  trains = getattr(experiments.load(name), "TRAINS", True)
+  arg = parse_arg(
+      rest, task=("digits", "sprites_location"), data="", backbone="",
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="", epochs=20)
+  config = default()
+  config.experiment = name
+  config.tasks, config.data = arg.task if trains else (), arg.data
+  config.backbone, config.weights = arg.backbone, arg.weights
+  config.image_size, config.normalisation = arg.size, arg.normalisation
+  config.protocol = "select"
+  config.grid.lr, config.grid_steps = (2e-3, 6e-3, 2e-2), 3
+  config.seeds = (0, 1, 2)
+  config.epochs = arg.epochs
+  config.variants = variants(
+      **experiments.variants(name, config.get_ref("epochs")))
+  return config

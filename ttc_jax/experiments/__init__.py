@@ -1,0 +1,234 @@
+"""The paper's tables and figures: what is run, what is measured, what is shown.
+
+Every other file here is an experiment: `experiments/NAME.py` has
+
+  a docstring that begins "Table 3: which component brings what."
+  VARIANTS        names of `VARIANTS` below, or {name: configuration values}
+  MEASURES        {variant: names of measures}, if any
+  TRAINS = False  if it is drawn without any run
+  draw(results)   -> what is shown: `Grid`s and `Picture`s
+
+`configs/paper.py:NAME` runs one; runs and stages are shared with others in the
+same work directory, because a name stands for the same values everywhere.
+"""
+from collections.abc import Mapping, Sequence
+import importlib
+import os
+import pkgutil
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from ttc_jax import files, report
+from ttc_jax.errors import check_known
+from ttc_jax.report import formats, grid, tables
+from ttc_jax.report.grid import Grid
+from ttc_jax.runs.inputs import Base
+from ttc_jax.runs.workdir import Row, WorkDir
+
+BOTH = "both stages"  # as many epochs as TTC's two stages together
+# Methods of one stage train for as long as both stages of TTC; `layernorm` is
+# stage 1 alone and `layernorm_2x` the control of equal compute. Linear probing
+# runs on cached features.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": dict(method="full", epochs=BOTH),
+    "linear": dict(method="linear", epochs=100),
+    "bias": dict(method="bias", epochs=BOTH),
+    "adapter": dict(method="adapter", epochs=BOTH),
+    "lora": dict(method="lora", epochs=BOTH),
+    "vpt_shallow": dict(method="vpt_shallow", epochs=BOTH),
+    "vpt_deep": dict(method="vpt_deep", epochs=BOTH),
+    "ssf": dict(method="ssf", epochs=BOTH),
+    "noah": dict(method="noah"),
+    "sct": dict(method="sct", epochs=BOTH),
+    "layernorm": dict(method="layernorm"),
+    "layernorm_2x": dict(method="layernorm", epochs=BOTH),
+    "ttc": dict(method="ttc"),
+    "ttc_random": dict(method="ttc", score="random"),
+    "ttc_l2": dict(method="ttc", score="l2"),
+    "ttc_taylor_abs": dict(method="ttc", score="taylor_abs"),
+    "ttc_taylor_square": dict(method="ttc", score="taylor_square"),
+    "ttc_block": dict(method="ttc", score="block"),
+    "ttc_on_linear": dict(method="ttc", stage1="linear", tune_norm=False),
+    "ttc_joint": dict(method="ttc", stage1="none", epochs=BOTH),
+    "ttc_rows": dict(method="ttc", tune="rows"),
+    "ttc_mhsa": dict(method="ttc", position="mhsa"),
+    "ttc_both": dict(method="ttc", position="both"),
+}
+
+
+class Results(NamedTuple):
+  """What an experiment is drawn from.
+
+  Attributes:
+    title: of the experiment.
+    rows: the finished runs, of all protocols.
+    tasks: names of the tasks, also of those without a run.
+    base: what the general configuration starts from.
+    config: the session's.
+    workdir: where the measures are.
+  """
+  title: str
+  rows: Sequence[Row]
+  tasks: Sequence[str]
+  base: Base
+  config: ml_collections.ConfigDict
+  workdir: WorkDir
+
+  def final(self, variant: str, task: str | None = None) -> list[Row]:
+    """Returns a variant's rows of the test set, of one task or all."""
+    return [r for r in self.rows if r["protocol"] == "final"
+            and r["variant"] == variant and task in (None, r["task"])]
+
+  def measured(self, name: str, variant: str,
+               task: str | None = None) -> list[dict[str, Any]]:
+    """Returns a measure of the variant's runs, as its file describes it."""
+    found = (self.workdir.measure(r["run"], name)
+             for r in self.final(variant, task))
+    return [x for x in found if x is not None]
+
+  @property
+  def variants(self) -> list[str]:
+    """Names of the variants with a run of the test set."""
+    return [*dict.fromkeys(
+        r["variant"] for r in self.rows if r["protocol"] == "final")]
+
+  @property
+  def setting(self) -> str:
+    """A sentence on backbone, size, epochs and grid."""
+    c = self.config
+    rates = ", ".join(f"{x:g}" for x in sorted(
+        {r["lr"] for r in self.rows if r["protocol"] == "val"}))
+    return (f"{self.base.name} at {c.image_size} px, weights "
+            f"{self.base.source.name} (sha256 {self.base.source.sha256[:12]}), "
+            f"{c.dtype}, {c.epochs} epochs a stage, batches of "
+            f"{c.batch_size}; learning rates tried on val200: "
+            f"{rates or 'none'}.")
+
+
+class Picture(NamedTuple):
+  """A drawn figure and the numbers behind it.
+
+  Attributes:
+    figure: of matplotlib.
+    numbers: the same as a table.
+  """
+  figure: Any
+  numbers: Grid
+
+
+def names() -> tuple[str, ...]:
+  """Returns the names of all experiments, sorted."""
+  return tuple(m.name for m in pkgutil.iter_modules(__path__)
+               if not m.name.startswith("_"))
+
+
+def load(name: str) -> Any:
+  """Returns the module of an experiment; UserError for an unknown name."""
+  check_known("experiment", name, names())
+  return importlib.import_module(f"{__name__}.{name}")
+
+
+def title(name: str) -> str:
+  """Returns the first sentence of an experiment, without the full stop."""
+  text = load(name).__doc__.split("\n\n")[0]
+  return " ".join(text.split()).rstrip(".")
+
+
+def variants(name: str, epochs: Any) -> dict[str, dict[str, Any]]:
+  """Returns {variant: configuration values} of an experiment.
+
+  Args:
+    epochs: of one stage; may be a reference of a configuration.
+  """
+  module = load(name)
+  given = module.VARIANTS
+  if not isinstance(given, Mapping):
+    given = {label: VARIANTS[label] for label in given}
+  measures = getattr(module, "MEASURES", {})
+  found = {}
+  for label, values in given.items():
+    found[label] = dict(values)
+    if values.get("epochs") == BOTH:
+      found[label]["epochs"] = 2 * epochs
+    if label in measures:
+      found[label]["measures"] = tuple(measures[label])
+  return found
+
+
+def show(name: str, results: Results) -> list[Grid | Picture]:
+  """Returns what an experiment shows of its finished runs."""
+  return load(name).draw(results)
+
+
+def write(name: str, shown: Sequence[Grid | Picture],
+          workdir: WorkDir) -> list[str]:
+  """Writes tables and pictures into the work directory; returns the paths.
+
+  Tables as text, Markdown, LaTeX and CSV; pictures as PNG, SVG and CSV.
+  """
+  folder, written = workdir.experiment(name), []
+  os.makedirs(folder, exist_ok=True)
+  for i, one in enumerate(shown):
+    stem = os.path.join(folder, name + (f"-{i + 1}" if i else ""))
+    table = one.numbers if isinstance(one, Picture) else one
+    for suffix, writer in grid.WRITERS.items():
+      if suffix == "csv" or isinstance(one, Grid):
+        files.write_text(f"{stem}.{suffix}", writer(table))
+        written.append(f"{stem}.{suffix}")
+    if isinstance(one, Picture):
+      from ttc_jax import plots  # an extra
+      written += plots.save(one.figure, stem)
+  return written
+
+
+# --- Cells and tables of accuracy ---------------------------------------------
+
+def cell(values: Sequence[float]) -> str:
+  """Formats the mean over seeds and its standard deviation."""
+  if not values:
+    return "-"
+  return formats.number(tables.Score(float(np.mean(values)), tuple(values)))
+
+
+def accuracy(results: Results,
+             paper: Mapping[str, float | str] | None = None,
+             labels: Mapping[str, str] | None = None) -> Grid:
+  """Returns the table of test accuracy: a line per variant, a column per task.
+
+  Args:
+    paper: the paper's number for some variants, the mean of VTAB-1K's tasks
+      unless a note says otherwise.
+    labels: how some variants are called in the first column.
+  """
+  shown = [r for r in results.rows if r["protocol"] == "final"]
+  tasks = [*dict.fromkeys([*results.tasks, *(r["task"] for r in shown)])]
+  lines = []
+  for variant in results.variants:
+    mine = results.final(variant)
+    means = report.by_seed(shown, variant)
+    lines.append([
+        (labels or {}).get(variant, variant),
+        *(cell([r["test_top1"] for r in results.final(variant, task)])
+          for task in tasks),
+        *([cell(means)] if len(tasks) > 1 else []),
+        *([f"{paper[variant]}" if variant in paper else "-"] if paper else []),
+        *formats.counts(mine)[:2], _rates(mine)])
+  header = ["", *tasks, *(["mean"] if len(tasks) > 1 else []),
+            *(["paper"] if paper else []), "module", "norm", "lr"]
+  notes = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
+           "chosen on val200. ±: standard deviation over "
+           f"{len(results.config.seeds)} seeds. Columns module, norm: tuned "
+           "parameters.", results.setting]
+  if paper:
+    notes.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
+                 "on VTAB-1K, as printed or derived from its text.")
+  return Grid(results.title, header, lines, notes)
+
+
+def _rates(rows):
+  """The learning rates that were chosen."""
+  rates = sorted({r["lr"] for r in rows})
+  return " to ".join(f"{rate:g}" for rate in dict.fromkeys(
+      (rates[0], rates[-1])))

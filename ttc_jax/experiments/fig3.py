@@ -1,0 +1,84 @@
+"""Figure 3: which channels each task selects in each block.
+
+Rows of dots are tasks, a panel is a block. The table has the share of channels
+that two tasks, or two seeds of a task, have in common, beside chance, K / D.
+"""
+import itertools
+
+import numpy as np
+
+from ttc_jax.experiments import Grid, Picture, Results
+
+VARIANTS = ("ttc", "ttc_block")
+MEASURES = {variant: ("channels",) for variant in VARIANTS}
+
+
+def draw(results: Results) -> list[Grid | Picture]:
+  """Returns the table of overlaps, and the picture of the first seed."""
+  shown: list[Grid | Picture] = [_overlaps(results)]
+  if any(results.measured("channels", "ttc", t) for t in results.tasks):
+    shown.append(_picture(results))
+  return shown
+
+
+def _sets(found):
+  """{(site, block): set of channels} of a measure."""
+  return {(site, int(block)): set(channels)
+          for site, blocks in found["sites"].items()
+          for block, channels in blocks.items()}
+
+
+def overlap(one: dict, other: dict) -> list[float]:
+  """Returns the share of common channels for each block, in order."""
+  return [len(one[at] & other[at]) / len(one[at]) for at in sorted(one)]
+
+
+def _overlaps(results):
+  lines, chance = [], float("nan")
+  for variant in VARIANTS:
+    runs = {task: [_sets(x) for x in results.measured(
+        "channels", variant, task)] for task in results.tasks}
+    for found in results.measured("channels", variant)[:1]:
+      (site, blocks), *_ = found["sites"].items()
+      block, channels = next(iter(blocks.items()))
+      chance = len(channels) / found["widths"][site][block]
+    tasks = [overlap(a[0], b[0]) for a, b in itertools.combinations(
+        [r for r in runs.values() if r], 2)]
+    seeds = [overlap(a, b) for r in runs.values()
+             for a, b in itertools.combinations(r, 2)]
+    for name, found in (("two tasks", tasks), ("two seeds of a task", seeds)):
+      if found:
+        lines.append([f"{variant}: {name}", f"{np.mean(found):.2f}",
+                      *(f"{x:.2f}" for x in np.mean(found, 0))])
+  blocks = max((len(x) for x in lines), default=2) - 2
+  return Grid(f"{results.title}: shared channels",
+              ["", "mean", *map(str, range(blocks))],
+              [[*x, *["-"] * (blocks + 2 - len(x))] for x in lines],
+              [f"Share of the K channels; by chance {chance:.2f}. Columns: "
+               "blocks.", results.setting])
+
+
+def _picture(results):
+  from ttc_jax import plots  # an extra
+  runs = {task: found[0] for task in results.tasks
+          if (found := results.measured("channels", "ttc", task))}
+  places = sorted({(site, int(block)) for found in runs.values()
+                   for site, blocks in found["sites"].items()
+                   for block in blocks})
+  figure, axes = plots.plt.subplots(
+      len(places), 1, squeeze=False, sharex=True,
+      figsize=(8, len(places) * (0.3 + 0.12 * len(runs))))
+  numbers = []
+  for (site, block), ax in zip(places, axes[:, 0], strict=True):
+    for y, (task, found) in enumerate(runs.items()):
+      channels = found["sites"][site][str(block)]
+      ax.scatter(channels, [y] * len(channels), marker="|", s=12,
+                 color=f"C{y % 10}", linewidths=0.8)
+      numbers += [[task, site, str(block), str(c)] for c in channels]
+    ax.set_yticks(range(len(runs)), [plots.label(t) for t in runs], fontsize=6)
+    ax.set_ylim(-0.7, len(runs) - 0.3)
+    ax.set_ylabel(f"{block}", rotation=0)
+    ax.grid(visible=False)
+  axes[-1, 0].set_xlabel("channel")
+  return Picture(figure, Grid(results.title,
+                              ["task", "site", "block", "channel"], numbers))

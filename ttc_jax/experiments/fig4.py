@@ -1,0 +1,33 @@
+"""Figure 4: how far [CLS] moves away from the original model, LN against SSF.
+
+Jensen-Shannon divergence (Eq. 5) between the softmax over the channels of an
+image's [CLS] in the original and in the tuned model.
+"""
+import numpy as np
+
+from ttc_jax.experiments import Grid, Picture, Results, cell
+
+VARIANTS = ("layernorm", "layernorm_2x", "ssf", "ttc")
+MEASURES = {variant: ("divergence",) for variant in VARIANTS}
+
+
+def draw(results: Results) -> list[Grid | Picture]:
+  """Returns the table and the picture."""
+  from ttc_jax import plots  # an extra
+  found = {v: [[100 * x["js"] for x in results.measured("divergence", v, task)]
+               for task in results.tasks] for v in VARIANTS}
+  table = Grid(
+      f"{results.title}: divergence x 100 (nats)", ["", *results.tasks],
+      [[v, *map(cell, values)] for v, values in found.items()],
+      ["Mean over 500 test images; ±: standard deviation over seeds. "
+       "layernorm has half of the epochs of the others.", results.setting])
+  figure, axes = plots.plt.subplots(figsize=(7, 3.5))
+  wide = 0.8 / len(VARIANTS)
+  for i, (variant, values) in enumerate(found.items()):
+    axes.bar(np.arange(len(values)) + i * wide,
+             [np.mean(v) if v else 0.0 for v in values], wide, label=variant)
+  axes.set_xticks(np.arange(len(results.tasks)) + 0.4 - wide / 2,
+                  [plots.label(t) for t in results.tasks])
+  axes.set_ylabel("JS divergence x 100 (nats)")
+  axes.legend(frameon=False)
+  return [table, Picture(figure, table)]

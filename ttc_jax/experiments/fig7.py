@@ -1,0 +1,36 @@
+"""Figure 7: how far scale and shift of each LayerNorm move, after each stage.
+
+Mean absolute change over the channels of a norm, from input to output.
+"""
+import numpy as np
+
+from ttc_jax.experiments import Grid, Picture, Results
+
+VARIANTS = ("layernorm", "ttc")
+MEASURES = {variant: ("norms",) for variant in VARIANTS}
+NAMES = {"layernorm": "after stage 1", "ttc": "after stage 2"}
+
+
+def draw(results: Results) -> list[Grid | Picture]:
+  """Returns the picture: gamma above, beta below, a column per task."""
+  from ttc_jax import plots  # an extra
+  tasks = [t for t in results.tasks if results.measured("norms", "ttc", t)]
+  figure, axes = plots.plt.subplots(
+      2, max(1, len(tasks)), squeeze=False, sharex=True,
+      figsize=(4 * max(1, len(tasks)), 5))
+  numbers = []
+  for j, task in enumerate(tasks):
+    axes[0, j].set_title(plots.label(task))
+    for i, leaf in enumerate(("gamma", "beta")):
+      for variant, name in NAMES.items():
+        found = results.measured("norms", variant, task)
+        mean = np.mean([x[leaf] for x in found], 0)
+        axes[i, j].plot(mean, marker=".", label=name)
+        numbers += [[task, name, leaf, norm, f"{x:.4g}"] for norm, x in zip(
+            found[0]["norms"], mean, strict=True)]
+      axes[i, j].set_ylabel(f"mean |change of {leaf}|")
+    axes[1, j].set_xlabel("LayerNorm, from input to output")
+  axes[0, 0].legend(frameon=False)
+  return [Picture(figure, Grid(results.title,
+                               ["task", "when", "leaf", "norm", "change"],
+                               numbers))]

@@ -1,0 +1,56 @@
+"""Selection: where does the choice of channels matter?
+
+Beyond the paper: K from 2 to 96, scores against random channels, the norms
+tuned as in TTC or frozen (then the map alone adapts, after the head), with the
+map's own learning rate chosen on val200 (config.adapter_lr).
+"""
+import numpy as np
+
+from ttc_jax.experiments import VARIANTS as KNOWN
+from ttc_jax.experiments import Grid, Picture, Results, accuracy
+
+K = (2, 8, 24, 96)
+SCORES = ("random", "taylor", "taylor_square", "block")
+_GRID = dict(grid=dict(adapter_lr=(1.0, 4.0)))
+_NORMS = {"tuned": KNOWN["ttc"], "frozen": KNOWN["ttc_on_linear"]}
+
+
+def _name(norms, score, k):
+  return f"{norms}_{score}_k{k}"
+
+
+VARIANTS = {
+    "linear": KNOWN["linear"], "layernorm_2x": KNOWN["layernorm_2x"],
+    **{_name(norms, score, k): values | dict(score=score, k=k) | _GRID
+       for norms, values in _NORMS.items() for k in K for score in SCORES}}
+
+
+def draw(results: Results) -> list[Grid | Picture]:
+  """Returns the table of all, and a panel for each task: accuracy by K."""
+  from ttc_jax import plots  # an extra
+  figure, axes = plots.plt.subplots(
+      2, max(1, len(results.tasks)), squeeze=False, sharex=True,
+      figsize=(3.5 * max(1, len(results.tasks)), 6))
+  numbers = []
+  for j, task in enumerate(results.tasks):
+    for i, norms in enumerate(_NORMS):
+      ax = axes[i, j]
+      ax.set_title(f"{plots.label(task)}, norms {norms}", fontsize=8)
+      for n, score in enumerate(SCORES):
+        points = [(k, values) for k in K if (values := [
+            r["test_top1"] for r in results.final(_name(norms, score, k),
+                                                  task)])]
+        numbers += [[task, norms, score, str(k), f"{np.mean(v):.2f}",
+                     f"{np.std(v, ddof=1):.2f}" if len(v) > 1 else ""]
+                    for k, v in points]
+        ax.errorbar([k for k, _ in points], [np.mean(v) for _, v in points],
+                    [np.std(v, ddof=1) if len(v) > 1 else 0
+                     for _, v in points],
+                    color=f"C{n}", marker=".", capsize=2, label=score)
+      ax.set_xscale("log")
+      ax.set_xlabel("K")
+      ax.set_ylabel("test top-1 (%)")
+  axes[0, 0].legend(frameon=False, fontsize=7)
+  return [accuracy(results), Picture(figure, Grid(
+      results.title, ["task", "norms", "score", "K", "top-1", "deviation"],
+      numbers))]

@@ -1,0 +1,17 @@
+"""Table 1: all methods, test accuracy by task.
+
+The paper's methods, with equal training and search, and its missing controls:
+LayerNorm of equal compute, TTC with random channels and with our block score.
+"""
+from ttc_jax.experiments import Grid, Results, accuracy
+
+VARIANTS = ("full", "linear", "bias", "adapter", "lora", "vpt_shallow",
+            "vpt_deep", "ssf", "layernorm", "layernorm_2x", "ttc", "ttc_random",
+            "ttc_block")
+PAPER = {"full": 65.6, "linear": 52.9, "bias": 62.1, "adapter": 71.4,
+         "ssf": 73.1, "layernorm": 73.6, "ttc": 74.8}
+
+
+def draw(results: Results) -> list[Grid]:
+  """Returns the table."""
+  return [accuracy(results, PAPER)]

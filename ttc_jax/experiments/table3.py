@@ -1,0 +1,16 @@
+"""Table 3: which component brings what.
+
+The paper's five rows, with two controls: LayerNorm for as many epochs as both
+stages, and TTC with random channels.
+"""
+from ttc_jax.experiments import Grid, Results, accuracy
+
+VARIANTS = ("linear", "layernorm", "layernorm_2x", "ttc", "ttc_random",
+            "ttc_on_linear", "ttc_joint")
+PAPER = {"linear": 52.9, "layernorm": 73.6, "ttc": 74.8,
+         "ttc_on_linear": 70.0, "ttc_joint": 74.1}
+
+
+def draw(results: Results) -> list[Grid]:
+  """Returns the table."""
+  return [accuracy(results, PAPER)]

@@ -1,0 +1,21 @@
+"""Table 5d: how many channels are selected.
+
+`ttc` has the paper's share, an eighth of the width D.
+"""
+from ttc_jax.experiments import VARIANTS as KNOWN
+from ttc_jax.experiments import Grid, Results, accuracy
+from ttc_jax.experiments.table5a import OTHER_MEAN
+
+K = (4, 12, 96, 192)
+VARIANTS = {"layernorm_2x": KNOWN["layernorm_2x"],
+            **{f"ttc_k{k}": KNOWN["ttc"] | dict(k=k) for k in K[:2]},
+            "ttc": KNOWN["ttc"],
+            **{f"ttc_k{k}": KNOWN["ttc"] | dict(k=k) for k in K[2:]}}
+PAPER = {"ttc": 78.4}
+
+
+def draw(results: Results) -> list[Grid]:
+  """Returns the table."""
+  table = accuracy(results, PAPER, {
+      "ttc": f"ttc (D/8 = {results.base.backbone.default_k})"})
+  return [table._replace(notes=[*table.notes, OTHER_MEAN])]

@@ -1,0 +1,85 @@
+"""Measures: what the paper's figures show of a trained model, as JSON.
+
+Every other file here is a measure: `measures/NAME.py` with
+`measure(trained) -> {name: JSON value}`. A session takes the measures that
+`config.measures` names of every final run, from the run's bundle.
+"""
+import importlib
+import pkgutil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttc_jax import bundles, evaluate, parallel, tasks, trees
+from ttc_jax.errors import check_known
+from ttc_jax.model import Model
+from ttc_jax.predict import loaded
+
+
+class Trained(NamedTuple):
+  """A trained model beside the pretrained one, parameters on every device.
+
+  Attributes:
+    model, params, buffers: with the method's handlers and the head.
+    bare: the pretrained model.
+    base: its parameters, with an empty adapter.
+    task: with its splits.
+    seed: of the run.
+  """
+  model: Model
+  params: trees.Tree
+  buffers: trees.Tree
+  bare: Model
+  base: trees.Tree
+  task: tasks.Task
+  seed: int
+
+  def features(self, split: str, limit: int = 0) -> np.ndarray:
+    """Returns features (N, D) of the trained model: [CLS], normed.
+
+    Args:
+      limit: of the first images only; 0: all.
+    """
+    images = self.task.split(split).images
+    return evaluate.features(self.model, self.params, self.buffers,
+                             images[:limit] if limit else images)
+
+  def features_before(self, split: str, limit: int = 0) -> np.ndarray:
+    """Returns features (N, D) of the pretrained model."""
+    images = self.task.split(split).images
+    return evaluate.features(self.bare, self.base, {},
+                             images[:limit] if limit else images)
+
+
+def names() -> tuple[str, ...]:
+  """Returns the names of all measures, sorted."""
+  return tuple(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def take(name: str, bundle: str, base: Any, task: tasks.Task,
+         seed: int) -> dict[str, Any]:
+  """Takes a measure of a finished run.
+
+  Args:
+    name: one of `names()`.
+    bundle: path of the run's bundle.
+    base: what it was trained from: `backbone`, and `params` on every device.
+    task: that it was trained on.
+    seed: of the run.
+
+  Returns:
+    JSON, as the measure's file says.
+
+  Raises:
+    UserError: an unknown name, or the bundle does not fit the base.
+  """
+  check_known("measure", name, names())
+  module = importlib.import_module(f"{__name__}.{name}")
+  saved = bundles.load(bundle)
+  pretrained = parallel.unreplicate(base.params)
+  found = loaded.attach(bundle, saved, base.backbone, pretrained, merge=False)
+  return module.measure(Trained(
+      found.model, parallel.replicate(found.params),
+      parallel.replicate(found.buffers),
+      found.model._replace(handlers=()),
+      {"backbone": base.params, "adapter": {}}, task, seed))

@@ -1,0 +1,39 @@
+"""Nearest neighbours of [CLS] (Table 8): is the backbone itself aligned?
+
+Top-1 in percent of the k nearest training images, by cosine similarity, over
+the first test set: {"before": {"1": ..., "5": ..., "20": ...}, "after": {...}},
+of the pretrained and of the trained model. No head is involved.
+"""
+import numpy as np
+
+from ttc_jax.errors import UserError
+
+K = (1, 5, 20)
+
+
+def measure(trained):
+  """Returns {"before": {k: top-1}, "after": {k: top-1}}."""
+  test = trained.task.tests[0]
+  labels = trained.task.labels
+  return {when: {str(k): accuracy(
+      features("trainval"), labels["trainval"], features(test), labels[test],
+      k) for k in K} for when, features in (
+          ("before", trained.features_before), ("after", trained.features))}
+
+
+def accuracy(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray,
+             test_labels: np.ndarray, k: int) -> float:
+  """Returns the top-1 of a vote among the k nearest, in percent.
+
+  Args:
+    train, test: features (N, D) and (M, D).
+    train_labels, test_labels: (N,) and (M,).
+  """
+  try:
+    from sklearn.neighbors import KNeighborsClassifier
+  except ImportError as e:
+    raise UserError("this measure needs scikit-learn: pip install -e "
+                    "'.[paper]'") from e
+  voter = KNeighborsClassifier(min(k, len(train)), metric="cosine")
+  voter.fit(train, train_labels)
+  return 100 * float(voter.score(test, test_labels))

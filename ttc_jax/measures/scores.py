@@ -1,0 +1,72 @@
+"""How far scores depend on the images (Eq. 6 to 10), at "fc2".
+
+The training images are cut into two halves at random. For each score:
+
+  correlation  Spearman's, between the halves, by block
+  overlap      share of the top D / 8 channels that both halves select
+  energy       {K: share of G's energy on the second half that lies in the
+               block of the K channels selected on the first}; G = dL/dM, see
+               `importance`, the mean over blocks
+  negative     share of negative scores
+  sizes        {N: overlap of the selection from N images with that from all}
+
+Taken of a run without an adapter (linear, layernorm): the model before the
+selection. "random" shows what chance gives.
+"""
+import numpy as np
+from scipy import stats
+
+from ttc_jax import importance
+
+SITE = "fc2"
+SCORES = ("random", "l2", "taylor", "taylor_abs", "taylor_square", "block")
+SIZES = (100, 250, 500)
+
+
+def measure(trained):
+  """Returns {score: {"correlation", "overlap", "energy", ...}}."""
+  split = trained.task.split("trainval")
+  images, labels = np.asarray(split.images[:]), split.labels
+  order = np.random.default_rng(trained.seed).permutation(len(labels))
+  first, second = np.array_split(order, 2)
+
+  def scores(name, rows, seed=0):
+    return importance.score(
+        name, trained.model, trained.params, trained.buffers, images[rows],
+        labels[rows], (SITE,), seed)[SITE]
+  squares = [np.square(g) for g in importance.map_gradient(
+      trained.model, trained.params, trained.buffers, images[second],
+      labels[second], (SITE,))[SITE]]
+  width = len(squares[0])
+  found = {}
+  for name in SCORES:
+    one, two = scores(name, first, 1), scores(name, second, 2)
+    everything = scores(name, order, 3)
+    found[name] = {
+        "correlation": [float(stats.spearmanr(a, b)[0])
+                        for a, b in zip(one, two, strict=True)],
+        "overlap": _overlap(one, two, width // 8),
+        "negative": float(np.mean([a < 0 for a in one])),
+        "energy": {str(k): float(np.mean([
+            energy(g, importance.top_k(a, k))
+            for g, a in zip(squares, one, strict=True)]))
+            for k in _sizes_of_sets(width)},
+        "sizes": {str(n): float(np.mean(_overlap(
+            scores(name, order[:n], 4), everything, width // 8)))
+            for n in SIZES if n < len(order)}}
+  return found
+
+
+def _sizes_of_sets(width):
+  """K from about D / 64 to D / 2."""
+  return [max(1, width // n) for n in (64, 32, 16, 8, 4, 2)]
+
+
+def _overlap(one, two, k):
+  return [np.intersect1d(importance.top_k(a, k), importance.top_k(b, k)).size
+          / k for a, b in zip(one, two, strict=True)]
+
+
+def energy(squares: np.ndarray, channels: np.ndarray) -> float:
+  """Returns the share of the sum of (D, D) squares that a set's block has."""
+  return float(squares[np.ix_(channels, channels)].sum() / squares.sum())

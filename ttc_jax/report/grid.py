@@ -1,0 +1,58 @@
+"""A table of text cells, in the formats of all tables.
+
+For what is no table of accuracies by task, which `tables.py` makes.
+"""
+from collections.abc import Callable, Sequence
+import csv
+import io
+from typing import NamedTuple
+
+from ttc_jax.report import formats
+
+
+class Grid(NamedTuple):
+  """A header and lines of cells; the first column has names.
+
+  Attributes:
+    title: says what the numbers are, without a full stop.
+    notes: sentences under the table.
+  """
+  title: str
+  header: Sequence[str]
+  lines: Sequence[Sequence[str]]
+  notes: Sequence[str] = ()
+
+
+def text(grid: Grid) -> str:
+  """Writes plain text."""
+  body = "\n".join("  ".join(x).rstrip()
+                   for x in formats.align([grid.header, *grid.lines]))
+  return formats.paragraphs(f"{grid.title}.", body, "\n".join(grid.notes))
+
+
+def markdown(grid: Grid) -> str:
+  """Writes Markdown."""
+  return formats.paragraphs(
+      f"{grid.title}.", formats.pipes([grid.header, *grid.lines]),
+      "\n".join(grid.notes))
+
+
+def latex(grid: Grid) -> str:
+  r"""Writes LaTeX for \input; its first line names the packages it needs."""
+  return formats.latex_table(
+      formats.latex_line(grid.header),
+      [[formats.latex_line(x) for x in grid.lines]],
+      [f"{grid.title}.", *grid.notes], len(grid.header))
+
+
+def comma_separated(grid: Grid) -> str:
+  """Writes CSV with the cells as they are; the notes are left out."""
+  out = io.StringIO()
+  csv.writer(out, lineterminator="\n").writerows(
+      [formats.csv_cell(x) for x in line]
+      for line in (grid.header, *grid.lines))
+  return out.getvalue()
+
+
+WRITERS: dict[str, Callable[[Grid], str]] = {
+    "txt": text, "md": markdown, "tex": latex, "csv": comma_separated}
