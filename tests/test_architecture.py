@@ -16,8 +16,9 @@ LEVELS = {
     "weights": 3, "taps": 3, "vtab": 3, "model": 4, "checkpoint": 4,
     "step": 5, "cost": 5, "evaluate": 5, "importance": 5,
     "bundles": 6, "methods": 6,
-    "train": 7, "report": 7, "runs": 8, "plots": 10, "predict": 10,
-    "serve": 11, "export": 11, "bench/pytorch": 3, "bench": 9, "main": 12,
+    "train": 7, "report": 7, "predict/loaded": 7, "measures": 8, "runs": 9,
+    "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,
+    "experiments": 11, "bench/pytorch": 3, "main": 12,
 }
 
 

@@ -7,16 +7,12 @@ at the given rate, the same for all of the work.
   python tools/table1_cost.py --backbone=vit_b16 --epochs=100 --stages=2 \
 --settings=8 --seeds=3 --tflops=100
 """
-import os
-import sys
-
 from absl import flags
 import jax
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from ttc_jax import backbones, cli, cost  # noqa: E402
-from ttc_jax.model import Model, init_head  # noqa: E402
-from ttc_jax.vtab import rows as vtab  # noqa: E402
+from ttc_jax import backbones, cli, cost
+from ttc_jax.model import Model, init_head
+from ttc_jax.vtab import rows as vtab
 
 _BACKBONE = flags.DEFINE_string("backbone", "vit_b16", "at --size")
 _SIZE = flags.DEFINE_integer("size", 224, "pixels")
