@@ -20,6 +20,7 @@ from ttc_jax import backbones, bundles, checkpoint, predict, trees
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
+from ttc_jax.config import variants as variants_of
 from ttc_jax.errors import UserError
 from ttc_jax.methods import Method
 from ttc_jax.runs.plan import Run, variants
@@ -507,6 +508,41 @@ def test_select_tests_the_setting_that_is_best_on_val200(
   best = max(val, key=lambda r: (r["val_top1"], -r["lr"]))
   assert [(r["seed"], r["lr"]) for r in final] == [
       (0, best["lr"]), (1, best["lr"])]
+
+
+def test_variants_may_differ_in_backbone_and_size(data, weights, tmp_path):
+  s = session(data, weights, tmp_path, epochs=2, lr=1e-2)
+  s.config.variants = variants_of(
+      small=dict(method="linear"), large=dict(method="linear", image_size=48),
+      other=dict(method="linear", backbone="vit_ti16", weights="random"))
+  s.run_all()
+  assert not s.failed
+  found = {r["variant"]: r for r in rows(tmp_path / "work")}
+  assert {v: r["image_size"] for v, r in found.items()} == {
+      "small": 32, "large": 48, "other": 32}
+  assert found["small"]["weights_sha256"] == found["large"]["weights_sha256"]
+  assert found["other"]["weights_sha256"] == "random"
+  alone = session(data, weights, tmp_path / "alone", epochs=2, lr=1e-2,
+                  image_size=48, method="linear")
+  alone.run_all()
+  row, = rows(tmp_path / "alone" / "work")
+  for key in ("test_top1", "data_digest", "flops", "image_size"):
+    assert row[key] == found["large"][key], key
+
+
+def test_select_goes_on_beyond_the_grid_while_the_edge_is_best(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, method="linear", protocol="select",
+              epochs=3, grid_lr=(1e-6, 1e-5), grid_steps=2)
+  s.run_all()
+  val = {r["lr"]: r["val_top1"] for r in rows(tmp_path / "work")
+         if r["protocol"] == "val"}
+  final, = (r for r in rows(tmp_path / "work") if r["protocol"] == "final")
+  best = max(val, key=lambda lr: (val[lr], -lr))
+  assert final["lr"] == best
+  # It ended within the tried rates, or after two more of them.
+  assert len(val) == 4 or best not in (min(val), max(val))
+  assert 3 <= len(val) <= 4
 
 
 @pytest.mark.slow

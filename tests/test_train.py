@@ -33,7 +33,8 @@ def make_hyper(**changes):
   hyper = step.Hyper(
       lr=np.float32(1e-2), weight_decay=np.float32(0.1), warmup=np.int32(0),
       steps=np.int32(10), classes=np.int32(CLASSES),
-      warmup_lr=np.float32(0), min_lr=np.float32(0))
+      warmup_lr=np.float32(0), min_lr=np.float32(0),
+      adapter_lr=np.float32(1))
   return hyper._replace(**changes)
 
 
@@ -417,6 +418,44 @@ def test_a_padded_head_trains_as_the_task_s_own(
   for name, value in trees.flatten(want).items():
     if not name.endswith("key/bias"):  # Adam magnifies a gradient of 0
       np.testing.assert_allclose(value, flat[name], atol=1e-5, err_msg=name)
+
+
+def test_the_adapter_s_rate_scales_its_updates_alone(
+    config, model, params, split):
+  """One step of SGD: -lr g for the head, -f lr g for the map."""
+  method = methods.load("ttc", config, model.backbone)
+  model = model._replace(handlers=method.handlers)
+  rules = method.stages[-1].rules
+  maps = {"fc2": {"1": {"kernel": np.zeros((3, 3), np.float32)}}}
+  params = params | {"adapter": maps,
+                     "head": model_lib.pad_head(params["head"])}
+  buffers = {"fc2": {"1": {"channels": np.array([1, 4, 9], np.int32),
+                           "scale": np.float32(1)}}}
+  labels = trees.label(params, rules)
+  tuned, frozen = trees.split(params, labels, "tune")
+  opt_state = optim.make_tx(labels, lambda _: 0.0, 0.0, False, "sgd").init(
+      params)
+  step_fn = parallel.pmap(step.make_update_fn(
+      model, rules, PLAN._replace(optimiser="sgd")))
+  moved = {}
+  for factor in (1, 4):
+    hyper = make_hyper(weight_decay=np.float32(0),
+                       adapter_lr=np.float32(factor))
+    learner, _ = step_fn(
+        parallel.replicate(step.Learner(tuned, opt_state)),
+        parallel.replicate(step.Fixed(frozen, buffers, hyper)),
+        parallel.shard((split.images[:16], split.labels[:16])),
+        jnp.stack([jax.random.key(0)] * 2))
+    after = parallel.unreplicate(learner.tuned)
+    moved[factor] = {
+        name: np.asarray(after_) - before for (name, before), after_ in zip(
+            trees.flatten(tuned).items(), trees.flatten(after).values(),
+            strict=True)}
+  for name, change in moved[1].items():
+    factor = 4 if name.startswith("adapter/") else 1
+    np.testing.assert_allclose(moved[4][name], factor * change, rtol=1e-4,
+                               atol=1e-7, err_msg=name)
+  assert np.abs(moved[1]["adapter/fc2/1/kernel"]).max() > 0
 
 
 def test_decay_leaves_the_padding_where_it_is(model, params, split):

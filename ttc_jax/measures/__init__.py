@@ -24,6 +24,7 @@ class Trained(NamedTuple):
     bare: the pretrained model.
     base: its parameters, with an empty adapter.
     task: with its splits.
+    limit: of the images of each split, 0 for none: the run's.
     seed: of the run.
   """
   model: Model
@@ -32,23 +33,27 @@ class Trained(NamedTuple):
   bare: Model
   base: trees.Tree
   task: tasks.Task
+  limit: int
   seed: int
 
-  def features(self, split: str, limit: int = 0) -> np.ndarray:
-    """Returns features (N, D) of the trained model: [CLS], normed.
+  @property
+  def train(self) -> tasks.Split:
+    """The images that the run trained on."""
+    return self.task.split("trainval").first(self.limit)
 
-    Args:
-      limit: of the first images only; 0: all.
-    """
-    images = self.task.split(split).images
+  def test(self, most: int = 0) -> tasks.Split:
+    """Returns the first test set, or the first `most` images of it."""
+    split = self.task.split(self.task.tests[0]).first(self.limit)
+    return split.first(most)
+
+  def features(self, split: tasks.Split) -> np.ndarray:
+    """Returns features (N, D) of the trained model: [CLS], normed."""
     return evaluate.features(self.model, self.params, self.buffers,
-                             images[:limit] if limit else images)
+                             split.images)
 
-  def features_before(self, split: str, limit: int = 0) -> np.ndarray:
+  def features_before(self, split: tasks.Split) -> np.ndarray:
     """Returns features (N, D) of the pretrained model."""
-    images = self.task.split(split).images
-    return evaluate.features(self.bare, self.base, {},
-                             images[:limit] if limit else images)
+    return evaluate.features(self.bare, self.base, {}, split.images)
 
 
 def names() -> tuple[str, ...]:
@@ -56,7 +61,7 @@ def names() -> tuple[str, ...]:
   return tuple(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def take(name: str, bundle: str, base: Any, task: tasks.Task,
+def take(name: str, bundle: str, base: Any, task: tasks.Task, limit: int,
          seed: int) -> dict[str, Any]:
   """Takes a measure of a finished run.
 
@@ -65,7 +70,7 @@ def take(name: str, bundle: str, base: Any, task: tasks.Task,
     bundle: path of the run's bundle.
     base: what it was trained from: `backbone`, and `params` on every device.
     task: that it was trained on.
-    seed: of the run.
+    limit, seed: of the run.
 
   Returns:
     JSON, as the measure's file says.
@@ -82,4 +87,4 @@ def take(name: str, bundle: str, base: Any, task: tasks.Task,
       found.model, parallel.replicate(found.params),
       parallel.replicate(found.buffers),
       found.model._replace(handlers=()),
-      {"backbone": base.params, "adapter": {}}, task, seed))
+      {"backbone": base.params, "adapter": {}}, task, limit, seed))

@@ -13,10 +13,9 @@ IMAGES = 500
 
 def measure(trained):
   """Returns {"js": mean divergence in nats}."""
-  test = trained.task.tests[0]
+  test = trained.test(IMAGES)
   return {"js": float(jensen_shannon(
-      trained.features_before(test, IMAGES),
-      trained.features(test, IMAGES)).mean())}
+      trained.features_before(test), trained.features(test)).mean())}
 
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:

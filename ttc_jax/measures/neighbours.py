@@ -13,12 +13,14 @@ K = (1, 5, 20)
 
 def measure(trained):
   """Returns {"before": {k: top-1}, "after": {k: top-1}}."""
-  test = trained.task.tests[0]
-  labels = trained.task.labels
-  return {when: {str(k): accuracy(
-      features("trainval"), labels["trainval"], features(test), labels[test],
-      k) for k in K} for when, features in (
-          ("before", trained.features_before), ("after", trained.features))}
+  train, test = trained.train, trained.test()
+  found = {}
+  for when, features in (("before", trained.features_before),
+                         ("after", trained.features)):
+    known, asked = features(train), features(test)
+    found[when] = {str(k): accuracy(known, train.labels, asked, test.labels, k)
+                   for k in K}
+  return found
 
 
 def accuracy(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray,

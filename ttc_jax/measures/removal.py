@@ -22,7 +22,7 @@ SITE, CHANNELS, IMAGES = "fc2", 16, 500
 
 def measure(trained):
   """Returns {"predicted", "true", "spearman", "squared"}."""
-  split = trained.task.split("trainval")
+  split = trained.train
   rows = np.random.default_rng(trained.seed).permutation(
       len(split.labels))[:IMAGES]
   images, labels = np.asarray(split.images[:])[rows], split.labels[rows]

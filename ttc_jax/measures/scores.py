@@ -25,7 +25,7 @@ SIZES = (100, 250, 500)
 
 def measure(trained):
   """Returns {score: {"correlation", "overlap", "energy", ...}}."""
-  split = trained.task.split("trainval")
+  split = trained.train
   images, labels = np.asarray(split.images[:]), split.labels
   order = np.random.default_rng(trained.seed).permutation(len(labels))
   first, second = np.array_split(order, 2)

@@ -15,17 +15,16 @@ IMAGES = 500
 
 def measure(trained):
   """Returns {"silhouette", "centroid", "points": {when: ...}, "labels"}."""
-  test = trained.task.tests[0]
-  labels = trained.task.labels[test][:IMAGES]
+  train, test = trained.train, trained.test(IMAGES)
   found: dict[str, dict] = {"silhouette": {}, "centroid": {}, "points": {}}
   for when, features in (("before", trained.features_before),
                          ("after", trained.features)):
-    x = features(test, IMAGES)
-    found["silhouette"][when] = silhouette(x, labels)
+    x = features(test)
+    found["silhouette"][when] = silhouette(x, test.labels)
     found["centroid"][when] = centroid_accuracy(
-        features("trainval"), trained.task.labels["trainval"], x, labels)
+        features(train), train.labels, x, test.labels)
     found["points"][when] = embedded(x, trained.seed).tolist()
-  return {**found, "labels": labels.tolist()}
+  return {**found, "labels": test.labels.tolist()}
 
 
 def silhouette(features: np.ndarray, labels: np.ndarray) -> float:

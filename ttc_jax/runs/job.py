@@ -39,13 +39,6 @@ def data_digest(task: tasks.Task, run_protocol: str, method) -> str:
     return task.digest
 
 
-def limited(split: tasks.Split, limit: int) -> tasks.Split:
-  """Returns the first `limit` examples of a split; 0: all."""
-  if not limit:
-    return split
-  return tasks.Split(split.images[:limit], split.labels[:limit])
-
-
 def make_job(run: Run, base: Base, task: tasks.Task,
              report: Callable) -> train.Job:
   """Settles everything about a run and decodes the images that it needs.
@@ -57,7 +50,7 @@ def make_job(run: Run, base: Base, task: tasks.Task,
     DataError: an image that cannot be read.
   """
   c, final = run.config, run.protocol == "final"
-  splits = {name: limited(task.split(name), c.limit)
+  splits = {name: task.split(name).first(c.limit)
             for name in split_names(run.protocol, run.method)}
   if final:
     for name in task.tests:

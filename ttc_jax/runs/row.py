@@ -23,7 +23,6 @@ from ttc_jax import (
 )
 from ttc_jax.model import trim_head
 from ttc_jax.runs.inputs import Base
-from ttc_jax.runs.job import limited
 from ttc_jax.runs.plan import Run
 from ttc_jax.runs.workdir import Row
 
@@ -90,7 +89,7 @@ def _accuracy(run, job, task, outcome):
             "test_images_per_second": None}
   tests, seconds = {}, {}
   for name in task.tests:
-    split = limited(task.split(name), run.config.limit)
+    split = task.split(name).first(run.config.limit)
     tests[name], seconds[name] = _test(split, outcome)
   first = tests[task.tests[0]]
   seconds_test = seconds[task.tests[0]]

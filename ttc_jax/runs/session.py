@@ -233,7 +233,7 @@ class Session:
     interrupt.check()
     self.workdir.write_measure(run.name, name, measures.take(
         name, self.workdir.bundle(run.name), self.inputs.base(run.config),
-        self.inputs.task(run.task, run.config), run.seed))
+        self.inputs.task(run.task, run.config), run.config.limit, run.seed))
 
   def _do(self, run: plan.Run) -> Row:
     interrupt.check()

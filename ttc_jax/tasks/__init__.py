@@ -43,6 +43,11 @@ class Split:
   def __iter__(self) -> Iterator:
     return iter((self.images, self.labels))
 
+  def first(self, count: int) -> "Split":
+    """Returns the first `count` examples; all of them for 0."""
+    return (Split(self.images[:count], self.labels[:count]) if count
+            else self)
+
   @functools.cached_property
   def digest(self) -> str:
     """32 hexadecimal digits that identify the pixels and labels.

@@ -1,0 +1,196 @@
+"""Experiments: declared as the folder says, and run end to end when tiny."""
+import csv
+import importlib.util
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.command import ROOT, run_command
+from ttc_jax import experiments, measures, methods
+from ttc_jax.backbones import vit as vit_lib
+from ttc_jax.config import check
+from ttc_jax.experiments import Grid, Picture
+from ttc_jax.runs import plan
+from ttc_jax.runs.workdir import WorkDir
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+  monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 128))
+
+
+def config(arg):
+  spec = importlib.util.spec_from_file_location(
+      "paper", f"{ROOT}/configs/paper.py")
+  paper = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(paper)
+  return paper.get_config(arg)
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_an_experiment_names_methods_and_measures_that_there_are(name):
+  c = config(f"{name},epochs=3")
+  check(c)
+  for variant in plan.variants(c).values():
+    assert variant.method in methods.names()
+    assert set(variant.measures) <= set(measures.names())
+  assert experiments.title(name).split(":")[0]
+
+
+def test_a_name_stands_for_the_same_values_in_every_experiment():
+  seen = {}
+  for name in experiments.names():
+    for label, values in experiments.variants(name, 5).items():
+      values = {k: v for k, v in values.items() if k != "measures"}
+      if label == "ttc_rows":  # Table 4 and 7 alone
+        continue
+      assert seen.setdefault(label, values) == values, (name, label)
+
+
+def test_one_stage_trains_as_long_as_both():
+  c = config("table1,epochs=7")
+  found = plan.variants(c)
+  assert (found["adapter"].epochs, found["layernorm_2x"].epochs,
+          found["layernorm"].epochs, found["ttc"].epochs) == (14, 14, 7, 7)
+
+
+def run(workdir, name, **changes):
+  values = dict(seeds="0,1", limit=32, batch_size=16, eval_every=1, epochs=1,
+                cache=workdir / "cache", keep_stages=True) | changes
+  return run_command(
+      "main", f"--workdir={workdir / 'work'}",
+      f"--config=configs/paper.py:{name},task=digits,backbone=vit_ti16,"
+      "weights=random,size=32",
+      "--config.grid.lr=1e-3,1e-2", "--config.grid_steps=0",
+      *(f"--config.{k}={v}" for k, v in values.items()))
+
+
+def shown(workdir, name):
+  folder = workdir / "work" / "paper" / name
+  return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+  """A work directory after Table 8, then Figure 7: {name: output}."""
+  folder = tmp_path_factory.mktemp("paper")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 128))
+    return folder, {name: run(folder, name) for name in ("table8", "fig7")}
+
+
+def test_a_table_is_printed_and_written_in_four_formats(done):
+  folder, outputs = done
+  output = outputs["table8"]
+  assert output.returncode == 0, output.stderr
+  assert "before stage 1" in output.stdout
+  files = shown(folder, "table8")
+  assert set(files) == {f"table8{n}.{suffix}" for n in ("", "-2")
+                        for suffix in ("txt", "md", "tex", "csv")}
+  header, first, *_ = csv.reader(files["table8.csv"].read_text().splitlines())
+  assert header == ["", "digits"] and first[0] == "before stage 1"
+
+
+def test_experiments_share_runs_and_keep_their_plans(done):
+  folder, outputs = done
+  work = WorkDir(folder / "work")
+  assert "layernorm_2x" in outputs["table8"].stdout
+  # Figure 7 has two of Table 8's three variants: it trains nothing.
+  assert "seed" not in outputs["fig7"].stdout
+  assert set(work.plan()["tasks"]["digits"]) == {
+      "layernorm", "layernorm_2x", "ttc"}
+
+
+def test_measures_are_beside_the_rows(done):
+  folder, _ = done
+  work = WorkDir(folder / "work")
+  final = [r for r in work.rows() if r["protocol"] == "final"]
+  assert len(final) == 3 * 2
+  for row in final:
+    found = work.measures(row["run"])
+    assert set(found) == {"neighbours"} | (
+        {"norms"} if row["variant"] != "layernorm_2x" else set())
+    assert 0 <= found["neighbours"]["before"]["1"] <= 100
+  by_seed = [work.measure(r["run"], "neighbours")["before"] for r in final]
+  assert all(x == by_seed[0] for x in by_seed)  # the same pretrained model
+
+
+def test_norms_moved_are_those_of_the_bundle(done):
+  from ttc_jax import bundles
+  folder, _ = done
+  work = WorkDir(folder / "work")
+  row = next(r for r in work.rows()
+             if (r["variant"], r["protocol"]) == ("ttc", "final"))
+  moved = work.measure(row["run"], "norms")
+  tuned = bundles.load(work.bundle(row["run"])).tuned
+  # Random weights start with scales of 1 and shifts of 0.
+  for norm, gamma, beta in zip(moved["norms"], moved["gamma"], moved["beta"],
+                               strict=True):
+    assert gamma == pytest.approx(
+        np.abs(tuned[f"backbone/{norm}/scale"] - 1).mean(), rel=1e-4)
+    assert beta == pytest.approx(
+        np.abs(tuned[f"backbone/{norm}/bias"]).mean(), rel=1e-4)
+  assert len(moved["norms"]) == 2 * 3 + 1
+
+
+def test_a_picture_has_its_numbers_beside_it(done):
+  folder, _ = done
+  files = shown(folder, "fig7")
+  assert set(files) == {"fig7.png", "fig7.svg", "fig7.csv"}
+  with Image.open(files["fig7.png"]) as picture:
+    assert picture.size[0] > 300
+  assert len(files["fig7.csv"].read_text().splitlines()) == 1 + 2 * 2 * 7
+
+
+def test_a_missing_measure_is_taken_again_from_the_bundle(done, monkeypatch):
+  folder, _ = done
+  work = WorkDir(folder / "work")
+  row = next(r for r in work.rows()
+             if (r["variant"], r["protocol"]) == ("ttc", "final"))
+  path = folder / "work" / "runs" / row["run"] / "measures" / "norms.json"
+  before = json.loads(path.read_text())
+  path.unlink()
+  output = run(folder, "fig7")
+  assert output.returncode == 0 and "seed" not in output.stdout
+  assert json.loads(path.read_text()) == before
+
+
+def test_an_unknown_experiment_is_one_sentence():
+  output = run_command("main", "--config=configs/paper.py:table9")
+  assert output.returncode == 2
+  assert "unknown experiment 'table9'" in output.stderr
+
+
+def test_no_experiment_lists_them():
+  output = run_command("main", "--config=configs/paper.py")
+  assert output.returncode == 2 and "fig2" in output.stderr
+
+
+def test_table_4_agrees_with_its_formulas(tmp_path):
+  output = run_command(
+      "main", f"--workdir={tmp_path / 'work'}", "--config=configs/paper.py:"
+      "table4,backbone=vit_ti16,weights=random,size=32")
+  assert output.returncode == 0, output.stderr
+  assert " !" not in output.stdout
+  text = (tmp_path / "work/paper/table4/table4.csv").read_text()
+  rows = {line[0]: line for line in csv.reader(text.splitlines())}
+  # L K^2 + 2 D (2 L + 1), with L = 3, D = 32, K = 4.
+  assert rows["ttc"][3] == str(3 * 16 + 2 * 32 * 7)
+  # XLA counts the products, and a few sums more.
+  ours, xla = float(rows["ttc_rows"][5]), float(rows["ttc_rows"][6])
+  assert ours <= xla < 1.5 * ours + 0.01
+
+
+def test_every_format_of_a_grid_has_every_cell():
+  from ttc_jax.report import grid
+  table = Grid("What", ["", "a_b", "c|d"], [["x", "1.0 ± 0.1", "=1"]],
+               ["Note."])
+  for suffix, write in grid.WRITERS.items():
+    text = write(table)
+    assert "1.0" in text and "0.1" in text, suffix
+  assert r"c\|d" in grid.markdown(table)
+  assert r"a\_b" in grid.latex(table)
+  assert "'=1" in grid.comma_separated(table)
+  assert Picture(None, table).numbers == table

@@ -1,0 +1,108 @@
+"""Measures against their formulas, written here with numpy and SciPy."""
+import math
+
+import numpy as np
+import pytest
+
+from ttc_jax import measures
+from ttc_jax.errors import UserError
+from ttc_jax.experiments import fig3
+from ttc_jax.measures import (
+  divergence,
+  neighbours,
+  norms,
+  scores,
+  separation,
+)
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+def clouds(rng, count=40, far=8.0):
+  """Two clouds of features (N, 5), and their labels."""
+  labels = np.arange(count) % 2
+  x = rng.normal(size=(count, 5))
+  x[:, 0] += far * labels
+  return x.astype(np.float32), labels
+
+
+def test_an_unknown_measure_is_refused():
+  with pytest.raises(UserError, match="unknown measure 'norm': did you mean"):
+    measures.take("norm", "", None, None, 0, 0)
+
+
+def test_nearest_neighbour_is_the_one_with_the_largest_cosine(rng):
+  train, labels = rng.normal(size=(30, 4)), rng.integers(0, 5, 30)
+  test, truth = rng.normal(size=(20, 4)), rng.integers(0, 5, 20)
+  cosine = (test / np.linalg.norm(test, axis=1, keepdims=True)) @ (
+      train / np.linalg.norm(train, axis=1, keepdims=True)).T
+  want = 100 * (labels[cosine.argmax(1)] == truth).mean()
+  assert neighbours.accuracy(train, labels, test, truth, 1) == (
+      pytest.approx(want))
+
+
+def test_nearest_class_mean(rng):
+  x, y = clouds(rng)
+  test, truth = rng.normal(size=(30, 5)) * 4, np.arange(30) % 2
+  means = [x[y == c].mean(0) for c in (0, 1)]
+  nearest = [min((0, 1), key=lambda c: np.linalg.norm(t - means[c]))
+             for t in test]
+  assert separation.centroid_accuracy(x, y, test, truth) == pytest.approx(
+      100 * (np.array(nearest) == truth).mean())
+
+
+def test_silhouette_is_its_definition(rng):
+  x, y = clouds(rng, 12, 2.0)
+  found = []
+  for i in range(len(x)):
+    far = np.linalg.norm(x - x[i], axis=1)
+    own = far[(y == y[i]) & (np.arange(len(x)) != i)].mean()
+    other = far[y != y[i]].mean()
+    found.append((other - own) / max(own, other))
+  assert separation.silhouette(x, y) == pytest.approx(np.mean(found), rel=1e-5)
+
+
+def test_embedding_keeps_far_clouds_apart(rng):
+  x, y = clouds(rng, 60, 50.0)
+  points = separation.embedded(x, 0)
+  assert points.shape == (60, 2)
+  assert separation.centroid_accuracy(points, y, points, y) == 100
+
+
+def test_divergence_is_equation_5(rng):
+  p, q = rng.normal(size=(2, 3, 6))
+  found = divergence.jensen_shannon(p, q)
+  for a, b, js in zip(p, q, found, strict=True):
+    a, b = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+    m = (a + b) / 2
+    want = (sum(x * math.log(x / y) for x, y in zip(a, m, strict=True)) +
+            sum(x * math.log(x / y) for x, y in zip(b, m, strict=True))) / 2
+    assert js == pytest.approx(want)
+  np.testing.assert_array_equal(divergence.jensen_shannon(p, p), 0)
+  apart = divergence.jensen_shannon(np.array([[90.0, 0]]),
+                                    np.array([[0, 90.0]]))
+  np.testing.assert_allclose(apart, math.log(2))
+
+
+def test_norms_are_in_the_order_of_the_network():
+  names = ["backbone/norm", "backbone/block_10/norm1", "backbone/block_2/norm2",
+           "backbone/block_2/norm1"]
+  assert sorted(names, key=norms._natural) == [
+      "backbone/block_2/norm1", "backbone/block_2/norm2",
+      "backbone/block_10/norm1", "backbone/norm"]
+
+
+def test_energy_of_a_set_is_that_of_its_block(rng):
+  squares = np.square(rng.normal(size=(6, 6)))
+  share = sum(squares[i, j] for i in (1, 4) for j in (1, 4)) / squares.sum()
+  assert scores.energy(squares, np.array([1, 4])) == pytest.approx(share)
+  assert scores.energy(squares, np.arange(6)) == pytest.approx(1)
+
+
+def test_overlap_of_selections():
+  one = {("fc2", 0): {1, 2, 3, 4}, ("fc2", 10): {1, 2, 3, 4}}
+  other = {("fc2", 0): {3, 4, 5, 6}, ("fc2", 10): {1, 2, 3, 4}}
+  assert fig3.overlap(one, other) == [0.5, 1.0]
