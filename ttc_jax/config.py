@@ -77,6 +77,12 @@ def default() -> ml_collections.ConfigDict:
   c.normalisation = ""
   c.flip = False
   c.smallest_crop = 1.0       # random resized crops of at least that area
+  # More augmentation in training, as timm's; 0: none.
+  c.augment = ml_collections.ConfigDict(dict(
+      jitter=0.0,         # brightness, contrast, saturation; 0.4 is usual
+      randaugment=0.0,    # magnitude, 9 is usual; takes the place of jitter
+      erasing=0.0,        # probability
+      mixup=0.0, cutmix=0.0))  # alpha; both: one of them for each batch
 
   # Per stage.
   c.epochs = 50
@@ -281,6 +287,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   if not 0 < config.smallest_crop <= 1:
     raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
                     "a share of the area above 0, 1 for no crops")
+  for key, most in (("jitter", 1), ("randaugment", 10), ("erasing", 1),
+                    ("mixup", math.inf), ("cutmix", math.inf)):
+    if not 0 <= config.augment[key] <= most:
+      raise UserError(f"config.augment.{key} is {config.augment[key]}; give 0 "
+                      + (f"to {most}" if most < math.inf else "or more"))
   _check_per_task("config", config, config)
   grids = (config.grid, *(t.get("grid", {}) for t in config.per_task.values()))
   if config.protocol == "select" and not any(

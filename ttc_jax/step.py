@@ -30,11 +30,19 @@ class Plan(NamedTuple):
   smallest_crop: float
   decay_all: bool
   optimiser: str
+  recipe: augment.Recipe = augment.Recipe()
+
+  @property
+  def augments(self) -> bool:
+    """Whether an image differs from epoch to epoch."""
+    return self.flip or self.smallest_crop < 1 or any(self.recipe)
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """Returns the values of `Plan` that a configuration has."""
-  return Plan(*(config[field] for field in Plan._fields))
+  *fields, _ = Plan._fields
+  return Plan(*(config[field] for field in fields),
+              augment.Recipe(**config.augment))
 
 
 Number = Any  # a scalar: numpy's, or traced
@@ -91,20 +99,29 @@ def make_loss_fn(model: Model, plan: Plan) -> Callable:
   def loss_fn(params, fixed, batch, key):
     images, labels = batch
     crop_key, flip_key, path_key = jax.random.split(key, 3)
+    more_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))
     if plan.smallest_crop < 1:
       images = augment.random_crop(
           images, crop_key, images.shape[1], plan.smallest_crop)
     if plan.flip:
       images = augment.random_flip(images, flip_key)
+    images = augment.change(images, more_key, plan.recipe, model.normalisation)
+    targets = _targets(labels, params["head"]["bias"].shape[-1], plan,
+                       fixed.hyper.classes)
+    images, targets = augment.mix(images, targets, mix_key, plan.recipe)
     logits = model.logits(params, images, fixed.buffers, key=path_key)
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
-    if plan.label_smoothing:  # over the task's classes, not the padding
-      classes = fixed.hyper.classes
-      known = jnp.arange(logits.shape[-1]) < classes
-      targets = ((1 - plan.label_smoothing) * targets
-                 + plan.label_smoothing * known / classes)
     return optax.softmax_cross_entropy(logits, targets).mean()
   return loss_fn
+
+
+def _targets(labels, width, plan, classes):
+  """Probabilities (B, width), smoothed over the task's classes alone."""
+  targets = jax.nn.one_hot(labels, width)
+  if plan.label_smoothing:
+    known = jnp.arange(width) < classes
+    targets = ((1 - plan.label_smoothing) * targets
+               + plan.label_smoothing * known / classes)
+  return targets
 
 
 def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:

@@ -286,8 +286,7 @@ class StageRun:
     model, params = with_handlers(self.job, state), state.params
     buffers = state.buffers
     start = frozen_blocks(model.backbone, params, stage.rules)
-    random = (plan.flip or plan.smallest_crop < 1
-              or model.backbone.drop_path > 0 or stage.sample)
+    random = (plan.augments or model.backbone.drop_path > 0 or stage.sample)
     model = model._replace(sample=stage.sample)
     train, val = self._split, self.job.val
     if start and not random and _fits(model, params, buffers, start, train):
