@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent / "ttc_jax"
 # Lower imports higher never; a module may import those of smaller level.
 LEVELS = {
     "errors": 0, "normalisation": 1, "files": 1, "interrupt": 1, "trees": 1,
-    "parallel": 1, "randaugment": 1, "augment": 2, "config": 1, "vtab/rows": 1, "vtab/facts": 1,
+    "parallel": 1, "randaugment": 1, "augment": 2, "config": 1,
+    "vtab/rows": 1, "vtab/facts": 1,
     "config_file": 2, "cli": 3,
     "compilation": 2, "tasks": 2, "backbones": 2, "optim": 2, "presets": 2,
     "runs/workdir": 2,
@@ -18,7 +19,7 @@ LEVELS = {
     "bundles": 6, "methods": 6,
     "train": 7, "report": 7, "predict/loaded": 7, "measures": 8, "runs": 9,
     "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,
-    "experiments": 11, "bench/pytorch": 3, "main": 12,
+    "experiments": 11, "evidence": 12, "bench/pytorch": 3, "main": 13,
 }
 
 

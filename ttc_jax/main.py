@@ -69,8 +69,8 @@ def _conclude_experiment(session: Session) -> None:
   name, config = session.config.experiment, session.config
   shown = experiments.show(name, experiments.Results(
       experiments.title(name), session.rows(),
-      [*session.tasks, *session.missing], session.base, config,
-      session.workdir))
+      [*session.tasks, *session.missing], session.workdir,
+      (config, session.base)))
   for one in shown:
     if isinstance(one, experiments.Grid):
       print(f"\n{grid.text(one)}", end="")

@@ -1,10 +1,11 @@
-"""RandAugment on the device (Cubuk et al., 2020), as timm's `rand-m9-mstd0.5-inc1`.
+"""RandAugment on the device (Cubuk et al., 2020).
 
-Two operations of fifteen, drawn for each image with replacement; each is done
-with probability 1/2, at a magnitude drawn around m of 10 with a standard
-deviation of 0.5. "inc1": a larger magnitude always changes more. Images are
-float32 (S, S, 3), values 0 to 255. Uncovered pixels take the grey value 128;
-affine maps are interpolated bilinearly (timm draws bilinear or bicubic).
+As timm's `rand-m9-mstd0.5-inc1`: two operations of fifteen, drawn for each
+image with replacement; each is done with probability 1/2, at a magnitude drawn
+around m of 10 with a standard deviation of 0.5. "inc1": a larger magnitude
+always changes more. Images are float32 (S, S, 3), values 0 to 255. Uncovered
+pixels take the grey value 128; affine maps are interpolated bilinearly (timm
+draws bilinear or bicubic).
 """
 from collections.abc import Callable
 

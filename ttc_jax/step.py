@@ -40,9 +40,9 @@ class Plan(NamedTuple):
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """Returns the values of `Plan` that a configuration has."""
-  *fields, _ = Plan._fields
-  return Plan(*(config[field] for field in fields),
-              augment.Recipe(**config.augment))
+  values = {field: config[field] for field in Plan._fields
+            if field != "recipe"}
+  return Plan(**values, recipe=augment.Recipe(**config.augment))
 
 
 Number = Any  # a scalar: numpy's, or traced

@@ -65,16 +65,14 @@ class Results(NamedTuple):
     title: of the experiment.
     rows: the finished runs, of all protocols.
     tasks: names of the tasks, also of those without a run.
-    base: what the general configuration starts from.
-    config: the session's.
     workdir: where the measures are.
+    session: `(config, base)` of the session, for what is drawn without runs.
   """
   title: str
   rows: Sequence[Row]
   tasks: Sequence[str]
-  base: Base
-  config: ml_collections.ConfigDict
   workdir: WorkDir
+  session: tuple[ml_collections.ConfigDict, Base] | None = None
 
   def final(self, variant: str, task: str | None = None) -> list[Row]:
     """Returns a variant's rows of the test set, of one task or all."""
@@ -96,15 +94,19 @@ class Results(NamedTuple):
 
   @property
   def setting(self) -> str:
-    """A sentence on backbone, size, epochs and grid."""
-    c = self.config
-    rates = ", ".join(f"{x:g}" for x in sorted(
-        {r["lr"] for r in self.rows if r["protocol"] == "val"}))
-    return (f"{self.base.name} at {c.image_size} px, weights "
-            f"{self.base.source.name} (sha256 {self.base.source.sha256[:12]}), "
-            f"{c.dtype}, {c.epochs} epochs a stage, batches of "
-            f"{c.batch_size}; learning rates tried on val200: "
-            f"{rates or 'none'}.")
+    """A sentence on backbone, size, epochs, seeds and grid."""
+    def values(key, rows=self.rows):
+      found = dict.fromkeys(r[key] for r in rows)
+      return ", ".join(f"{x:g}" if isinstance(x, float) else f"{x}"
+                       for x in sorted(found))
+    if not self.rows:
+      return "No finished run yet."
+    tried = [r for r in self.rows if r["protocol"] == "val"]
+    return (f"{values('backbone')} at {values('image_size')} px, weights "
+            f"{values('weights')} (sha256 {self.rows[0]['weights_sha256'][:12]}"
+            f"), {values('dtype')}, epochs of a stage {values('epochs')}, "
+            f"seeds {values('seed')}; learning rates tried on val200: "
+            f"{values('lr', tried) or 'none'}.")
 
 
 class Picture(NamedTuple):
@@ -218,9 +220,8 @@ def accuracy(results: Results,
   header = ["", *tasks, *(["mean"] if len(tasks) > 1 else []),
             *(["paper"] if paper else []), "module", "norm", "lr"]
   notes = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
-           "chosen on val200. ±: standard deviation over "
-           f"{len(results.config.seeds)} seeds. Columns module, norm: tuned "
-           "parameters.", results.setting]
+           "chosen on val200. ±: standard deviation over seeds. Columns "
+           "module, norm: tuned parameters.", results.setting]
   if paper:
     notes.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")

@@ -33,23 +33,33 @@ def overlap(one: dict, other: dict) -> list[float]:
   return [len(one[at] & other[at]) / len(one[at]) for at in sorted(one)]
 
 
+def overlaps(results: Results, variant: str) -> tuple[list, list, float] | None:
+  """Returns (overlaps by block of pairs of tasks, of pairs of seeds, chance).
+
+  None where fewer than two tasks or seeds were measured.
+  """
+  runs = [[_sets(x) for x in results.measured("channels", variant, task)]
+          for task in results.tasks]
+  tasks = [overlap(a[0], b[0]) for a, b in itertools.combinations(
+      [r for r in runs if r], 2)]
+  seeds = [overlap(a, b) for r in runs for a, b in itertools.combinations(r, 2)]
+  if not tasks or not seeds:
+    return None
+  first = results.measured("channels", variant)[0]
+  site, blocks = next(iter(first["sites"].items()))
+  block, channels = next(iter(blocks.items()))
+  return tasks, seeds, len(channels) / first["widths"][site][block]
+
+
 def _overlaps(results):
   lines, chance = [], float("nan")
   for variant in VARIANTS:
-    runs = {task: [_sets(x) for x in results.measured(
-        "channels", variant, task)] for task in results.tasks}
-    for found in results.measured("channels", variant)[:1]:
-      (site, blocks), *_ = found["sites"].items()
-      block, channels = next(iter(blocks.items()))
-      chance = len(channels) / found["widths"][site][block]
-    tasks = [overlap(a[0], b[0]) for a, b in itertools.combinations(
-        [r for r in runs.values() if r], 2)]
-    seeds = [overlap(a, b) for r in runs.values()
-             for a, b in itertools.combinations(r, 2)]
-    for name, found in (("two tasks", tasks), ("two seeds of a task", seeds)):
-      if found:
-        lines.append([f"{variant}: {name}", f"{np.mean(found):.2f}",
-                      *(f"{x:.2f}" for x in np.mean(found, 0))])
+    if found := overlaps(results, variant):
+      tasks, seeds, chance = found
+      lines += [[f"{variant}: {name}", f"{np.mean(values):.2f}",
+                 *(f"{x:.2f}" for x in np.mean(values, 0))]
+                for name, values in (("two tasks", tasks),
+                                     ("two seeds of a task", seeds))]
   blocks = max((len(x) for x in lines), default=2) - 2
   return Grid(f"{results.title}: shared channels",
               ["", "mean", *map(str, range(blocks))],

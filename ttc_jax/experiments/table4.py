@@ -70,15 +70,15 @@ FORMULAS = {
 
 def draw(results: Results) -> list[Grid]:
   """Returns the table; a formula that disagrees has "!" behind it."""
-  lines = []
-  for label, config in plan.variants(results.config).items():
-    config = inputs.resolved(config, results.base)
-    method = inputs.load_method(config, results.base)
-    counted, added = program(method, results.base)
+  if results.session is None:
+    return []
+  (config, base), lines = results.session, []
+  for label, values in plan.variants(config).items():
+    method = inputs.load_method(inputs.resolved(values, base), base)
+    counted, added = program(method, base)
     formula = FORMULAS[label]
-    expected = formula.size(results.base.backbone, method.options)
-    work = formula.work and formula.work(
-        results.base.backbone, method.options)
+    expected = formula.size(base.backbone, method.options)
+    work = formula.work and formula.work(base.backbone, method.options)
     lines.append([
         label, formula.parameters, f"{expected:,}",
         f"{counted:,}{'' if counted == expected else ' !'}",
@@ -89,7 +89,7 @@ def draw(results: Results) -> list[Grid]:
       results.title, ["", "parameters", "formula", "counted",
                       "added FLOPs", "formula (M)", "XLA (M)", "merged"],
       lines, [
-          f"{results.base.name} at {results.config.image_size} px; tuned "
+          f"{base.name} at {config.image_size} px; tuned "
           "parameters without the head; FLOPs an image. XLA counts sums, "
           "gathers and scatters beside the products.",
           "The paper prints L K^2 for TTC (0.11M for ViT-B/16 with K = 96), "

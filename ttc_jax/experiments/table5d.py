@@ -16,6 +16,7 @@ PAPER = {"ttc": 78.4}
 
 def draw(results: Results) -> list[Grid]:
   """Returns the table."""
-  table = accuracy(results, PAPER, {
-      "ttc": f"ttc (D/8 = {results.base.backbone.default_k})"})
+  labels = {r["variant"]: f"ttc (D/8 = {r['k']})"
+            for r in results.final("ttc")}
+  table = accuracy(results, PAPER, labels)
   return [table._replace(notes=[*table.notes, OTHER_MEAN])]

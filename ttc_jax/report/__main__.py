@@ -3,7 +3,11 @@
   python -m ttc_jax.report WORKDIR... --published --format=latex
   python -m ttc_jax.report WORKDIR... --watch
 
-Work directories are only read, whether or not a run is going on.
+  python -m ttc_jax.report paper WORKDIR... --out=DIR
+
+Work directories are only read, whether or not a run is going on. `paper` takes
+those of experiments (configs/paper.py) and writes evidence.html, one page that
+needs no other file, and evidence.md with its pictures.
 """
 from collections.abc import Sequence
 import os
@@ -60,6 +64,33 @@ def show(workdirs: Sequence[str]) -> None:
   print(text, end="")
 
 
+def paper(workdirs: Sequence[str], folder: str) -> None:
+  """Writes the page of claims, tables and figures as HTML and Markdown."""
+  from ttc_jax import plots  # an extra
+  from ttc_jax.evidence import page
+  from ttc_jax.experiments import Picture
+  sections = [page.gather(workdir) for workdir in workdirs]
+  os.makedirs(folder, exist_ok=True)
+  written, pictures = [os.path.join(folder, "evidence.html")], {}
+  files.write_text(written[0], page.page(sections))
+  for section in sections:
+    for name, (_, shown) in section.shown.items():
+      for i, one in enumerate(shown):
+        if not isinstance(one, Picture):
+          continue
+        stem = f"evidence-{section.name}-{name}" + (f"-{i}" if i else "")
+        png, svg = plots.save(one.figure, os.path.join(folder, stem))
+        os.remove(svg)
+        written.append(png)
+        pictures[f"{section.name}/{name}-{i}"] = os.path.basename(png)
+  written.append(os.path.join(folder, "evidence.md"))
+  files.write_text(written[-1], page.markdown(sections, pictures))
+  for *start, found in page.findings(sections):
+    print(printable("  ".join([*start, found.measured, found.verdict])))
+  for path in written:
+    print(f"written: {printable(path)}", file=sys.stderr)
+
+
 def write(table: tables.Table, text: str, folder: str, suffix: str) -> None:
   """Writes the table and, with --plot, the pictures into a folder."""
   path = os.path.join(folder, f"table.{suffix}")
@@ -79,7 +110,9 @@ def main(argv: list[str]) -> None:
     raise UserError("name a work directory: python -m ttc_jax.report DIR...")
   if _PLOT.value and not _OUT.value:
     raise UserError("--plot writes files: add --out=DIR")
-  if _WATCH.value:
+  if workdirs[0] == "paper" and workdirs[1:]:
+    paper(workdirs[1:], _OUT.value or ".")
+  elif _WATCH.value:
     watch(workdirs, _EVERY.value)
   else:
     show(workdirs)

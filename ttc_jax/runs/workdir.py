@@ -178,6 +178,15 @@ class WorkDir:
       missing |= plan.get("missing", {})
     return {"tasks": tasks, "missing": missing}
 
+  def experiments(self) -> dict[str, dict[str, list[str]]]:
+    """Reads {experiment: {task: names of its variants}} of the plans."""
+    found = {}
+    for path in sorted(self.path.glob("plan-*.json")):
+      tasks = (_read(path) or {}).get("tasks", {})
+      found[path.stem.removeprefix("plan-")] = {
+          task: [*variants] for task, variants in tasks.items()}
+    return found
+
   def expected(self) -> dict[tuple[str, str], Expected]:
     """Reads {(task, variant): Expected} of the plan, in its order."""
     return {(task, label): Expected(**fields)

@@ -1,0 +1,155 @@
+"""Claims are judged by the rule that they state; the page holds them all."""
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ttc_jax.errors import UserError
+from ttc_jax.evidence import claims, page
+from ttc_jax.experiments import Grid, Results
+from ttc_jax.report.tables import Score
+from ttc_jax.runs.workdir import Expected, WorkDir
+
+
+def row(variant, task, seed, top1, **more):
+  """A finished row; the keys that the page and its tables read."""
+  return dict(
+      run=f"{task}-{variant}-{seed}", variant=variant, task=task, seed=seed,
+      test_top1=top1, val_top1=None, protocol="final", lr=0.01,
+      weight_decay=1e-4, method="ttc", group="Other", backbone="vit_ti16",
+      image_size=64, weights="w", weights_sha256="0" * 64, dtype="float32",
+      epochs=20, module_params=1, norm_params=2, head_params=3,
+      finished="2026", limit=0, options={}) | more
+
+
+def rows(gains, variants=("a", "b"), tasks=("t", "u")):
+  """Variant a is above b by `gains[seed]` on every task."""
+  one, other = variants
+  found = []
+  for i, task in enumerate(tasks):
+    for seed, gain in enumerate(gains):
+      base = 50 + 10 * i + seed
+      found += [row(other, task, seed, base), row(one, task, seed, base + gain)]
+  return found
+
+
+def results(found, tmp_path):
+  return Results("t", found, ["t", "u"], WorkDir(tmp_path))
+
+
+def judged(gains, claimed, tmp_path):
+  return claims.better("a", "b", claimed)(results(rows(gains), tmp_path))
+
+
+@pytest.mark.parametrize("gains,claimed,verdict", [
+    ((2.0, 2.2, 1.8), 1.0, claims.SUPPORTED),
+    ((0.1, -0.1, 0.0), 3.0, claims.NOT_SUPPORTED),   # 3 points are excluded
+    ((0.1, -0.1, 0.0), 0.0, claims.OPEN),
+    ((3.0, -3.0, 1.0), 2.0, claims.OPEN),            # too noisy to tell
+    ((-2.0, -2.2, -1.8), 0.0, claims.NOT_SUPPORTED),
+    ((5.0,), 1.0, claims.OPEN),                      # one seed
+])
+def test_verdicts(gains, claimed, verdict, tmp_path):
+  assert judged(gains, claimed, tmp_path).verdict == verdict
+
+
+def test_interval_is_student_s_over_the_seeds_of_the_mean_over_tasks(tmp_path):
+  found = [row("b", t, s, 50) for t in "tu" for s in range(3)]
+  gains = {("t", 0): 1, ("t", 1): 2, ("t", 2): 6, ("u", 0): 3, ("u", 1): 2,
+           ("u", 2): 2}
+  found += [row("a", t, s, 50 + gain) for (t, s), gain in gains.items()]
+  score = claims.over_tasks(claims.differences(
+      results(found, tmp_path), "a", "b"))
+  values = [2, 2, 4]
+  low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+  assert score.mean == pytest.approx(np.mean(values))
+  assert score.interval == pytest.approx((high - low) / 2)
+
+
+def test_seeds_and_tasks_that_one_variant_lacks_are_left_out(tmp_path):
+  found = [*rows((1.0, 1.0, 1.0)), row("a", "v", 0, 99), row("a", "t", 7, 99)]
+  by_task = claims.differences(
+      Results("t", found, ["t", "u", "v"], WorkDir(tmp_path)), "a", "b")
+  assert by_task.keys() == {"t", "u"} and by_task["t"].keys() == {0, 1, 2}
+
+
+def test_missing_runs_give_no_finding(tmp_path):
+  assert claims.better("a", "c")(results(rows((1.0,)), tmp_path)) is None
+
+
+def test_a_smaller_divergence_moves_less(tmp_path):
+  found = [row(v, t, s, 50) for v in ("a", "b") for t in "tu" for s in (0, 1)]
+  work = WorkDir(tmp_path)
+  for r in found:
+    js = 0.01 if r["variant"] == "a" else 0.05 + 0.001 * r["seed"]
+    work.write_measure(r["run"], "divergence", {"js": js})
+  judge = claims.moves_less("a", "b")
+  assert judge(results(found, tmp_path)).verdict == claims.SUPPORTED
+  assert claims.verdict(Score(-1.0, (-1.0, -1.1)), 0) == claims.NOT_SUPPORTED
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A directory of Table 3, finished; names that a page must escape."""
+  work = WorkDir(tmp_path / "a<b>")
+  (work.path / "runs").mkdir(parents=True)
+  for r in rows((3.0, 2.9, 3.1), ("layernorm", "linear"), ("t<i>", "u|v")):
+    work.write_row(r)
+  plan = Expected(1, [0, 1, 2], "select", 20)
+  work.write_plan({task: {v: plan for v in ("linear", "layernorm")}
+                   for task in ("t<i>", "u|v")}, {}, "table3")
+  return str(work)
+
+
+class Balanced(HTMLParser):
+  """Collects text and checks that scripts and outside addresses are absent."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.text = set(), []
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.add(tag)
+    for key, value in attrs:
+      assert key not in ("src", "href") or value.startswith("#"), value
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+
+def test_page_is_whole_in_one_file_and_escapes_names(workdir):
+  section = page.gather(workdir)
+  html = Balanced(page.page([section]))
+  assert not html.tags & {"script", "link", "img", "i", "b"}
+  text = " ".join(html.text)
+  assert "Tuning the LayerNorms alone" in text and "not supported" in text
+  assert "t<i>" in text and "a<b>" in text
+
+
+def test_markdown_has_the_same_findings(workdir):
+  section = page.gather(workdir)
+  text = page.markdown([section], {})
+  found = page.findings([section])
+  assert found
+  for *_, finding in found:
+    assert finding.measured.replace("|", r"\|") in text
+  assert "## a<b>" in text and "Table 3" in text
+
+
+def test_a_directory_without_experiments_is_refused(tmp_path):
+  with pytest.raises(UserError, match="no work directory"):
+    page.gather(str(tmp_path / "none"))
+  work = WorkDir(tmp_path / "plain")
+  (work.path / "runs").mkdir(parents=True)
+  work.write_row(row("a", "t", 0, 50))
+  with pytest.raises(UserError, match="no finished run of an experiment"):
+    page.gather(str(work))
+
+
+def test_every_claim_is_a_sentence_of_its_own():
+  texts = [c.text for c in claims.CLAIMS]
+  assert len(set(texts)) == len(texts)
+  assert all(t.endswith(".") and t[0].isupper() for t in texts)
+  assert Grid("t", [], []).notes == ()

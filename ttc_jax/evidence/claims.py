@@ -1,0 +1,257 @@
+"""The paper's claims, one by one, each judged from rows of finished runs.
+
+A claim says that variant A has a higher accuracy than B, by so many points.
+The runs of the same task and seed are paired. The mean difference over tasks
+has one value for each seed; its 95 % interval is Student's t over the seeds.
+
+  supported           the whole interval is above 0
+  not supported       the whole interval is below 0, or below the gain that the
+                      paper claims
+  not decidable here  otherwise: the interval holds both 0 and that gain, or
+                      there is one seed only
+"""
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ttc_jax.experiments import Results
+from ttc_jax.report.tables import Score
+
+SUPPORTED, NOT_SUPPORTED, OPEN = (
+    "supported", "not supported", "not decidable here")
+
+
+class Finding(NamedTuple):
+  """What was measured for a claim in one work directory.
+
+  Attributes:
+    measured: a sentence with numbers.
+    verdict: one of the three above.
+  """
+  measured: str
+  verdict: str
+
+
+class Claim(NamedTuple):
+  """A claim and how it is judged.
+
+  Attributes:
+    source: where the paper makes it; "beyond the paper" for our questions.
+    text: the claim, a sentence.
+    judge: `(results) -> Finding`, or None where the runs are missing.
+  """
+  source: str
+  text: str
+  judge: Callable[[Results], Finding | None]
+
+
+def differences(results: Results, one: str, other: str
+                ) -> dict[str, dict[int, float]]:
+  """Returns {task: {seed: A - B in points}} of the runs that both have."""
+  found: dict[str, dict[int, float]] = {}
+  for task in results.tasks:
+    a, b = ({r["seed"]: r["test_top1"] for r in results.final(v, task)}
+            for v in (one, other))
+    if common := a.keys() & b.keys():
+      found[task] = {seed: a[seed] - b[seed] for seed in sorted(common)}
+  return found
+
+
+def over_tasks(by_task: dict[str, dict[int, float]]) -> Score | None:
+  """Returns the mean over tasks, with a value for each seed that all have."""
+  if not by_task:
+    return None
+  seeds = set.intersection(*(set(x) for x in by_task.values()))
+  values = [float(np.mean([x[seed] for x in by_task.values()]))
+            for seed in sorted(seeds)]
+  return Score(float(np.mean(values)), tuple(values)) if values else None
+
+
+def verdict(score: Score, claimed: float) -> str:
+  """Judges a difference against the gain that was claimed, in points."""
+  if score.interval is None:
+    return OPEN
+  low, high = score.mean - score.interval, score.mean + score.interval
+  if low > 0:
+    return SUPPORTED
+  return NOT_SUPPORTED if high < max(claimed, 0) or high < 0 else OPEN
+
+
+def interval(score: Score, unit: str = " points") -> str:
+  """Formats a difference with its 95 % interval."""
+  spread = "" if score.interval is None else f" ± {score.interval:.1f}"
+  return f"{score.mean:+.1f}{spread}{unit}"
+
+
+def better(one: str, other: str, claimed: float = 0.0
+           ) -> Callable[[Results], Finding | None]:
+  """Judges whether variant `one` is above `other`.
+
+  Args:
+    claimed: gain in points that the paper prints; 0 where it prints none.
+  """
+  def judge(results):
+    by_task = differences(results, one, other)
+    score = over_tasks(by_task)
+    if score is None:
+      return None
+    each = ", ".join(f"{task} {np.mean([*x.values()]):+.1f}"
+                     for task, x in by_task.items())
+    said = f"; the paper has {claimed:+.1f}" if claimed else ""
+    return Finding(
+        f"{one} - {other}: {interval(score)} over {len(by_task)} tasks "
+        f"({each}), {len(score.seeds)} seeds{said}", verdict(score, claimed))
+  return judge
+
+
+def measure_rises(measure: str, variant: str,
+                  value: Callable[[dict], tuple[float, float]], what: str,
+                  factor: float = 1.0) -> Callable[[Results], Finding | None]:
+  """Judges whether a measure rises from before training to after it.
+
+  Args:
+    value: `(measure) -> (before, after)`.
+    what: name of the number.
+  """
+  def judge(results):
+    by_task = {}
+    for task in results.tasks:
+      rows = results.final(variant, task)
+      found = {r["seed"]: results.workdir.measure(r["run"], measure)
+               for r in rows}
+      pairs = {seed: value(x) for seed, x in found.items() if x}
+      if pairs:
+        by_task[task] = {seed: factor * (after - before)
+                         for seed, (before, after) in pairs.items()}
+    score = over_tasks(by_task)
+    if score is None:
+      return None
+    each = ", ".join(f"{task} {np.mean([*x.values()]):+.1f}"
+                     for task, x in by_task.items())
+    return Finding(f"{what}: {interval(score, '')} ({each})", verdict(score, 0))
+  return judge
+
+
+def moves_less(one: str, other: str) -> Callable[[Results], Finding | None]:
+  """Judges whether `one` has a smaller divergence (Eq. 5) than `other`."""
+  def judge(results):
+    by_task = {}
+    for task in results.tasks:
+      js = [{r["seed"]: x["js"] for r in results.final(v, task)
+             if (x := results.workdir.measure(r["run"], "divergence"))}
+            for v in (other, one)]
+      if common := js[0].keys() & js[1].keys():
+        by_task[task] = {s: 100 * (js[0][s] - js[1][s]) for s in common}
+    score = over_tasks(by_task)
+    return score and Finding(
+        f"JS divergence x 100 of {other} minus that of {one}: "
+        f"{interval(score, '')} nats", verdict(score, 0))
+  return judge
+
+
+def _overlap(results):
+  """Judges whether tasks choose other channels: overlap beside chance."""
+  from ttc_jax.experiments import fig3
+  found = fig3.overlaps(results, "ttc")
+  if found is None:
+    return None
+  tasks, seeds, chance = np.mean(found[0]), np.mean(found[1]), found[2]
+  return Finding(
+      f"two tasks share {tasks:.2f} of their channels, two seeds of one task "
+      f"{seeds:.2f}, chance is {chance:.2f}",
+      SUPPORTED if tasks < seeds - 0.05 else NOT_SUPPORTED)
+
+
+def _agreement(results):
+  """Judges whether a score is a property of the task, not of the images."""
+  found = [x["taylor"] for x in results.measured("scores", "layernorm")]
+  if not found:
+    return None
+  overlap = np.mean([x["overlap"] for x in found])
+  negative = np.mean([x["negative"] for x in found])
+  share = 1 / 8
+  return Finding(
+      f"two halves of the training images share {overlap:.2f} of the top D/8 "
+      f"channels (chance {share:.2f}) after stage 1, and {negative:.2f} of the "
+      "scores are negative",
+      SUPPORTED if overlap > 0.75 else NOT_SUPPORTED if overlap < 0.5 else OPEN)
+
+
+def _first_order(results):
+  """Judges the rank correlation of Eq. 7 with the true change of the loss."""
+  found = [x["spearman"] for x in results.measured("removal", "layernorm")]
+  if not found:
+    return None
+  value = float(np.mean(found))
+  return Finding(
+      "rank correlation with the true change of the loss, 16 channels of each "
+      f"block: {value:.2f} after stage 1",
+      SUPPORTED if value > 0.75 else NOT_SUPPORTED if value < 0.5 else OPEN)
+
+
+def _silhouette(found):
+  return found["silhouette"]["before"], found["silhouette"]["after"]
+
+
+def _neighbours(found):
+  return found["before"]["20"], found["after"]["20"]
+
+
+_OURS = "beyond the paper"
+CLAIMS: Sequence[Claim] = (
+    Claim("Table 3", "Tuning the LayerNorms alone is far above linear probing.",
+          better("layernorm", "linear", 20.7)),
+    Claim("Table 3", "Stage 2 adds to stage 1.",
+          better("ttc", "layernorm", 1.2)),
+    Claim(_OURS, "Stage 2 adds more than stage 1 does when it trains for as "
+          "long as both.", better("ttc", "layernorm_2x", 1.2)),
+    Claim("Table 3", "Two stages are above one joint stage.",
+          better("ttc", "ttc_joint", 0.7)),
+    Claim("Table 3", "Without the alignment of stage 1 the map brings less.",
+          better("ttc", "ttc_on_linear", 4.8)),
+    Claim("Table 1", "TTC is above full tuning.", better("ttc", "full", 9.2)),
+    Claim("Table 1", "TTC is above adapters.", better("ttc", "adapter", 3.4)),
+    Claim("Table 1", "TTC is above SSF.", better("ttc", "ssf", 1.7)),
+    Claim("Table 1", "TTC is above VPT-Deep.",
+          better("ttc", "vpt_deep", 5.3)),
+    Claim("Table 5a", "The Taylor score is above random channels.",
+          better("ttc", "ttc_random")),
+    Claim("Table 5a", "The Taylor score is above the L2 norm.",
+          better("ttc", "ttc_l2", 3.0)),
+    Claim("Table 5b", "All blocks are above the last two.",
+          better("ttc", "ttc_last2", 0.6)),
+    Claim("Table 5c", "After the MLP is above both places.",
+          better("ttc", "ttc_both", 1.3)),
+    Claim("Table 5c", "After the MLP is above after MHSA.",
+          better("ttc", "ttc_mhsa")),
+    Claim("Table 5d", "An eighth of the channels is above many more.",
+          better("ttc", "ttc_k192")),
+    Claim("Table 5d", "An eighth of the channels is above a few.",
+          better("ttc", "ttc_k4")),
+    Claim("Table 7", "A map on the channels is above tuning their weights.",
+          better("ttc", "ttc_rows", 7.8)),
+    Claim("Table 8", "Stage 1 improves nearest neighbours of [CLS].",
+          measure_rises("neighbours", "layernorm", _neighbours,
+                        "top-1 of 20 neighbours, after minus before")),
+    Claim("Fig. 2", "Stage 1 separates the classes.",
+          measure_rises("separation", "layernorm", _silhouette,
+                        "silhouette x 100, after minus before", 100)),
+    Claim("Fig. 3", "Tasks select different channels.", _overlap),
+    Claim("Fig. 4", "LayerNorm tuning moves [CLS] less than SSF does.",
+          moves_less("layernorm_2x", "ssf")),
+    Claim(_OURS, "Our block score is above the Taylor score.",
+          better("ttc_block", "ttc")),
+    Claim(_OURS, "The sign in Eq. 7 matters: squared scores are better.",
+          better("ttc_taylor_square", "ttc")),
+    Claim(_OURS, "With the norms frozen (K = 24), block is above random.",
+          better("frozen_block_k24", "frozen_random_k24")),
+    Claim(_OURS, "With the norms frozen (K = 24), Taylor is above random.",
+          better("frozen_taylor_k24", "frozen_random_k24")),
+    Claim(_OURS, "With the norms tuned (K = 24), block is above random.",
+          better("tuned_block_k24", "tuned_random_k24")),
+    Claim("Eq. 7", "The first order tells what removing a channel does.",
+          _first_order),
+    Claim(_OURS, "The Taylor score is a property of the task, not of the "
+          "images drawn.", _agreement),
+)

@@ -1,0 +1,174 @@
+"""The evidence as one page: claims with verdicts, then tables and figures."""
+from collections.abc import Sequence
+import html
+import io
+import re
+from typing import NamedTuple
+import zlib
+
+from ttc_jax import experiments
+from ttc_jax.errors import UserError, printable
+from ttc_jax.evidence.claims import CLAIMS, Finding
+from ttc_jax.experiments import Grid, Picture, Results
+from ttc_jax.report import grid
+from ttc_jax.report import rows as rows_lib
+from ttc_jax.runs.workdir import WorkDir
+
+
+class Section(NamedTuple):
+  """A work directory's part of the page.
+
+  Attributes:
+    name: of the directory.
+    results: all its runs, for the claims.
+    shown: {experiment: (title, tables and pictures)}.
+  """
+  name: str
+  results: Results
+  shown: dict[str, tuple[str, list[Grid | Picture]]]
+
+
+def gather(workdir: str) -> Section:
+  """Reads a work directory of experiments and draws what is finished.
+
+  Raises:
+    UserError: it has no finished run of an experiment.
+  """
+  place = WorkDir(workdir)
+  rows = rows_lib.of(workdir)
+  plans = place.experiments()
+  if not rows or not plans:
+    raise UserError(f"'{workdir}' has no finished run of an experiment: start "
+                    "configs/paper.py with that --workdir first")
+  shown = {}
+  for name, planned in plans.items():
+    mine = [r for r in rows if r["variant"] in planned.get(r["task"], ())]
+    if not any(r["protocol"] == "final" for r in mine):
+      continue
+    title = experiments.title(name)
+    drawn = experiments.show(name, Results(title, mine, [*planned], place))
+    if drawn:
+      shown[name] = title, drawn
+  tasks = dict.fromkeys(task for planned in plans.values() for task in planned)
+  label = place.path.name
+  return Section(label, Results(label, rows, [*tasks], place), shown)
+
+
+def findings(sections: Sequence[Section]
+             ) -> list[tuple[str, str, str, Finding]]:
+  """Returns (source, claim, section, finding) of all that can be judged."""
+  return [(claim.source, claim.text, section.name, found)
+          for claim in CLAIMS for section in sections
+          if (found := claim.judge(section.results))]
+
+
+_RULE = ("A claim that one variant is above another is supported if the whole "
+         "95 % interval (Student t over seeds of the mean over tasks, runs "
+         "paired by task and seed) is above 0; not supported if it is below 0 "
+         "or below the gain that the paper prints; else it is not decidable "
+         "here.")
+
+
+# --- Markdown -----------------------------------------------------------------
+
+def markdown(sections: Sequence[Section], pictures: dict[str, str]) -> str:
+  """Writes the page as Markdown.
+
+  Args:
+    pictures: {"SECTION/EXPERIMENT-NUMBER": path of the drawn picture}.
+  """
+  lines = [["", "claim", "on", "measured", "verdict"]] + [
+      [source, text, name, found.measured, found.verdict]
+      for source, text, name, found in findings(sections)]
+  out = ["# Evidence", _RULE, _pipes(lines)]
+  for section in sections:
+    out += [f"## {section.name}", section.results.setting]
+    for name, (title, shown) in section.shown.items():
+      out.append(f"### {title}")
+      for i, one in enumerate(shown):
+        if isinstance(one, Grid):
+          out.append(grid.markdown(one).rstrip())
+        else:
+          path = pictures[f"{section.name}/{name}-{i}"]
+          out.append(f"![{title}]({path})")
+  return "\n\n".join(out) + "\n"
+
+
+def _pipes(lines):
+  """A Markdown table, not aligned: its cells are sentences."""
+  cells = [[printable(c).replace("|", r"\|") for c in line] for line in lines]
+  rule = "|" + "---|" * len(lines[0])
+  first, *rest = ("| " + " | ".join(line) + " |" for line in cells)
+  return "\n".join([first, rule, *rest])
+
+
+# --- HTML ---------------------------------------------------------------------
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px;
+       margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0; font-size: 14px;
+        display: block; overflow-x: auto }
+th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right;
+         vertical-align: top }
+th:first-child, td:first-child, .claims td, .claims th { text-align: left }
+th { border-bottom: 2px solid #999 }
+svg { max-width: 100%; height: auto }
+.note { color: #666; font-size: 13px }
+.supported { color: #176f2c; font-weight: 600 }
+.not-supported { color: #b3261e; font-weight: 600 }
+.not-decidable-here { color: #7a5c00; font-weight: 600 }
+"""
+
+
+def page(sections: Sequence[Section]) -> str:
+  """Writes the page as one HTML file that needs no other."""
+  body = ["<h1>Evidence</h1>", f"<p>{html.escape(_RULE)}</p>",
+          _claims(sections)]
+  for section in sections:
+    body.append(f"<h2>{_text(section.name)}</h2>"
+                f"<p class=note>{_text(section.results.setting)}</p>")
+    for title, shown in section.shown.values():
+      body.append(f"<h3>{_text(title)}</h3>")
+      body += [_table(one) if isinstance(one, Grid) else _svg(one)
+               for one in shown]
+  return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+          "<meta name=viewport content='width=device-width'>"
+          f"<title>ttc_jax: evidence</title><style>{_STYLE}</style></head>"
+          f"<body>\n" + "\n".join(body) + "\n</body></html>\n")
+
+
+def _text(value):
+  return html.escape(printable(value))
+
+
+def _claims(sections):
+  lines = ["<table class=claims><tr><th>paper<th>claim<th>on<th>measured"
+           "<th>verdict</tr>"]
+  for source, text, name, found in findings(sections):
+    kind = found.verdict.replace(" ", "-")
+    cells = "".join(f"<td>{_text(x)}" for x in (
+        source, text, name, found.measured))
+    lines.append(f"<tr>{cells}<td class={kind}>{_text(found.verdict)}</tr>")
+  return "\n".join([*lines, "</table>"])
+
+
+def _table(one):
+  head = "".join(f"<th>{_text(x)}" for x in one.header)
+  body = "\n".join("<tr>" + "".join(f"<td>{_text(x)}" for x in line) + "</tr>"
+                   for line in one.lines)
+  notes = "<br>".join(map(_text, one.notes))
+  return (f"<p>{_text(one.title)}.</p><table><tr>{head}</tr>\n{body}</table>"
+          f"<p class=note>{notes}</p>")
+
+
+def _svg(picture):
+  """The picture as inline SVG; names within are made unique by its title."""
+  out = io.StringIO()
+  picture.figure.savefig(out, format="svg", bbox_inches="tight",
+                         metadata={"Date": None})
+  svg = out.getvalue()
+  svg = svg[svg.index("<svg"):]
+  prefix = f"p{zlib.crc32(svg.encode())}-"
+  svg = re.sub(r'id="', f'id="{prefix}', svg)
+  return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", svg)
