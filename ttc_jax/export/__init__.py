@@ -67,7 +67,11 @@ def load(bundle: str, weights: str | None = None) -> LoadedModel:
   Raises:
     UserError: as `predict.load`.
   """
-  model = predict.on_base(bundle, weights)
+  return in_float32(predict.on_base(bundle, weights))
+
+
+def in_float32(model: LoadedModel) -> LoadedModel:
+  """Returns the model with computation in float32."""
   backbone: Any = model.model.backbone
   backbone = backbone.clone(dtype=jnp.float32)
   return model._replace(model=model.model._replace(backbone=backbone))

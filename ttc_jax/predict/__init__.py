@@ -35,13 +35,19 @@ class Tuned(NamedTuple):
   buffers: trees.Tree
   meta: dict[str, Any]
 
-  def predict(self, images: np.ndarray) -> np.ndarray:
-    """uint8 images (N, S, S, 3) -> probabilities (N, C).
+  def predict(self, images: Any) -> np.ndarray:
+    """Returns probabilities (N, C).
+
+    Args:
+      images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
+        size, or one array (N, H, W, 3); they are resized as in training.
 
     Raises:
       UserError: images of another type or shape.
+      DataError: an image file that cannot be read.
     """
-    images = images_lib.check_batch(images, self.meta["image_size"])
+    images = images_lib.prepare_all(
+        images, self.meta["image_size"], self.meta["resample"])
     if not len(images):
       return np.zeros((0, len(self.meta["classes"])), np.float32)
     logits = evaluate.logits(self.model, self.params, self.buffers, images)

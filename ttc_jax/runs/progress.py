@@ -17,14 +17,17 @@ class Progress:
   Args:
     title: of the bar until the first epoch.
     write: takes all records of the curve so far.
+    show: False shows no bar; None shows one on a terminal.
   """
 
-  def __init__(self, title: str, write: Callable[[Sequence[Record]], None]):
+  def __init__(self, title: str, write: Callable[[Sequence[Record]], None],
+               show: bool | None = None):
     self._write = write
     self._records: list[Record] = []
     self._bar = tqdm.tqdm(
         desc=title, unit="epoch", leave=False,
-        disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        disable=not (sys.stderr.isatty() if show is None else show),
+        dynamic_ncols=True)
 
   def expect(self, epochs: int) -> None:
     """Sets how many epochs all stages have together."""

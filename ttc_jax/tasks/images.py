@@ -264,14 +264,23 @@ def prepare(image: Any, size: int, resample: str) -> np.ndarray:
   return resize(image, size, resample)
 
 
-def check_batch(images: Any, size: int) -> np.ndarray:
-  """Returns the images if they are uint8 (N, size, size, 3), else UserError."""
-  images = np.asarray(images)
-  if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-    raise errors.UserError(
-        f"the images are {images.dtype} of shape {images.shape}; expected "
-        f"uint8 (N, {size}, {size}, 3)")
-  return images
+def prepare_all(images: Any, size: int, resample: str) -> np.ndarray:
+  """Returns images of any kind as uint8 (N, size, size, 3), on all cores.
+
+  Args:
+    images: a sequence of what `prepare` takes, or an array (N, H, W, 3).
+
+  Raises:
+    errors.UserError: not a sequence, or an image of another type or shape.
+    errors.DataError: an image file that cannot be read.
+  """
+  if isinstance(images, (str, bytes, os.PathLike)):
+    raise errors.UserError(f"images are {str(images)!r}; give a list: "
+                           f"[{str(images)!r}]")
+  if not isinstance(images, np.ndarray):
+    images = list(images)
+  found = list(in_order(lambda x: prepare(x, size, resample), images))
+  return np.stack(found) if found else np.zeros((0, size, size, 3), np.uint8)
 
 
 def file_digest(path: str) -> str:

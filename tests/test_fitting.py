@@ -1,0 +1,201 @@
+"""`ttc_jax.fit`: a tuned model from Python, the same as the command line's."""
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+import ttc_jax
+from ttc_jax import backbones, importance, parallel, predict, weights
+from ttc_jax.backbones import vit as vit_lib
+from ttc_jax.errors import UserError
+from ttc_jax.model import Model
+
+SMALL = dict(epochs=2, batch_size=16, lr=1e-2, image_size=32, progress=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 64))
+    yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  path = tmp_path_factory.mktemp("weights") / "ti16.safetensors"
+  module = backbones.make("vit_ti16", 32)
+  weights.write(str(path), backbones.init(module),
+                {"gelu": "tanh", "epsilon": 1e-6}, normalisation="half")
+  return str(path)
+
+
+def pictures(count=40, seed=0):
+  """Red and green pictures (N, 20, 30, 3), and their colours."""
+  rng = np.random.default_rng(seed)
+  pixels = rng.integers(0, 90, (count, 20, 30, 3), dtype=np.uint8)
+  labels = ["red" if i % 2 == 0 else "green" for i in range(count)]
+  for i in range(count):
+    pixels[i, ..., i % 2] += 150
+  return pixels, labels
+
+
+@pytest.fixture(scope="module")
+def result(source):
+  return ttc_jax.fit(*pictures(), weights=source, **SMALL)
+
+
+def test_it_learns_and_answers_by_name(result):
+  images, labels = pictures(24, seed=1)
+  assert result.classes == ("green", "red")
+  assert result.accuracy(images, labels) > 90
+  named = result.classify(list(images[:4]))
+  assert [a == b for a, b in zip(named, labels, strict=False)].count(True) >= 3
+  assert result.predict(images).shape == (24, 2)
+  np.testing.assert_allclose(result.predict(images).sum(1), 1, rtol=1e-5)
+  assert result.predict([]).shape == (0, 2)
+  assert [(r["stage"], r["epoch"]) for r in result.history] == [
+      ("align", 1), ("align", 2), ("adapt", 1), ("adapt", 2)]
+
+
+def test_arrays_pictures_and_paths_are_the_same_images(result, tmp_path):
+  images, _ = pictures(4)
+  paths = []
+  for i, pixels in enumerate(images):
+    paths.append(tmp_path / f"{i}.png")
+    Image.fromarray(pixels).save(paths[-1])
+  want = result.predict(images)
+  np.testing.assert_array_equal(result.predict(paths), want)
+  np.testing.assert_array_equal(
+      result.predict([Image.fromarray(x) for x in images]), want)
+
+
+def test_channels_are_the_top_of_the_scores_of_the_aligned_model(
+    result, source):
+  """Scores by `importance` on a model that stage 1 alone made."""
+  images, labels = pictures()
+  aligned = ttc_jax.fit(images, labels, weights=source, method="layernorm",
+                        **SMALL)
+  module, _ = ttc_jax.load("vit_ti16", weights=source, image_size=32)
+  numbers = np.array([result.classes.index(x) for x in labels])
+  pixels = ttc_jax.tasks.images.prepare_all(images, 32, "bicubic")
+  want = importance.score(
+      "taylor", Model(module, "half"),
+      parallel.replicate(aligned._loaded.params), {}, pixels, numbers, ("fc2",))
+  k = len(result.channels["fc2"][0])
+  for block in range(3):
+    np.testing.assert_allclose(result.scores["fc2"][block],
+                               want["fc2"][block], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(
+        result.channels["fc2"][block],
+        importance.top_k(result.scores["fc2"][block], k))
+
+
+def test_methods_without_channels_have_none(source):
+  found = ttc_jax.fit(*pictures(), weights=source, method="linear", **SMALL)
+  assert not found.scores and not found.channels
+
+
+def test_plots_are_pictures(result, tmp_path):
+  for what in (result.scores, result.channels):
+    figure = what.plot()
+    figure.savefig(tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+      assert picture.size[0] > 300
+
+
+@pytest.mark.parametrize("name", ["pets", "pets.safetensors"])
+def test_saved_and_loaded_it_gives_the_same(result, source, tmp_path, name):
+  path = result.save(str(tmp_path / name))
+  images, _ = pictures(8)
+  tuned = predict.load(path, weights=source, merge=False)
+  np.testing.assert_allclose(tuned.predict(images), result.predict(images),
+                             rtol=1e-5, atol=1e-6)
+  with pytest.raises(UserError, match="exists"):
+    result.save(path)
+
+
+def test_exported_it_is_what_the_command_writes(result, tmp_path):
+  folder = result.export("bigvision", str(tmp_path / "out"))
+  assert os.path.exists(os.path.join(folder, "README.md"))
+  with pytest.raises(UserError, match="unknown target 'tim'"):
+    result.export("tim", str(tmp_path / "other"))
+
+
+def test_it_is_the_run_of_the_command_line(source, tmp_path):
+  """The same images, labels and seed as a task: the same loss to the bit."""
+  from ttc_jax.config import default
+  from ttc_jax.runs.session import Session
+  folder = tmp_path / "data" / "colours"
+  folder.mkdir(parents=True)
+  images, labels = pictures()
+  lines = []
+  for i, pixels in enumerate(images):
+    Image.fromarray(pixels).save(folder / f"{i}.png")
+    lines.append(f"{i}.png {['green', 'red'].index(labels[i])}\n")
+  other, _ = pictures(4, seed=1)
+  for i, pixels in enumerate(other):
+    Image.fromarray(pixels).save(folder / f"other_{i}.png")
+  test = [f"other_{i}.png {1 - i % 2}\n" for i in range(4)]
+  for name, part in (("train800", lines[:32]), ("val200", lines[32:]),
+                     ("train800val200", lines), ("test", test)):
+    (folder / f"{name}.txt").write_text("".join(part))
+  c = default()
+  c.tasks, c.data, c.weights = ("colours",), str(folder.parent), source
+  c.image_size, c.epochs, c.batch_size, c.lr = 32, 2, 16, 1e-2
+  c.cache = str(tmp_path / "cache")
+  session = Session(c, str(tmp_path / "work"), say=lambda line: None)
+  session.run_all()
+  row, = session.rows()
+  curve = session.workdir.curve(row["run"])
+  found = ttc_jax.fit(images, labels, weights=source, **SMALL)
+  assert [r["loss"] for r in found.history] == [r["loss"] for r in curve]
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(labels=None), "fit needs labels"),
+    (dict(labels=["a"] * 39), "40 images and 39 labels"),
+    (dict(labels=[0.5, None] * 20), "give names, or numbers"),
+    (dict(images="cat.jpg"), "give a list"),
+    (dict(images=np.zeros((40, 4, 4, 3))), "expected uint8"),
+    (dict(images=["/none/a.png"] * 40), "No such file"),
+    (dict(classes=["red"]), "label 'green' is none of the 1 classes"),
+    (dict(method="tcc"), "unknown method 'tcc': did you mean"),
+    (dict(lrr=1.0), "lrr"),
+    (dict(lr=-1.0), "config.lr is -1.0"),
+    (dict(weights="/none.npz"), "none.npz"),
+])
+def test_mistakes_are_one_sentence(source, change, message):
+  images, labels = pictures()
+  arguments = dict(images=images, labels=labels, weights=source, **SMALL)
+  arguments |= change
+  with pytest.raises(UserError, match=message):
+    ttc_jax.fit(arguments.pop("images"), arguments.pop("labels"), **arguments)
+
+
+def test_nothing_is_written_and_no_global_is_changed(source, tmp_path,
+                                                     monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  handlers = dict(os.environ), jax.config.values.copy()
+  ttc_jax.fit(*pictures(), weights=source, method="linear", **SMALL)
+  assert os.listdir(tmp_path) == []
+  assert handlers == (dict(os.environ), jax.config.values)
+
+
+def test_few_images_shrink_the_batch(source):
+  found = ttc_jax.fit(*pictures(6), weights=source, method="linear",
+                      **SMALL | dict(batch_size=64))
+  assert len(found.history) == 2
+
+
+def test_importing_is_quick_and_shows_a_small_api():
+  assert set(ttc_jax.__all__) == {
+      "__version__", "fit", "load", "predict", "serve"}
+  code = ("import sys, ttc_jax; assert 'jax' not in sys.modules; "
+          "print(ttc_jax.__version__)")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                        text=True, check=True)
+  assert done.stdout.strip() == ttc_jax.__version__

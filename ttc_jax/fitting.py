@@ -1,0 +1,370 @@
+"""Tuning from Python: `ttc_jax.fit`, without flags and work directories."""
+from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from ttc_jax import (
+  bundles,
+  evaluate,
+  export,
+  files,
+  importance,
+  optim,
+  parallel,
+  tasks,
+  train,
+  trees,
+)
+from ttc_jax import config as config_lib
+from ttc_jax.errors import UserError
+from ttc_jax.model import Model, trim_head
+from ttc_jax.predict.loaded import attach
+from ttc_jax.runs import inputs, row
+from ttc_jax.runs.progress import Progress
+from ttc_jax.tasks import images as images_lib
+
+_HELD_OUT = 5  # one image in five, for methods that need validation images
+
+
+class PerBlock(dict[str, dict[int, np.ndarray]]):
+  """{site: {block: array}} of a tuned model, with a picture of it."""
+
+  def __init__(self, values: Mapping[str, Mapping[int, np.ndarray]],
+               widths: Mapping[str, Mapping[int, int]]):
+    super().__init__({site: dict(blocks) for site, blocks in values.items()})
+    self._widths = widths
+
+  def plot(self) -> Any:
+    """Draws a panel for each site: blocks by channels; returns the Figure.
+
+    Scores are divided by their largest magnitude in each block; selected
+    channels are drawn as 1.
+    """
+    from ttc_jax import plots  # an extra
+    figure, axes = plots.plt.subplots(
+        max(1, len(self)), 1, squeeze=False, figsize=(9, 3.2 * len(self) + .3))
+    for ax, (site, blocks) in zip(axes[:, 0], self.items(), strict=False):
+      ax.imshow(np.stack([self._line(site, i, x) for i, x in blocks.items()]),
+                aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
+                interpolation="nearest")
+      ax.set_yticks(range(len(blocks)), [str(i) for i in blocks])
+      ax.set_ylabel("block")
+      ax.set_xlabel(f"channel at {site}")
+      ax.grid(visible=False)
+    return figure
+
+  def _line(self, site, block, x):
+    """One row of the picture, (D,) in [-1, 1]."""
+    line = np.zeros(self._widths[site][block])
+    if np.issubdtype(x.dtype, np.integer):
+      line[x] = 1
+      return line
+    return x / max(float(np.abs(x).max()), 1e-30)
+
+
+class Fitted:
+  """What `fit` returns: a tuned model and how it came about.
+
+  Attributes:
+    classes: names, by label.
+    history: a record for each epoch: stage, epoch, loss, images_per_second,
+      and val_top1 where there are validation images.
+    scores: {site: {block: (D,)}} by which channels were selected; empty for
+      methods that select none.
+    channels: {site: {block: (K,) indices}}, likewise.
+    meta: what a bundle says of it.
+  """
+
+  def __init__(self, bundle: bundles.Bundle, base: inputs.Base,
+               history: list[dict[str, Any]], scores: PerBlock):
+    self._bundle, self._base = bundle, base
+    self.history, self.scores, self.meta = history, scores, bundle.meta
+    self.classes: tuple[str, ...] = tuple(bundle.meta["classes"])
+    self.channels = _channels(bundle, base)
+    # Unmerged: the numbers of training.
+    self._loaded = self._attach(merge=False)
+    self._params = parallel.replicate(self._loaded.params)
+    self._buffers = parallel.replicate(self._loaded.buffers)
+
+  def __repr__(self) -> str:
+    counts = ", ".join(f"{part} {self.meta[f'{part}_params']:,}"
+                       for part in ("module", "norm", "head"))
+    return (f"Fitted({self.meta['method']} on {self.meta['backbone']}, "
+            f"{len(self.classes)} classes; tuned parameters: {counts})")
+
+  def _attach(self, merge):
+    pretrained = parallel.unreplicate(self._base.params)
+    return attach("fit", self._bundle, self._base.backbone, pretrained, merge)
+
+  def predict(self, images: Any) -> np.ndarray:
+    """Returns probabilities (N, C).
+
+    Args:
+      images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
+        size, or one array (N, H, W, 3).
+
+    Raises:
+      UserError: an image that cannot be read.
+    """
+    pixels = images_lib.prepare_all(
+        images, self.meta["image_size"], self.meta["resample"])
+    if not len(pixels):
+      return np.zeros((0, len(self.classes)), np.float32)
+    logits = evaluate.logits(
+        self._loaded.model, self._params, self._buffers, pixels)
+    return scipy.special.softmax(logits, axis=-1)
+
+  def classify(self, images: Any) -> list[str]:
+    """Returns the likeliest class of each image; images as of `predict`."""
+    return [self.classes[i] for i in self.predict(images).argmax(-1)]
+
+  def accuracy(self, images: Any, labels: Sequence[Any]) -> float:
+    """Returns the top-1 accuracy in percent.
+
+    Args:
+      labels: names of classes, or their numbers.
+    """
+    known = _numbers(labels, self.classes)
+    return 100 * float((self.predict(images).argmax(-1) == known).mean())
+
+  def features(self, images: Any) -> np.ndarray:
+    """Returns features (N, D) of the tuned backbone, before the head."""
+    pixels = images_lib.prepare_all(
+        images, self.meta["image_size"], self.meta["resample"])
+    return evaluate.features(
+        self._loaded.model, self._params, self._buffers, pixels)
+
+  def save(self, path: str) -> str:
+    """Writes a bundle: one file if `path` ends in .safetensors, else a folder.
+
+    `ttc_jax.predict.load(path)` and `ttc_jax.serve` open both.
+
+    Raises:
+      UserError: the path exists, or cannot be written.
+    """
+    path = files.new(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write = bundles.pack if path.endswith(".safetensors") else bundles.save
+    write(path, self._bundle)
+    return path
+
+  def export(self, to: str, path: str) -> str:
+    """Writes the model as another library loads it; returns the folder.
+
+    Args:
+      to: bigvision, timm, hf, stablehlo, onnx or tf-saved-model.
+      path: of a new folder.
+
+    Raises:
+      UserError: unknown target, or one that cannot hold the model exactly.
+    """
+    targets = export.targets()
+    if to not in targets:
+      raise UserError(f"unknown target {to!r}; there are {', '.join(targets)}")
+    return export.write(export.in_float32(self._attach(merge=True)),
+                        targets[to], path)
+
+
+def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
+        method: str = "ttc", backbone: str = "", image_size: int = 224,
+        val: tuple[Any, Sequence[Any]] | None = None,
+        classes: Sequence[str] | None = None, seed: int = 0,
+        progress: bool = True, **settings: Any) -> Fitted:
+  """Tunes a pretrained backbone on labelled images; writes nothing.
+
+    result = ttc_jax.fit(paths, labels, weights="ViT-B_16.npz")
+    result.accuracy(other_paths, other_labels)
+    result.classify(["cat.jpg"])
+    result.save("pets.safetensors")
+
+  Args:
+    images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
+      size, or one array (N, H, W, 3).
+    labels: the class of each image, names or numbers.
+    weights: source of the pretrained weights, as on the command line.
+    method: one of `python -m ttc_jax.methods`.
+    backbone: e.g. "vit_b16"; may be left out where the weights say it.
+    image_size: pixels a side, to which images are resized.
+    val: (images, labels) for the learning curve; never trained on.
+    classes: all names, in the order of the numbers; by default those that
+      occur, sorted.
+    seed: of the head, the order of images and random choices.
+    progress: shows a bar on stderr.
+    **settings: any key of the configuration: epochs, lr, batch_size, k, ...
+      Of sections a dict: lora=dict(rank=4).
+
+  Returns:
+    The tuned model.
+
+  Raises:
+    UserError: a value, an image or the weights cannot be used; the sentence
+      says what to change.
+    RunError: training diverged.
+  """
+  config = _config(method, backbone, weights, image_size, seed, settings)
+  base = inputs.load_base(config)
+  config = inputs.resolved(config, base)
+  names, train_split = _split(images, labels, classes, config)
+  val_split = _split(*val, names, config)[1] if val else None
+  config.batch_size = min(config.batch_size, _largest_batch(train_split))
+  job, scores = _job(config, base, names, train_split, val_split, seed)
+  with (tempfile.TemporaryDirectory() as scratch,
+        Progress("fit", lambda records: None, show=progress) as bar):
+    bar.expect(len(job.method.stages) * config.epochs)
+    outcome = train.run(job._replace(report=bar.update), base.params, scratch)
+  return Fitted(_bundle(job, base, outcome), base, outcome.history,
+                _per_block(scores, base))
+
+
+def _config(method, backbone, weights, image_size, seed, settings):
+  """The checked configuration."""
+  config = config_lib.default()
+  values = dict(method=method, backbone=backbone, weights=weights,
+                image_size=image_size, seeds=(seed,), **settings)
+  try:
+    config.update(values)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f"fit: {' '.join(str(error).split())}") from error
+  config_lib.check(config)
+  return config
+
+
+def _split(images, labels, classes, config):
+  """(names of the classes, decoded split)."""
+  if labels is None:
+    raise UserError("fit needs labels: one class for each image")
+  labels = list(labels)
+  names = tuple(map(str, classes)) if classes else _names(labels)
+  numbers = _numbers(labels, names)
+  pixels = images_lib.prepare_all(images, config.image_size, config.resample)
+  if len(pixels) != len(numbers):
+    raise UserError(f"{len(pixels)} images and {len(numbers)} labels; give one "
+                    "label for each image")
+  if not len(pixels):
+    raise UserError("fit needs at least one image")
+  return names, tasks.Split(pixels, numbers)
+
+
+def _largest_batch(split):
+  devices = len(parallel.devices())
+  if len(split.labels) < devices:
+    raise UserError(f"{len(split.labels)} images for {devices} devices; give "
+                    "at least one each")
+  return len(split.labels) // devices * devices
+
+
+def _names(labels):
+  """The names of the classes that labels show."""
+  if all(isinstance(x, str) for x in labels):
+    return tuple(sorted(set(labels)))
+  try:
+    most = max(map(int, labels))
+  except (TypeError, ValueError) as error:
+    raise UserError(f"labels are {labels[:3]} ...; give names, or numbers from "
+                    "0 on") from error
+  return tuple(map(str, range(most + 1)))
+
+
+def _numbers(labels, names):
+  """int32 (N,) of labels that are names or numbers."""
+  places = {name: i for i, name in enumerate(names)}
+  found = [places.get(x, -1) if isinstance(x, str) else int(x) for x in labels]
+  for label, number in zip(labels, found, strict=True):
+    if not 0 <= number < len(names):
+      raise UserError(f"label {label!r} is none of the {len(names)} classes: "
+                      f"{', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+  return np.asarray(found, np.int32)
+
+
+def _job(config, base, classes, train_split, val_split, seed):
+  """(job, {site: scores}), which the selection of channels fills."""
+  scores: dict[str, Any] = {}
+  method = inputs.load_method(config, base)
+  method = method._replace(stages=tuple(
+      stage._replace(prepare=_recording(stage.prepare, method.options, scores))
+      if stage.prepare and "score" in method.options else stage
+      for stage in method.stages))
+  digests = [x.digest for x in (train_split, val_split) if x]
+  holdout = None
+  if any(stage.holdout for stage in method.stages):
+    holdout = (train_split, val_split) if val_split else _held_out(
+        train_split, seed)
+  return train.Job(
+      identity={"fit": digests, "classes": list(classes), "seed": seed},
+      config=config,
+      model=Model(base.backbone.clone(drop_path=config.drop_path),
+                  config.normalisation),
+      method=method, train=train_split, val=val_split, holdout=holdout,
+      classes=len(classes), seed=seed, report=lambda *_: None), scores
+
+
+def _held_out(split, seed):
+  """(training, validation) images: one in five is held out."""
+  order = np.random.default_rng(seed).permutation(len(split.labels))
+  parts = order[len(order) // _HELD_OUT:], order[:len(order) // _HELD_OUT]
+  return tuple(tasks.Split(split.images[rows], split.labels[rows])
+               for rows in parts)
+
+
+def _recording(prepare, options, into):
+  """`prepare` that also keeps the scores of its sites."""
+  def recorded(context):
+    adapter, buffers = prepare(context)
+    sites = tuple(buffers)
+    layers = context.model.backbone.sites
+    scored = tuple(s for s in sites if s in layers)
+    if scored and options["score"] in importance.SCORES:
+      into.update(importance.score(
+          options["score"], context.model, context.params, context.buffers,
+          context.images, context.labels, scored, context.seed))
+    return adapter, buffers
+  return recorded
+
+
+def _bundle(job, base, outcome):
+  """The bundle of a tuned model."""
+  c, classes = job.config, job.identity["classes"]
+  params = outcome.state.params
+  params = params | {"head": trim_head(params["head"], job.classes)}
+  tuned = row.tuned_leaves(job.method, params)
+  meta = {
+      "task": "fit", "group": "Other", "method": job.method.name,
+      "options": job.method.options, "classes": classes,
+      "backbone": c.backbone, "fields": base.backbone.fields,
+      "image_size": c.image_size, "normalisation": c.normalisation,
+      "resample": c.resample, "dtype": c.dtype,
+      "weights_sha256": base.source.sha256,
+      "weights_source": base.source.address, "seed": job.seed,
+      "stages": [s.name for s in job.method.stages],
+      "versions": row.versions(),
+      **{f"{part}_params": n for part, n in optim.counts(tuned).items()}}
+  return bundles.Bundle(
+      trees.flatten(tuned),
+      trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta)
+
+
+def _per_block(scores, base):
+  layers = base.backbone.sites
+  return PerBlock(
+      {site: {i: np.asarray(x) for i, x in enumerate(blocks)}
+       for site, blocks in scores.items()},
+      {site: {i: layer.width for i, layer in enumerate(layers[site])}
+       for site in scores})
+
+
+def _channels(bundle, base):
+  """The selected channels of a bundle."""
+  layers = base.backbone.sites
+  found: dict[str, dict[int, np.ndarray]] = {}
+  for name, x in bundle.buffers.items():
+    site, block, leaf = name.split("/")
+    if leaf == "channels":
+      found.setdefault(site, {})[int(block)] = np.asarray(x)
+  return PerBlock(
+      {site: dict(sorted(blocks.items())) for site, blocks in found.items()},
+      {site: {i: layers.get(site, layers["fc2"])[i].width for i in blocks}
+       for site, blocks in found.items()})
