@@ -56,7 +56,7 @@ def own_imports(path):
   """Names of the units of this package that a file imports."""
   for module, name in imports(path):
     parts = module.split(".")
-    if parts[0] == "ttc_jax":
+    if parts[0] == "ttc_jax" and (parts[1:] or name):  # not the public API
       yield level_of(".".join([*parts[1:], name or ""]))
 
 

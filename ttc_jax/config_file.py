@@ -1,6 +1,7 @@
 """Configuration files, and values set on the command line.
 
   --config=FILE[:key=value,...]   runs get_config("key=value,...") of FILE
+  --config=NAME[:key=value,...]   the same of a file that comes with the package
   --config.KEY=VALUE              then sets a key
 
 Every mistake is one sentence that names the file and the line.
@@ -22,7 +23,8 @@ from ttc_jax.errors import UserError, check_known
 def split(argument: str) -> tuple[str, str | None]:
   """Splits "FILE:key=value,..." into the file and its argument, or None.
 
-  The file's path may have colons: the longest one that exists wins.
+  The file's path may have colons: the longest one that exists wins. "demo" is
+  a file that comes with the package where there is no file of that name.
 
   Raises:
     UserError: no such file.
@@ -32,8 +34,21 @@ def split(argument: str) -> tuple[str, str | None]:
   for end in ends:
     if os.path.isfile(argument[:end]):
       return argument[:end], argument[end + 1:] if argument[end:] else None
-  raise UserError(f"configuration '{argument[:ends[-1]]}' does not exist; give "
-                  "--config=FILE[:key=value,...]")
+  name, colon, rest = argument.partition(":")
+  if name in packaged():
+    return os.path.join(_PACKAGED, f"{name}.py"), rest if colon else None
+  raise UserError(f"configuration '{name}' does not exist; give "
+                  "--config=FILE[:key=value,...], or one of "
+                  f"{', '.join(packaged())}")
+
+
+_PACKAGED = os.path.join(os.path.dirname(__file__), "configs")
+
+
+def packaged() -> list[str]:
+  """Returns the names of the configurations that come with the package."""
+  return sorted(file[:-3] for file in os.listdir(_PACKAGED)
+                if file.endswith(".py"))
 
 
 def load(file: str, argument: str | None) -> ml_collections.ConfigDict:
