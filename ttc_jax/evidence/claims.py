@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from ttc_jax.experiments import Results
 from ttc_jax.report.tables import Score
@@ -190,6 +191,36 @@ def _first_order(results):
       SUPPORTED if value > 0.75 else NOT_SUPPORTED if value < 0.5 else OPEN)
 
 
+def _energy(results):
+  """Judges whether energy before training predicts accuracy after it.
+
+  Energy on unseen images of the model before stage 1, accuracy of the map with
+  frozen norms; both as ranks among the scores, so that K explains nothing.
+  """
+  from ttc_jax.experiments import selection
+  ranks: list[list[float]] = [[], []]
+  for task in results.tasks:
+    found = results.measured("scores", "linear", task)
+    for k in map(str, selection.K):
+      known = [(np.mean([x[score]["energy"][k] for x in found]),
+                np.mean([r["test_top1"] for r in rows]))
+               for score in selection.SCORES
+               if found and k in found[0][score]["energy"]
+               and (rows := results.final(f"frozen_{score}_k{k}", task))]
+      if len(known) == len(selection.SCORES):
+        for mine, values in zip(ranks, zip(*known, strict=True), strict=True):
+          mine += list(stats.rankdata(values))
+  count = len(ranks[0])
+  if count < 8:
+    return None
+  value, p = stats.spearmanr(*ranks)
+  return Finding(
+      "rank correlation within a task and K, over four scores: "
+      f"{value:.2f} (p = {p:.2g}, {count} points)",
+      SUPPORTED if value > 0 and p < 0.05 else
+      NOT_SUPPORTED if value < 0.2 and count >= 40 else OPEN)
+
+
 def _silhouette(found):
   return found["silhouette"]["before"], found["silhouette"]["after"]
 
@@ -250,6 +281,8 @@ CLAIMS: Sequence[Claim] = (
           better("frozen_taylor_k24", "frozen_random_k24")),
     Claim(_OURS, "With the norms tuned (K = 24), block is above random.",
           better("tuned_block_k24", "tuned_random_k24")),
+    Claim(_OURS, "The energy of a set on unseen images predicts what training "
+          "the map on it brings.", _energy),
     Claim("Eq. 7", "The first order tells what removing a channel does.",
           _first_order),
     Claim(_OURS, "The Taylor score is a property of the task, not of the "

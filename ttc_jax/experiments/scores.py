@@ -25,7 +25,7 @@ def _agreement(results):
       found = results.measured("scores", variant, task)
       for score in found[0] if found else ():
         mine = [x[score] for x in found]
-        k = [*mine[0]["energy"]][3]  # D / 8
+        k = str(mine[0]["k"])
         lines.append([
             f"{score}, {when}", task,
             *(f"{np.mean([x[key] for x in mine]):.2f}"

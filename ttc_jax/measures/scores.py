@@ -8,6 +8,7 @@ The training images are cut into two halves at random. For each score:
                block of the K channels selected on the first}; G = dL/dM, see
                `importance`, the mean over blocks
   negative     share of negative scores
+  k            D / 8
   sizes        {N: overlap of the selection from N images with that from all}
 
 Taken of a run without an adapter (linear, layernorm): the model before the
@@ -47,6 +48,7 @@ def measure(trained):
                         for a, b in zip(one, two, strict=True)],
         "overlap": _overlap(one, two, width // 8),
         "negative": float(np.mean([a < 0 for a in one])),
+        "k": width // 8,
         "energy": {str(k): float(np.mean([
             energy(g, importance.top_k(a, k))
             for g, a in zip(squares, one, strict=True)]))
@@ -58,8 +60,8 @@ def measure(trained):
 
 
 def _sizes_of_sets(width):
-  """K from about D / 64 to D / 2."""
-  return [max(1, width // n) for n in (64, 32, 16, 8, 4, 2)]
+  """K from D / 96 to D / 2, those of experiments/selection.py for D = 192."""
+  return [max(1, width // n) for n in (96, 24, 8, 4, 2)]
 
 
 def _overlap(one, two, k):
