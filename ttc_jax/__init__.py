@@ -8,8 +8,9 @@ import importlib
 import sys
 
 if sys.argv[:1] == ["-m"]:  # python -m ttc_jax.COMMAND, before its imports
-  from ttc_jax import interrupt
+  from ttc_jax import files, interrupt
   interrupt.starting()
+  files.use_utf8_names()
 
 
 def __getattr__(name):
