@@ -41,8 +41,16 @@ _SMALL = {
     "intermediate_size": 128, "mlp_ratio": 2, "image_size": 32,
     "patch_size": 8, "num_channels": 3, "embed_dim": 32, "depths": [1, 1],
     "num_heads": [2, 4], "window_size": 4, "projection_dim": 32,
-    "num_register_tokens": 2, "vision_use_head": True}
+    "num_register_tokens": 2, "vision_use_head": True,
+    "mask_ratio": 0.0}  # ViTMAE otherwise hides patches at random
 _SMALL_SWIN = {"patch_size": 4, "mlp_ratio": 4.0}
+# Sizes that some classes do not take: they count stages, or bind sizes.
+_ODD_SIZES = ((), ("image_size",), ("depths", "num_heads"),
+              ("hidden_size", "num_attention_heads", "depths", "num_heads",
+               "patch_size", "mlp_ratio"), tuple(_SMALL))
+# GELU of a library -> ours, as a user names it who knows the model.
+_GELU = {"quick_gelu": "quick", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh",
+         "gelu_fast": "tanh", "gelu_tanh": "tanh"}
 
 
 class Row(NamedTuple):
@@ -54,14 +62,19 @@ class Row(NamedTuple):
   detail: str
 
 
-def load(path: str, size: int, heads: int | None) -> tuple[Any, Any]:
-  """The module that a file is of, whatever its size, and its parameters."""
+def load(path: str, size: int, heads: int | None, gelu: str
+         ) -> tuple[Any, Any]:
+  """The module that a file is of, whatever its size, and its parameters.
+
+  Args:
+    heads, gelu: the library's, for files that do not say them.
+  """
   read = weights.read(path)
   found = identity.family_of(identity.shapes_of(read))
   if found is None:
     raise UserError(str(weights.identify(read)))
   family, one = found
-  given = {} if read.fields.get("gelu", "") else {"gelu": "exact"}
+  given = {} if read.fields.get("gelu", "") else {"gelu": gelu}
   sizes, fields = one.sizes, weights.settled(read, given)
   if family is vit:
     module = vit.ViT(
@@ -75,12 +88,12 @@ def load(path: str, size: int, heads: int | None) -> tuple[Any, Any]:
 
 
 def judge(library: str, name: str, config: bool, path: str, images: np.ndarray,
-          expected: np.ndarray, heads: int | None) -> Row:
+          expected: np.ndarray, heads: int | None, gelu: str) -> Row:
   """Compares the features of a file with the library's."""
   def row(result, detail):
     return Row(library, name, config, result, " ".join(str(detail).split()))
   try:
-    module, params = load(path, images.shape[1], heads)
+    module, params = load(path, images.shape[1], heads, gelu)
     found = np.asarray(jax.jit(module.apply)({"params": params}, images))
   except UserError as error:
     return row("refused", str(error).replace(path, "FILE").replace(
@@ -132,6 +145,7 @@ def timm_model(name: str) -> Any:
 
 
 def sweep_timm(names: list[str]):
+  from safetensors.torch import save_file
   import timm
   import torch
   seen = set()
@@ -162,35 +176,68 @@ def sweep_timm(names: list[str]):
         "pretrained_cfg": {
             k: v for k, v in model.pretrained_cfg.items() if isinstance(
                 v, (str, int, float, list, tuple, bool))}}
-    yield from both("timm", name, state, config, size, expected, heads)
+    def write(folder, state=state, config=config):
+      save_file({n: t.clone().contiguous() for n, t in state.items()},
+                os.path.join(folder, "model.safetensors"))
+      with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(config, file)
+    yield from both("timm", name, write, size, expected, heads,
+                    timm_gelu(model))
 
 
-def both(library, name, state, config, size, expected, heads):
-  """The rows of a file without and with its configuration."""
-  from safetensors.torch import save_file
+def timm_gelu(model: Any) -> str:
+  for module in model.modules():
+    kind = type(module).__name__
+    if kind == "QuickGELU":
+      return "quick"
+    if kind == "GELUTanh" or getattr(module, "approximate", "") == "tanh":
+      return "tanh"
+  return "exact"
+
+
+def both(library, name, write, size, expected, heads, gelu):
+  """The rows of a file without and with its configuration.
+
+  Args:
+    write: takes a folder, writes model.safetensors and config.json.
+  """
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "model.safetensors")
-    save_file({n: t.clone().contiguous() for n, t in state.items()}, path)
+    config, away = (os.path.join(folder, n) for n in ("config.json", "away"))
+    write(folder)
+    os.rename(config, away)
     for with_config in (False, True):
       if with_config:
-        with open(os.path.join(folder, "config.json"), "w") as file:
-          json.dump(config, file)
+        os.rename(away, config)
       yield judge(library, name, with_config, path, images_of(size), expected,
-                  heads)
+                  heads, gelu)
 
 
 # --- Hugging Face -------------------------------------------------------------
 
-def small_config(kind: Any) -> Any:
-  """A small configuration of a class, as far as it has our sizes."""
+def small_config(kind: Any, leave: tuple[str, ...] = ()) -> Any:
+  """A small configuration of a class, as far as it has our sizes.
+
+  Args:
+    leave: sizes of ours that the class does not take.
+  """
   def sizes(config):
     own = _SMALL | (_SMALL_SWIN if hasattr(config, "depths") else {})
-    return {k: v for k, v in own.items() if hasattr(config, k)}
+    taken = {k: v for k, v in own.items()
+             if hasattr(config, k) and k not in leave}
+    # Swin calls num_heads, a list, num_attention_heads too.
+    return {k: v for k, v in taken.items() if isinstance(v, list) or k in (
+        "image_size", "patch_size") or not isinstance(
+            getattr(config, k), (list, tuple))}
   config = kind()
-  inner = getattr(config, "vision_config", None)
-  if inner is None:
+  inner = {name: getattr(config, name, None)
+           for name in ("vision_config", "text_config")}
+  if inner["vision_config"] is None:
     return kind(**sizes(config))
-  return kind(vision_config={**inner.to_dict(), **sizes(inner)})
+  inner = {name: {**c.to_dict(), **sizes(c)} for name, c in inner.items() if c}
+  if "vocab_size" in inner.get("text_config", {}):
+    inner["text_config"]["vocab_size"] = 99
+  return kind(**inner)
 
 
 def features_of(model: Any, size: int) -> np.ndarray:
@@ -212,26 +259,34 @@ def features_of(model: Any, size: int) -> np.ndarray:
 
 def hf_model(name: str) -> Any:
   """A small model of a model type, None if none can be made."""
+  import torch
   import transformers
   from transformers.models.auto import modeling_auto
   classes = modeling_auto.MODEL_MAPPING_NAMES.get(name)
   if classes is None:
     return None
   class_ = classes if isinstance(classes, str) else classes[0]
-  try:
-    model_class = getattr(transformers, class_)
-    model = model_class(small_config(model_class.config_class))
-  except Exception as error:  # a library that is missing, or odd sizes
-    print(f"not made: {name}: {type(error).__name__}: {error}"[:160])
-    return None
-  if sum(p.numel() for p in model.parameters()) > _LARGEST:
-    print(f"not made: {name}: its small configuration is large")
-    return None
-  return shake(model)
+  for leave in _ODD_SIZES:
+    try:
+      model_class = getattr(transformers, class_)
+      config = small_config(model_class.config_class, leave)
+      with torch.device("meta"):  # llama4's has 10^11 parameters
+        model = model_class(config)
+      if sum(p.numel() for p in model.parameters()) > _LARGEST:
+        print(f"not made: {name}: its small configuration is large")
+        return None
+      return shake(model_class(config))
+    except Exception as error:  # a library that is missing, or odd sizes
+      why = " ".join(f"{type(error).__name__}: {error}".split())
+  print(f"not made: {name}: {why}"[:160])
+  return None
 
 
 def sweep_hf(names: list[str]):
+  import transformers
   from transformers.models.auto import modeling_auto
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
   vision = set(modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES) | set(
       modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES) | {
           "clip_vision_model", "siglip_vision_model"}
@@ -244,8 +299,14 @@ def sweep_hf(names: list[str]):
       expected = features_of(model, size)
     except Exception:  # its file is to be refused, whatever it computes
       expected = np.zeros((2, 0), np.float32)
-    yield from both("Hugging Face", name, model.state_dict(),
-                    model.config.to_dict(), size, expected, 4)
+    # A file's tensors are not called as the module's parameters are.
+    yield from both("Hugging Face", name, model.save_pretrained, size,
+                    expected, 4, _GELU.get(hidden_act(model.config), "exact"))
+
+
+def hidden_act(config: Any) -> Any:
+  inner = getattr(config, "vision_config", config)
+  return getattr(inner, "hidden_act", None)
 
 
 # --- The table ----------------------------------------------------------------
