@@ -308,6 +308,8 @@ def test_a_missing_file(tmp_path):
 def test_an_unknown_format(tmp_path, name):
   check_error(save(tmp_path / name, {"layer1.conv": np.zeros(2, "f4")}),
               "no known format", "layer1.conv")
+  (tmp_path / "config.json").write_text('{"model_type": "hiera"}')
+  check_error(str(tmp_path / name), "config.json beside it is of a 'hiera'")
 
 
 @pytest.mark.parametrize("missing", [

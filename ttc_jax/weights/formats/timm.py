@@ -111,9 +111,9 @@ def of_timm(config: Mapping[str, Any]) -> Mapping[str, Any]:
   if architecture is None:
     if "model_type" in config:
       raise UserError(
-          f"config.json beside it is of a {config['model_type']!r}, while its "
-          "tensors are named as in timm: if it belongs to another file, move "
-          "it away")
+          f"config.json beside it is of a {config['model_type']!r}, which is "
+          "not supported (the tensors are named as in timm): use a plain ViT "
+          "or Swin, or move config.json away if it belongs to another file")
     return {}
   for pattern, what in _OTHERS.items():
     if re.fullmatch(pattern, str(architecture)):
