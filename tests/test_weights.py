@@ -333,6 +333,8 @@ def test_a_missing_big_vision_tensor_is_named(tmp_path, missing):
 @pytest.mark.parametrize("name, what", [
     ("blocks.0.gamma_1", "EVA"),
     ("blocks.0.attn.q_norm.weight", "norms of queries"),
+    ("blocks.0.attn.rel_pos.mlp.fc1.bias", "relative positions"),
+    ("shared_rel_pos.mlp.fc1.bias", "relative positions"),
     ("blocks.1.mlp.w12.weight", "gated"),
     ("blocks.0.something.weight", "no place")])
 def test_other_timm_architectures_are_refused(tmp_path, name, what):

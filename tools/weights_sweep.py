@@ -13,6 +13,7 @@ a sentence.
 import collections
 import json
 import os
+import re
 import sys
 import tempfile
 import types
@@ -312,27 +313,51 @@ def hidden_act(config: Any) -> Any:
 # --- The table ----------------------------------------------------------------
 
 def table(rows: list[Row]) -> str:
-  """Markdown: the counts, then how each model fares without and with its
-  configuration."""
-  counts = collections.Counter((r.library, r.config, r.result) for r in rows)
-  results = ("equal", "refused", "wrong", "odd")
+  """Markdown: the counts; then for each library the models that are equal, and
+  each sentence that refuses a file."""
   lines = ["| | equal | refused | silently wrong | no sentence |",
-           "|---|---|---|---|---|"]
-  for library in dict.fromkeys(r.library for r in rows):
-    for config in (False, True):
-      cells = (str(counts[library, config, result]) for result in results)
-      lines.append(f"| {library}, config.json "
-                   f"{'beside' if config else 'missing'} | "
-                   f"{' | '.join(cells)} |")
-  equal = {(r.library, r.config): [] for r in rows}
+           "|---|---:|---:|---:|---:|"]
+  files = collections.defaultdict(list)
   for r in rows:
-    if r.result == "equal":
-      equal[r.library, r.config].append(r.name)
-  for (library, config), names in equal.items():
-    lines += ["", f"Equal, {library}, config.json "
-              f"{'beside' if config else 'missing'}: "
-              f"{', '.join(f'`{n}`' for n in sorted(names)) or 'none'}."]
+    files[r.library, r.config].append(r)
+  for (library, config), of in files.items():
+    counts = collections.Counter(r.result for r in of)
+    cells = (str(counts[x]) for x in ("equal", "refused", "wrong", "odd"))
+    lines.append(f"| {beside(library, config)} | {' | '.join(cells)} |")
+  for (library, config), of in files.items():
+    found = collections.defaultdict(list)
+    for r in of:
+      found["equal" if r.result == "equal" else
+            sentence(r.detail)].append(r.name)
+    lines += ["", f"| {beside(library, config)} | files | models |",
+              "|---|---:|---|"]
+    lines += [f"| {what} | {len(names)} | {families(names)} |"
+              for what, names in sorted(found.items(), key=lambda x: (
+                  x[0] != "equal", -len(x[1]), x[0]))]
   return "\n".join(lines) + "\n"
+
+
+def beside(library: str, config: bool) -> str:
+  return f"{library}, config.json {'beside' if config else 'missing'}"
+
+
+def sentence(detail: str) -> str:
+  """What a refusal says, without the file and its names and numbers."""
+  text = re.sub(r"^weights file 'FILE':? ?|\([^()]*\)", "", detail)
+  text = re.sub(r"(, )?which is not supported.*", "", text)
+  text = re.sub(r": (use a plain|its first|tensors of|if it|leave|add).*", "",
+                text)
+  text = re.sub(r"'[^']*'|(?<!\w)\d[\d., x]*", "... ", text)
+  return re.sub(r"\s+([\s,.:;]|$)", r"\1", text).replace("|", "/")[:160]
+
+
+def families(names: list[str]) -> str:
+  """Names of models, without sizes and repetitions."""
+  sizes = (r"(?<=_)(x?x?tiny|x?small|medium|little|base|x?large|huge|giant|"
+           r"gigantic|betwixt|mediumd|wee|pwee|dwee|d|dpwee|dlittle|xs|so\d+m2?|"
+           r"[tsmlbgh])(?=_|$)|(?<=patch)\d+|(?<=window)\d+|(?<=_)\d{2,4}(?=_|$)")
+  short = (re.sub(r"(_\*)+", "_*", re.sub(sizes, "*", n)) for n in names)
+  return ", ".join(f"`{n}`" for n in sorted(set(short)))
 
 
 def main(argv: list[str]) -> None:

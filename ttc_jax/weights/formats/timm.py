@@ -53,6 +53,7 @@ TIMM = base.Format(
         r"blocks\.\d+\.attn\.([qkv]_proj\..*|q_bias)":
             "the attention of EVA-02",
         r"blocks\.\d+\.attn\.rel_pos_[hw]": "the positions of SAM",
+        r"(blocks\.\d+\.attn\.|shared_)rel_pos\..*": "relative positions",
         r"blocks\.\d+\.proj\..*": "the blocks of Hiera",
         r"blocks\.\d+\.mlp\.fc1_[gx]\..*": "a gated MLP",
         r"blocks\.\d+\.mlp\.w\d+\..*": "a gated MLP",
