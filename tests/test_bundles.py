@@ -238,6 +238,18 @@ def test_compressed_zeros_cost_no_memory(base, tmp_path, monkeypatch):
     bundles.load(path)
 
 
+@pytest.mark.parametrize("value", [{}, {"a": {}}, [], "x\ny", None, 1e400])
+@pytest.mark.parametrize("key", ["position", "k", "score", "scale"])
+def test_forged_options_are_one_line(key, value, base, tmp_path):
+  bundle = made_bundles.make(base)
+  path = packed(tmp_path, bundle,
+                options=bundle.meta["options"] | {key: value})
+  try:
+    predict.on_base(path, base)
+  except UserError as error:
+    assert "\n" not in str(error) and len(str(error)) < 500
+
+
 def test_real_models_are_within_the_bounds():
   for name, size in (("vit_g14", 518), ("vit_b8", 768), ("vit_b16", 1024),
                      ("swin_l", 1024), ("vit_so400m14", 896)):

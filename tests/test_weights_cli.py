@@ -365,6 +365,7 @@ def test_a_pth_without_pytorch(tmp_path, monkeypatch):
     ({"model_type": "vit", "hidden_act": ["gelu"]}, "hidden_act"),
     ({"model_type": "vit", "layer_norm_eps": "small"}, "layer_norm_eps"),
     ({"model_type": "vit", "layer_norm_eps": 2.0}, "layer_norm_eps"),
+    ({"model_type": []}, r"of a \[\]"),
     ({"model_type": "dpt"}, "of a 'dpt'.*move config.json away"),
     ({"architecture": "vit_base"}, "of a 'vit_base'.*move config.json away")])
 def test_a_bad_config(tmp_path, config, words):

@@ -166,9 +166,9 @@ def of_model(config: Mapping[str, Any],
     UserError: it is of another model.
   """
   kind = config.get("model_type")
-  if kind is None and "architecture" not in config:
+  kind = config.get("architecture") if kind is None else kind
+  if kind is None:
     return {}
-  kind = kind or config["architecture"]
   if kind not in models:
     raise UserError(
         f"config.json beside it is of a {kind!r}, which is not supported (the "
