@@ -33,7 +33,6 @@ _FAMILIES = (
     "vit_", "deit", "flexivit", "test_vit", "swin_", "swinv2", "eva", "beit",
     "naflex", "aimv2", "samvit", "cait", "volo", "hiera", "tiny_vit", "convit",
     "crossvit", "pit_", "levit", "xcit", "mvitv2")
-_LARGEST = 60_000_000  # parameters of a model, after it was cut
 _CLOSE = 1e-3  # of the features' deviation
 
 # Sizes of Hugging Face's configurations; one takes those that it has.
@@ -117,6 +116,10 @@ def shake(model: Any) -> Any:
   return model.eval()
 
 
+def fits(model: Any) -> bool:
+  return sum(p.numel() for p in model.parameters()) <= 1e6 * _LARGEST.value
+
+
 def images_of(size: int) -> np.ndarray:
   return np.random.default_rng(0).normal(
       size=(2, size, size, 3)).astype(np.float32)
@@ -139,7 +142,7 @@ def timm_model(name: str) -> Any:
         model = timm.create_model(name, num_classes=0, **cut)
     except Exception:
       continue  # it has no depth, or needs a library
-    if sum(p.numel() for p in model.parameters()) <= _LARGEST:
+    if fits(model):
       torch.manual_seed(0)
       return shake(timm.create_model(name, num_classes=0, **cut))
   return None
@@ -273,7 +276,7 @@ def hf_model(name: str) -> Any:
       config = small_config(model_class.config_class, leave)
       with torch.device("meta"):  # llama4's has 10^11 parameters
         model = model_class(config)
-      if sum(p.numel() for p in model.parameters()) > _LARGEST:
+      if not fits(model):
         print(f"not made: {name}: its small configuration is large")
         return None
       return shake(model_class(config))
@@ -383,6 +386,8 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   _LIBRARY = flags.DEFINE_enum("library", None, ("timm", "hf"), "one alone")
+  _LARGEST = flags.DEFINE_integer(
+      "largest", 60, "millions of parameters of a model, after it was cut")
   _OUT = flags.DEFINE_string("out", "", "Markdown file to write")
   _LIST = flags.DEFINE_bool("list", False, "a line for each file")
   app.run(main)

@@ -51,7 +51,7 @@ TIMM = base.Format(
     refused={
         r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
         r"blocks\.\d+\.attn\.([qkv]_proj\..*|q_bias)":
-            "the attention of EVA-02",
+            "the attention of BEiT or EVA-02",
         r"blocks\.\d+\.attn\.rel_pos_[hw]": "the positions of SAM",
         r"(blocks\.\d+\.attn\.|shared_)rel_pos\..*": "relative positions",
         r"blocks\.\d+\.proj\..*": "the blocks of Hiera",
