@@ -342,6 +342,21 @@ def test_other_timm_architectures_are_refused(tmp_path, name, what):
   check_error(save(tmp_path / "t.safetensors", file), name, what)
 
 
+def test_registers_that_pooling_may_read_are_in_doubt(tmp_path):
+  """timm's pool_include_prefix shows in no tensor."""
+  file = {n: x for n, x in as_timm(flat_params()).items() if n != "cls_token"}
+  file |= {"reg_token": np.zeros((1, 1, D), np.float32),
+           "attn_pool.latent": np.zeros((1, 1, D), np.float32)}
+  path = save(tmp_path / "model.safetensors", file)
+  assert weights.read(path).fields["pool"] is None
+  config = tmp_path / "config.json"
+  config.write_text('{"architecture": "vit_base", "global_pool": "map"}')
+  assert weights.read(path).fields["pool"] == "map"
+  config.write_text('{"architecture": "test_vit3", "global_pool": "map"}')
+  with pytest.raises(UserError, match="pooling reads its registers"):
+    weights.read(path)
+
+
 @pytest.mark.parametrize("name, what", [
     ("conv_root/kernel", "ResNet"),
     ("Transformer/encoderblock_0/something/bias", "no place")])

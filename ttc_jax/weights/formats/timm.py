@@ -90,6 +90,7 @@ _OTHERS = {
     r"naflexvit_.*": "a NaFlexVit", r"samvit_.*": "a SAM encoder",
     r"hiera.*": "a Hiera", r"swinv2_.*": "a Swin V2", r"cait_.*": "a CaiT",
     r"swin_s3_.*": "a Swin-S3",
+    r"test_vit3": "a ViT whose pooling reads its registers",
     r"vit_.*_rope_.*": "a ViT with rotary positions that are not DINOv3's"}
 
 # Keys of model_args that are read, that tensors show, or that only training
@@ -177,6 +178,8 @@ def _pool(config, found, has, doubtful):
     raise UserError(f"config.json has the global_pool {stated!r}; known: "
                     f"{', '.join(_POOLS)}")
   if has("attn_pool."):
+    if "reg_token" in found and not config:  # it may read them or not
+      return None
     shown = "map"
   elif has("fc_norm.") or not has("cls_token"):
     shown = "gap"
