@@ -350,7 +350,7 @@ def sentence(detail: str) -> str:
   text = re.sub(r"(, )?which is not supported.*", "", text)
   text = re.sub(r": (use a plain|its first|tensors of|if it|leave|add).*", "",
                 text)
-  text = re.sub(r"'[^']*'|(?<![\w-])\d[\d., x]*", "... ", text)
+  text = re.sub(r"(?<!\w)'[^']*'|(?<![\w-])\d[\d., x]*", "... ", text)
   return re.sub(r"\s+([\s,.:;]|$)", r"\1", text).replace("|", "/")[:160]
 
 
