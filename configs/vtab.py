@@ -23,7 +23,7 @@ from ttc_jax.errors import check_known
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(arg, task=("all",), method="", protocol="final",
-                  backbone="", data="", weights="", size=224,
+                  backbone="", data="", weights="", size=0,
                   runlocal=False)
   config = default()
   check_known("protocol", arg.protocol, (*PROTOCOLS, *presets.names()))
@@ -34,8 +34,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   else:
     presets.apply(config, arg.protocol, arg.method)
   config.tasks, config.data = arg.task, arg.data
-  config.backbone, config.weights = arg.backbone, arg.weights
-  config.image_size = arg.size
   if arg.runlocal:
     run_locally(config)
+  # What is given counts, runlocal or not; a file of weights says its backbone.
+  config.weights = arg.weights or config.weights
+  if arg.backbone or config.weights != "random":
+    config.backbone = arg.backbone
+  config.image_size = arg.size or config.image_size
   return config

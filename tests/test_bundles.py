@@ -3,16 +3,27 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from tests import made_bundles
-from tests.command import run_command
-from ttc_jax import bundles, checkpoint, errors, export, predict, serve
+from tests.command import ROOT, run_command
+from ttc_jax import (
+  bundles,
+  checkpoint,
+  errors,
+  export,
+  files,
+  predict,
+  serve,
+)
 from ttc_jax.backbones import swin, vit
 from ttc_jax.errors import UserError, printable
+from ttc_jax.runs.workdir import WorkDir
 from ttc_jax.weights import sources
 
 SIZE = made_bundles.SIZE
@@ -98,6 +109,42 @@ def test_changed_metadata_is_one_sentence(change, words, base, tmp_path):
     bundles.load(path)
 
 
+def test_a_work_directory_is_no_bundle(base, tmp_path):
+  bundles.save(str(tmp_path / "w" / "runs" / "a" / "bundle"),
+               made_bundles.make(base))
+  with pytest.raises(UserError, match=r"holds no bundle.*WORKDIR/runs/RUN"):
+    bundles.load(str(tmp_path / "w"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")
+def test_a_path_that_is_not_utf8_is_one_sentence(base, tmp_path):
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  folder.mkdir()
+  bundle, weights = made_bundles.make(base), str(folder / "base.safetensors")
+  shutil.copy(base, weights)
+  for use in (lambda: bundles.load(str(folder)),
+              lambda: bundles.save(str(folder / "b"), bundle),
+              lambda: sources.open_source(weights),
+              lambda: files.new(str(folder / "new.safetensors")),
+              lambda: WorkDir(folder / "work").adopt({})):
+    with pytest.raises(UserError, match="is not UTF-8: rename") as error:
+      use()
+    printable(str(error.value)).encode()
+  assert os.listdir(folder) == ["base.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")
+def test_names_are_utf8_whatever_the_locale(base, tmp_path):
+  path = str(tmp_path / "K\u00e4fer")
+  bundles.save(path, made_bundles.make(base, "linear"))
+  done = subprocess.run(
+      [sys.executable, "-m", "ttc_jax.bundles", "inspect", path], cwd=ROOT,
+      capture_output=True, env=os.environ | {
+          "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+  assert done.returncode == 0 and done.stderr == b"", done.stderr
+  assert br"/K\xe4fer" in done.stdout  # the terminal's encoding: ASCII
+
+
 # --- Nothing that a bundle names is fetched -----------------------------------
 
 @pytest.mark.parametrize("source", [
@@ -177,6 +224,30 @@ def test_a_model_of_absurd_size_costs_no_memory(backbone, size, words, base,
   monkeypatch.setattr(predict.base.backbones, "shapes", None)
   with pytest.raises(UserError, match=words):
     predict.load(path)
+
+
+def test_compressed_zeros_cost_no_memory(base, tmp_path, monkeypatch):
+  path = str(tmp_path / "bundle")
+  bundle = made_bundles.make(base, "linear")
+  bundle.tuned["head/zeros"] = np.zeros(2 ** 22, np.float32)  # 16 MiB
+  bundles.save(path, bundle)
+  bundles.load(path)
+  monkeypatch.setattr(bundles, "_SPARE", 2 ** 20)
+  monkeypatch.setattr(bundles, "unfill", None)  # read nothing
+  with pytest.raises(UserError, match="declares 16,[0-9,]+ bytes of arrays in"):
+    bundles.load(path)
+
+
+@pytest.mark.parametrize("value", [{}, {"a": {}}, [], "x\ny", None, 1e400])
+@pytest.mark.parametrize("key", ["position", "k", "score", "scale"])
+def test_forged_options_are_one_line(key, value, base, tmp_path):
+  bundle = made_bundles.make(base)
+  path = packed(tmp_path, bundle,
+                options=bundle.meta["options"] | {key: value})
+  try:
+    predict.on_base(path, base)
+  except UserError as error:
+    assert "\n" not in str(error) and len(str(error)) < 500
 
 
 def test_real_models_are_within_the_bounds():

@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-from tests.command import ROOT
+from tests.command import ROOT, run_command
 from ttc_jax import cli, interrupt
 from ttc_jax.errors import RunError, Stopped, UserError
 
@@ -80,3 +80,19 @@ def test_report_needs_no_jax():
           "print({'jax', 'tensorflow', 'torch'} & {*sys.modules})")
   assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
                         capture_output=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("module", ["methods", "bench", "main"])
+def test_an_unexpected_argument_is_not_dropped(module):
+  config = ["--config=configs/vtab.py"] if module == "main" else []
+  done = run_command(module, *config, "ttc")
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr.startswith("error: unexpected argument 'ttc'")
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_export_knows_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  done = run_command("export", "--bundle=~/none", "--to=timm")
+  assert done.returncode == 2
+  assert f"bundle '{tmp_path}/none' does not exist" in done.stderr

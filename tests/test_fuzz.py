@@ -113,7 +113,8 @@ def of_safetensors(data, draw):
       ["dtype", "shape", "offsets", "json", "length", "metadata"]))
   if kind == "metadata":
     header["__metadata__"] = {
-        k: json.dumps(of_json(json.loads(v), draw))
+        k: json.dumps(of_json(json.loads(v), draw)) if v.startswith("{")
+        else draw(st.text(max_size=9))
         for k, v in header.get("__metadata__", {"ttc_jax": "{}"}).items()}
   elif kind == "json" or name == "__metadata__":
     header = of_json(header, draw)

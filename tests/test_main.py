@@ -16,7 +16,14 @@ from PIL import Image
 import pytest
 
 from tests.command import ROOT, run_command, start_command
-from ttc_jax import backbones, bundles, checkpoint, predict, trees
+from ttc_jax import (
+  backbones,
+  bundles,
+  checkpoint,
+  config_file,
+  predict,
+  trees,
+)
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
@@ -646,6 +653,19 @@ def test_runlocal_shrinks_everything():
   c = default()
   run_locally(c)
   assert c.epochs <= 2 and c.limit <= 64 and c.weights == "random"
+
+
+@pytest.mark.parametrize("given,backbone,weights,size", [
+    ("runlocal", "vit_ti16", "random", 32),
+    ("weights=random,runlocal", "vit_ti16", "random", 32),
+    ("backbone=vit_s16,runlocal", "vit_s16", "random", 32),
+    ("weights=a.npz,runlocal", "", "a.npz", 32),
+    ("backbone=vit_s16,weights=a.npz,size=48,runlocal", "vit_s16", "a.npz", 48),
+    ("backbone=vit_s16,weights=a.npz", "vit_s16", "a.npz", 224)])
+def test_runlocal_replaces_nothing_that_is_given(
+    given, backbone, weights, size):
+  c = config_file.load("configs/vtab.py", f"task=digits,{given}")
+  assert (c.backbone, c.weights, c.image_size) == (backbone, weights, size)
 
 
 def test_run_names_tell_settings_apart(config):

@@ -308,6 +308,8 @@ def test_a_missing_file(tmp_path):
 def test_an_unknown_format(tmp_path, name):
   check_error(save(tmp_path / name, {"layer1.conv": np.zeros(2, "f4")}),
               "no known format", "layer1.conv")
+  (tmp_path / "config.json").write_text('{"model_type": "hiera"}')
+  check_error(str(tmp_path / name), "config.json beside it is of a 'hiera'")
 
 
 @pytest.mark.parametrize("missing", [
@@ -331,11 +333,28 @@ def test_a_missing_big_vision_tensor_is_named(tmp_path, missing):
 @pytest.mark.parametrize("name, what", [
     ("blocks.0.gamma_1", "EVA"),
     ("blocks.0.attn.q_norm.weight", "norms of queries"),
+    ("blocks.0.attn.rel_pos.mlp.fc1.bias", "relative positions"),
+    ("shared_rel_pos.mlp.fc1.bias", "relative positions"),
     ("blocks.1.mlp.w12.weight", "gated"),
     ("blocks.0.something.weight", "no place")])
 def test_other_timm_architectures_are_refused(tmp_path, name, what):
   file = as_timm(flat_params()) | {name: np.zeros(D, np.float32)}
   check_error(save(tmp_path / "t.safetensors", file), name, what)
+
+
+def test_registers_that_pooling_may_read_are_in_doubt(tmp_path):
+  """timm's pool_include_prefix shows in no tensor."""
+  file = {n: x for n, x in as_timm(flat_params()).items() if n != "cls_token"}
+  file |= {"reg_token": np.zeros((1, 1, D), np.float32),
+           "attn_pool.latent": np.zeros((1, 1, D), np.float32)}
+  path = save(tmp_path / "model.safetensors", file)
+  assert weights.read(path).fields["pool"] is None
+  config = tmp_path / "config.json"
+  config.write_text('{"architecture": "vit_base", "global_pool": "map"}')
+  assert weights.read(path).fields["pool"] == "map"
+  config.write_text('{"architecture": "test_vit3", "global_pool": "map"}')
+  with pytest.raises(UserError, match="pooling reads its registers"):
+    weights.read(path)
 
 
 @pytest.mark.parametrize("name, what", [

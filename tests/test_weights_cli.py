@@ -44,6 +44,15 @@ def test_inspect_says_what_a_file_is(sizes, tmp_path):
   json.dumps(found)
 
 
+def test_inspect_escapes_what_a_file_says(sizes, tmp_path):
+  path = save(tmp_path / "t\n.safetensors", as_timm(flat_params()) | {
+      "\x1b[2Jhead.weight": np.zeros((3, D), np.float32)})
+  done = run_command("weights", "inspect", path)
+  assert done.returncode == 0
+  assert "\x1b" not in done.stdout + done.stderr
+  assert r"t\n.safetensors" in done.stdout
+
+
 def test_what_is_outside_the_backbone_is_listed(sizes, tmp_path):
   """And a size that no backbone has is no error."""
   flat = flat_params()
@@ -356,8 +365,9 @@ def test_a_pth_without_pytorch(tmp_path, monkeypatch):
     ({"model_type": "vit", "hidden_act": ["gelu"]}, "hidden_act"),
     ({"model_type": "vit", "layer_norm_eps": "small"}, "layer_norm_eps"),
     ({"model_type": "vit", "layer_norm_eps": 2.0}, "layer_norm_eps"),
-    ({"model_type": "dpt"}, "of a 'dpt'.*move it away"),
-    ({"architecture": "vit_base"}, "of a 'vit_base'.*move it away")])
+    ({"model_type": []}, r"of a \[\]"),
+    ({"model_type": "dpt"}, "of a 'dpt'.*move config.json away"),
+    ({"architecture": "vit_base"}, "of a 'vit_base'.*move config.json away")])
 def test_a_bad_config(tmp_path, config, words):
   module = vit.ViT(D, L, H, F, 4, 16)
   path = save(tmp_path / "m.safetensors", weights.to_tensors(

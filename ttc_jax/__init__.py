@@ -16,8 +16,9 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "fit", "load", "predict", "serve"]
 
 if sys.argv[:1] == ["-m"]:  # python -m ttc_jax.COMMAND, before its imports
-  from ttc_jax import interrupt
+  from ttc_jax import files, interrupt
   interrupt.starting()
+  files.use_utf8_names()
 
 _FUNCTIONS = {"fit": "fitting", "load": "backbones"}
 _MODULES = ("backbones", "bundles", "predict", "serve", "tasks")

@@ -12,12 +12,14 @@ A bundle is data: what it names is never fetched, and it holds no passwords.
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from typing import Any, NamedTuple
 
 from absl import flags
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
@@ -30,6 +32,7 @@ from ttc_jax.weights import containers, formats, sources
 
 FORMAT = "1"  # of the file
 _KEY = "ttc_jax_bundle"  # of its header
+_SPARE, _RATIO = 2 ** 26, 8  # bytes of arrays beyond those of their files
 _DIGEST = "sha256"  # of arrays and metadata; in the metadata on disk alone
 
 
@@ -87,7 +90,7 @@ def temporary(path: str) -> str:
 
 def save(path: str, bundle: Bundle) -> None:
   """Writes a bundle to the folder `path`, replacing one that is there."""
-  path = os.path.abspath(files.expand(path))
+  path = files.utf8(path)
   written, meta = temporary(path), _meta_on_disk(bundle)
   with explain_disk_errors(path):
     shutil.rmtree(written, ignore_errors=True)
@@ -153,7 +156,7 @@ def load(path: str) -> Bundle:
   Raises:
     UserError: no bundle there, not a whole one, or its digest differs.
   """
-  path = os.path.abspath(files.expand(path))
+  path = files.utf8(path)
   if not os.path.exists(path):
     raise UserError(f"bundle '{path}' does not exist; give the folder "
                     "'bundle' of a finished run, or a packed file")
@@ -185,16 +188,36 @@ def _check_digest(path, bundle):
 
 
 def _load_folder(path):
+  if not os.path.isdir(os.path.join(path, "arrays")):
+    raise UserError(f"the folder '{path}' holds no bundle: give the folder "
+                    "'bundle' of a finished run, WORKDIR/runs/RUN/bundle, or a "
+                    "packed file")
   try:
     with (checkpoint.quiet_reads(),
-          ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader):
+          ocp.Checkpointer(ocp.CompositeCheckpointHandler(
+              arrays=ocp.StandardCheckpointHandler(),
+              meta=ocp.JsonCheckpointHandler())) as reader):
+      _check_declared(path, reader.metadata(path))
       got = reader.restore(path, args=ocp.args.Composite(
           arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
     arrays = unfill(got.arrays)
     return Bundle(arrays["tuned"], arrays["buffers"], got.meta)
+  except UserError:
+    raise
   except Exception as e:  # orbax and tensorstore raise many kinds
     raise UserError(f"'{path}' is not a whole bundle ({type(e).__name__})"
                     ) from e
+
+
+def _check_declared(path, declared):
+  """Refuses arrays that are far larger than the folder before they are read:
+  a few KB of compressed zeros can be terabytes."""
+  leaves = jax.tree.leaves(declared.item_metadata["arrays"].tree)
+  count = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
+  if count > _SPARE + _RATIO * files.size(path):
+    raise UserError(f"bundle '{path}' declares {count:,} bytes of arrays in "
+                    f"{files.size(path):,} bytes of files: it is damaged or "
+                    "not meant to be used")
 
 
 def _load_file(path):

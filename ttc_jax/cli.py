@@ -63,6 +63,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     _exit("interrupted; start the same command again to go on", 130)
 
 
+def check_no_arguments(argv: list[str]) -> None:
+  """Raises UserError if there is an argument that is no flag."""
+  if argv[1:]:
+    raise UserError(f"unexpected argument {argv[1]!r}: this command takes "
+                    "--flags alone; --help lists them")
+
+
 def _exit(message, code, kind="error: "):
   lines = str(message).split("\n")
   print(kind + "\n".join(map(printable, lines)), file=sys.stderr)

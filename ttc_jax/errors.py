@@ -48,8 +48,9 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> str:
     return name
   near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join(near)}? " if near else ""
+  shown = " ".join(repr(name).split())  # a ConfigDict's has many lines
   raise UserError(
-      f"unknown {kind} {name!r}: {hint}known: {', '.join(known) or 'none'}")
+      f"unknown {kind} {shown}: {hint}known: {', '.join(known) or 'none'}")
 
 
 # They turn the order of what follows: "gpj.exe" could read as "exe.jpg".

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import sys
 from typing import BinaryIO
 import uuid
 
@@ -15,9 +16,41 @@ fcntl = (importlib.import_module("fcntl") if importlib.util.find_spec("fcntl")
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+def use_utf8_names() -> None:
+  """Starts this command again in Python's UTF-8 mode if names of files are not
+  UTF-8 in its locale (LC_ALL=C without coercion, Latin-1).
+
+  TensorStore and safetensors take a path as UTF-8 in any locale: one with an
+  umlaut would fail, or be another file. What is printed stays in the encoding
+  of the terminal.
+  """
+  if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+    return
+  if sys.stdout:
+    os.environ.setdefault("PYTHONIOENCODING",
+                          f"{sys.stdout.encoding}:backslashreplace")
+  os.execv(sys.executable,
+           [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def expand(path: str) -> str:
   """Returns the path with a leading `~` or `~user` expanded."""
   return os.path.expanduser(path)
+
+
+def utf8(path: str) -> str:
+  """Returns the absolute path, `~` expanded.
+
+  Raises:
+    UserError: it is not UTF-8; TensorStore and safetensors cannot open it.
+  """
+  path = os.path.abspath(expand(path))
+  try:
+    path.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"the path '{path}' is not UTF-8: rename that file or "
+                    "folder") from error
+  return path
 
 
 @contextlib.contextmanager
@@ -47,9 +80,9 @@ def new(path: str) -> str:
   """Returns the absolute path of an output, `~` expanded; creates nothing.
 
   Raises:
-    UserError: the path exists already, or cannot be written.
+    UserError: the path exists already, is not UTF-8, or cannot be written.
   """
-  path = os.path.abspath(expand(path))
+  path = utf8(path)
   if os.path.lexists(path):
     raise UserError(f"'{path}' exists and is not overwritten: delete "
                     "it, or give another --out")

@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
   interrupt.listen()
   session = Session(config, workdir, functools.partial(print, flush=True))
   if session.base.normalisation and not config.normalisation:
-    print(f"normalisation: {session.base.normalisation}, as the weights "
-          f"{session.base.source.name} say")
+    print(printable(f"normalisation: {session.base.normalisation}, as the "
+                    f"weights {session.base.source.name} say"))
   for task, why in session.missing.items():
     print(printable(f"skipped: {task}: {why}"), file=sys.stderr)
   session.run_all()

@@ -76,7 +76,7 @@ def _verdict(result):
 
 
 def main(argv: list[str]) -> None:
-  del argv
+  cli.check_no_arguments(argv)
   if _AGAINST.value:
     check_known("--against", _AGAINST.value, ("torch",))
   config = programs.settings(

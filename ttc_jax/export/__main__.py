@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     raise UserError("give --bundle=DIR, the folder 'bundle' of a finished run, "
                     f"and --to={'|'.join(targets)}")
   target = targets[check_known("target", _TO.value, targets)]
-  bundle = os.path.abspath(_BUNDLE.value)
+  bundle = os.path.abspath(files.expand(_BUNDLE.value))
   out = files.new(_OUT.value or os.path.join(
       os.path.dirname(bundle), f"export-{target.name}"))
   export.check_libraries(target)  # before the weights are read

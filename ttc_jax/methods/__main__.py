@@ -72,7 +72,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> None:
   """Prints the methods that run on the backbone; the others on stderr."""
-  del argv
+  cli.check_no_arguments(argv)
   backbone = backbones.make(_BACKBONE.value, _SIZE.value)
   config = config_lib.default()
   # Any other score needs images; the list needs only the shapes.

@@ -58,7 +58,7 @@ def _method(bundle, meta, module):
   options = ml_collections.ConfigDict(meta["options"])
   try:
     return methods.load(meta["method"], options, module)
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
+  except (UserError, AttributeError, KeyError, TypeError, ValueError) as e:
     raise UserError(
         f"bundle '{bundle}': its options are not those of {meta['method']} "
         f"({' '.join(str(e).split())[:200]})") from e

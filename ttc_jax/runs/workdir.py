@@ -133,6 +133,7 @@ class WorkDir:
       UserError: the directory cannot be used, or is of another configuration.
     """
     file = self.path / "config.json"
+    files.utf8(str(self))
     try:
       (self.path / "runs").mkdir(parents=True, exist_ok=True)
       with files.lock(self._path(".config.lock"), wait=True):

@@ -102,14 +102,14 @@ def prepared(spec: Spec, data: str | None) -> str | None:
   """Returns the folder of the preferred version that is there, or None."""
   root = files.expand(spec.name)
   if os.path.isabs(root):
-    return root if _is_version(root) else None
+    return files.utf8(root) if _is_version(root) else None
   root = os.path.join(files.expand(data or ""), spec.name)
   for pattern in spec.versions if data else ():
     found = {_numbers(path): path for path in glob.glob(
         os.path.join(glob.escape(root), pattern)) if _is_version(path)}
     found.pop(None, None)
     if found:
-      return found[max(found)]
+      return files.utf8(found[max(found)])
   return None
 
 

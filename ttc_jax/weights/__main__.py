@@ -18,7 +18,7 @@ import math
 from absl import flags
 
 from ttc_jax import cli
-from ttc_jax.errors import UserError, check_known
+from ttc_jax.errors import UserError, check_known, printable
 from ttc_jax.weights import convert
 
 
@@ -29,24 +29,24 @@ def _inspect(sources):
     return
   for one in found:
     fields = one.pop("fields")
-    print(one.pop("file"))
+    print(printable(one.pop("file")))
     for key, value in (one | fields).items():
       if isinstance(value, list):
         value = ", ".join(value[:6]) + (
             f", ... ({len(value)})" if len(value) > 6 else "")
       if value is None:
         value = "in doubt" if key in fields else "none here"
-      print(f"  {key:<12}{value}")
+      print(f"  {key:<15}{printable(str(value))}")
 
 
 def _diff(one, two):
   notes, differences = convert.compare(one, two)
   for note in notes:
-    print(note)
+    print(printable(note))
   differing = {n: d for n, d in differences.items() if d}
   for name, difference in sorted(differing.items(), key=lambda x: -x[1]):
-    print(f"{difference:.3e}  {name}" if math.isfinite(difference) else
-          f"shape      {name}")
+    far = f"{difference:.3e}" if math.isfinite(difference) else "shape    "
+    print(f"{far}  {printable(name)}")
   print(f"{len(differing)} of {len(differences)} tensors differ")
   return int(bool(notes or differing))
 

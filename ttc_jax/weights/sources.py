@@ -158,6 +158,7 @@ def locate(source: str, cache: str | None = None) -> str:
                     "the file of weights")
   if not os.path.isfile(path):
     raise UserError(f"weights file '{path}' does not exist")
+  files.utf8(path)
   if wanted:
     _check(address, sha256(path), wanted)
   return path

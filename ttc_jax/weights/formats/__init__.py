@@ -78,9 +78,11 @@ def recognise(tensors: Mapping[str, Any], metadata: Mapping[str, str],
     raise UserError(f"weights file '{path}' may be of the formats "
                     f"{' and '.join(f.format.name for f in found)}: save the "
                     "tensors of one model alone")
+  named = config.get("model_type") or config.get("architecture")
+  called = f" (config.json beside it is of a {named!r})" if named else ""
   raise UserError(
-      f"weights file '{path}' is of no known format: its first tensors are "
-      f"{', '.join(sorted(tensors)[:3]) or 'none'}; expected a ViT as a "
+      f"weights file '{path}' is of no known format{called}: its first tensors "
+      f"are {', '.join(sorted(tensors)[:3]) or 'none'}; expected a ViT as a "
       "vision_transformer or Big Vision .npz, or a ViT or Swin as a timm, "
       "Hugging Face or ttc_jax .safetensors, or as a .pth")
 

@@ -166,14 +166,14 @@ def of_model(config: Mapping[str, Any],
     UserError: it is of another model.
   """
   kind = config.get("model_type")
-  if kind is None and "architecture" not in config:
+  kind = config.get("architecture") if kind is None else kind
+  if kind is None:
     return {}
-  kind = kind or config["architecture"]
   if kind not in models:
     raise UserError(
-        f"config.json beside it is of a {kind!r}, while its tensors are named "
-        f"as in {' or '.join(models)}: if it belongs to another file, move it "
-        "away")
+        f"config.json beside it is of a {kind!r}, which is not supported (the "
+        f"tensors are named as in {' or '.join(models)}): use a plain ViT or "
+        "Swin, or move config.json away if it belongs to another file")
   if isinstance(config.get("vision_config"), dict):  # of two towers
     return {"model_type": kind, **config["vision_config"]}
   return config

@@ -51,8 +51,9 @@ TIMM = base.Format(
     refused={
         r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
         r"blocks\.\d+\.attn\.([qkv]_proj\..*|q_bias)":
-            "the attention of EVA-02",
+            "the attention of BEiT or EVA-02",
         r"blocks\.\d+\.attn\.rel_pos_[hw]": "the positions of SAM",
+        r"(blocks\.\d+\.attn\.|shared_)rel_pos\..*": "relative positions",
         r"blocks\.\d+\.proj\..*": "the blocks of Hiera",
         r"blocks\.\d+\.mlp\.fc1_[gx]\..*": "a gated MLP",
         r"blocks\.\d+\.mlp\.w\d+\..*": "a gated MLP",
@@ -89,6 +90,7 @@ _OTHERS = {
     r"naflexvit_.*": "a NaFlexVit", r"samvit_.*": "a SAM encoder",
     r"hiera.*": "a Hiera", r"swinv2_.*": "a Swin V2", r"cait_.*": "a CaiT",
     r"swin_s3_.*": "a Swin-S3",
+    r"test_vit3": "a ViT whose pooling reads its registers",
     r"vit_.*_rope_.*": "a ViT with rotary positions that are not DINOv3's"}
 
 # Keys of model_args that are read, that tensors show, or that only training
@@ -111,9 +113,9 @@ def of_timm(config: Mapping[str, Any]) -> Mapping[str, Any]:
   if architecture is None:
     if "model_type" in config:
       raise UserError(
-          f"config.json beside it is of a {config['model_type']!r}, while its "
-          "tensors are named as in timm: if it belongs to another file, move "
-          "it away")
+          f"config.json beside it is of a {config['model_type']!r}, which is "
+          "not supported (the tensors are named as in timm): use a plain ViT "
+          "or Swin, or move config.json away if it belongs to another file")
     return {}
   for pattern, what in _OTHERS.items():
     if re.fullmatch(pattern, str(architecture)):
@@ -176,6 +178,8 @@ def _pool(config, found, has, doubtful):
     raise UserError(f"config.json has the global_pool {stated!r}; known: "
                     f"{', '.join(_POOLS)}")
   if has("attn_pool."):
+    if "reg_token" in found and not config:  # it may read them or not
+      return None
     shown = "map"
   elif has("fc_norm.") or not has("cls_token"):
     shown = "gap"
