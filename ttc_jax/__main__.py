@@ -67,8 +67,9 @@ def main() -> None:
     print(f"error: unknown command {name!r}\n{usage()}", file=sys.stderr)
     sys.exit(2)
   sys.argv = [f"ttc-jax {name}", *rest]
-  from ttc_jax import interrupt
+  from ttc_jax import files, interrupt
   interrupt.starting()  # before the command's imports
+  files.use_utf8_names()
   runpy.run_module(f"ttc_jax.{COMMANDS[name][0]}", run_name="__main__",
                    alter_sys=True)
 
