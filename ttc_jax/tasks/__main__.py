@@ -5,8 +5,10 @@
   python -m ttc_jax.tasks check [NAME...] --data=DIR [--json]
   python -m ttc_jax.tasks export [NAME...] --data=DIR --out=DIR
 
+DIR may also be a folder of pictures, a zip of it, hf:NAME or tfds:NAME.
+
 `check` reads every image: of VTAB-1K's data sets as TFDS prepared them, and of
-tasks in folders. `prepare` and `export` are for VTAB's.
+other tasks. `prepare` and `export` are for VTAB's.
 """
 import json
 import os
@@ -15,8 +17,8 @@ from typing import Any
 from absl import flags
 
 from ttc_jax import cli, errors, files, tasks
+from ttc_jax.tasks import archive, folder, pictures
 from ttc_jax.tasks import check as check_lib
-from ttc_jax.tasks import folder
 from ttc_jax.tasks import vtab as family
 from ttc_jax.vtab import check as vtab_check
 from ttc_jax.vtab import export as export_lib
@@ -38,7 +40,7 @@ def vtab_row(name: str, data: str | None) -> dict[str, Any]:
 def _status(name: str, data: str | None) -> str:
   if data is None:
     return "unknown"
-  if _in_folder(name, data):
+  if tasks.family_of(name, data) not in ("vtab", None):
     return "folder"
   path = family.prepared(name, data)
   if path is None:
@@ -51,15 +53,12 @@ def _status(name: str, data: str | None) -> str:
   return f"{stored} {os.path.basename(path)}"
 
 
-def _in_folder(name: str, data: str | None) -> bool:
-  return data is not None and folder.is_task(
-      os.path.join(files.expand(data), name))
-
-
 def other_row(name: str, data: str | None) -> dict[str, Any]:
   """A task that is not VTAB's; what TFDS would say is None."""
   unknown = dict.fromkeys(("tfds", *vtab.SPLITS))
-  status = "folder" if _in_folder(name, data) else "built in"
+  status = "built in"
+  if data and name in (*tasks.in_data(data), *_nested(data)):
+    status = tasks.family_of(name, data) or ""
   try:
     task = tasks.find(name, data)
     count = len(task.labels[task.tests[0]])
@@ -75,10 +74,14 @@ def rows(data: str | None, names: list[str] | None = None
          ) -> list[dict[str, Any]]:
   """A row for each task, or for each of `names`.
 
-  Without names and data: the 19 of VTAB-1K only.
+  Without names and data: the 19 of VTAB-1K only. With data that is no folder
+  of tasks: what it holds.
   """
-  others = [n for n in tasks.names(data) if n not in vtab.ROWS]
-  known = [*vtab.ROWS, *others]
+  if data and not _is_directory(data):  # it is one task
+    known = list(tasks.in_data(data))
+  else:
+    others = [n for n in tasks.names(data) if n not in vtab.ROWS]
+    known = [*vtab.ROWS, *others]
   for name in names or ():
     errors.check_known("task", name, known)
   shown = [n for n in known if n in names] if names else (
@@ -139,7 +142,7 @@ def check(names: list[str], options: Any) -> int:
 
 
 def _check(name: str, data: str) -> dict[str, Any]:
-  if name in vtab.ROWS and not _in_folder(name, data):
+  if tasks.family_of(name, data) == "vtab":
     return vtab_check.check(name, data)
   return check_lib.check(name, data)
 
@@ -151,15 +154,20 @@ def _checked(names: list[str], options: Any) -> list[str]:
   known = tasks.names(data)
   for name in names:
     errors.check_known("task", name, {*vtab.ROWS, *known})
-  found = list(dict.fromkeys(names or (
-      *folder.names(data), *folder.nested(data), *family.names(data))))
+  found = list(dict.fromkeys(names or (*tasks.in_data(data), *_nested(data))))
   for name in found:
     if name not in known:
       raise errors.UserError(f"{name} is not prepared{vtab.hint(name, data)}")
-  if not found:
-    raise errors.UserError(_nothing(data).replace("no data set", "no task in "
-                           "a folder and no data set"))
   return found
+
+
+def _nested(data: str) -> tuple[str, ...]:
+  return folder.nested(data) if _is_directory(data) else ()
+
+
+def _is_directory(data: str) -> bool:
+  """Tells whether `data` is a folder that may hold many tasks."""
+  return os.path.isdir(files.expand(data)) and not pictures.is_task(data)
 
 
 def export(names: list[str], options: Any) -> int:
@@ -178,6 +186,8 @@ def _need(options: Any, key: str) -> None:
   if not given:
     raise errors.UserError(f"give a folder: --{key}=DIR")
   path = files.expand(given)
+  if key == "data" and (archive.is_archive(given) or ":" in given):
+    return
   if os.path.exists(path) and not os.path.isdir(path):
     raise errors.UserError(f"--{key}={given} is no folder: give one")
 
@@ -225,7 +235,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("data", None, "TFDS directory, or folder of tasks")
+  flags.DEFINE_string("data", None, "TFDS directory, folder of tasks or of "
+                      "pictures, .zip, hf:NAME, tfds:NAME")
   flags.DEFINE_bool("json", False, "of list and check: for machines")
   flags.DEFINE_string("save", None, "of check: a file for the fingerprint")
   flags.DEFINE_string("against", None, "of check: a file of --save")
