@@ -30,6 +30,7 @@ from ttc_jax.vtab import rows as vtab
 SEED = 0
 _SHARE = 5    # one image of that many is divided off
 _SHOWN = 3    # images that a sentence names
+_AGAIN = "delete the lists for a new division"
 
 
 class Part(NamedTuple):
@@ -66,7 +67,11 @@ def complete(name: str, parts: Mapping[str, Part], classes: Sequence[str],
     notes.append("the given val is the test set")
   missing = [role for role in ("test", "val") if role not in parts]
   rows = {part: in_order(given.names) for part, given in parts.items()}
-  if missing:
+  if not missing:
+    for path in filter(os.path.exists, (
+        list_path(f, role) for f in folders for role in ROLES)):
+      raise _does_not_fit(what, path)
+  else:
     made, place = _fixed(parts["train"], missing, classes, folders, what)
     parts |= dict.fromkeys(made, parts["train"])
     rows |= made
@@ -191,52 +196,60 @@ def _write(part: Part, made: Mapping[str, list[int]], folders: Sequence[str]
       "XDG_CACHE_HOME") from refused
 
 
+def _does_not_fit(what: str, path: str) -> errors.UserError:
+  return errors.UserError(
+      f"{what}: {path} is {'there' if os.path.exists(path) else 'missing'}, "
+      "which does not fit the given splits: put things back as they were, or "
+      f"{_AGAIN}")
+
+
 def _read(part: Part, missing: Sequence[str], folder: str, what: str
           ) -> dict[str, list[int]]:
-  again = "delete the lists for a new division"
-  lists = os.path.join(folder, "ttc_jax_*.txt")
-  number = {name: i for i, name in enumerate(part.names)}
+  """Reads the lists, which must hold each image once."""
   made: dict[str, list[int]] = {}
-  listed: dict[int, str] = {}
-  gone = []
+  listed: dict[str, str] = {}  # name: the list that holds it
   for role in ("train", "val", "test"):
     path = list_path(folder, role)
     if os.path.exists(path) != (role in ("train", *missing)):
-      raise errors.UserError(
-          f"{what}: {path} is {'there' if os.path.exists(path) else 'missing'}"
-          f", which does not fit the given splits: put things back as they "
-          f"were, or {again}")
-    if role not in ("train", *missing):
-      continue
-    rows = made.setdefault(role, [])
-    for line, text in enumerate(folder_format.lines(path), start=1):
-      try:
-        name, label = folder_format.parse(text)
-      except ValueError as error:
-        raise errors.UserError(f"{path}:{line}: {error}; or {again}") from error
-      i = number.get(name)
-      if i is None:
-        gone.append(name)
-        continue
-      if i in listed:
-        raise errors.UserError(f"{path}:{line}: {name} also stands in "
-                               f"{listed[i]}: take one of the lines out")
-      if label != part.labels[i]:
-        raise errors.UserError(
-            f"{path}:{line}: the label of {name} is {label} here, but its "
-            f"class is number {part.labels[i]} now, so classes were added, "
-            f"renamed or taken out: put them back, or {again}")
-      listed[i] = path
-      rows.append(i)
-  new = [name for i, name in enumerate(part.names) if i not in listed]
-  for names, fault, fix in (
-      (gone, "of the lists {} are gone", "put them back"),
-      (new, "are in none of the lists {}",
-       "take them out, add them to a list")):
-    if names:
-      shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN
-                                           else "")
-      raise errors.UserError(
-          f"{what}: {len(names)} images {fault.format(lists)} ({shown}): "
-          f"{fix}, or {again}")
+      raise _does_not_fit(what, path)
+    if role in ("train", *missing):
+      made[role] = _rows(part, path, listed)
+  lists = os.path.join(folder, "ttc_jax_*.txt")
+  known = set(part.names)
+  _refuse(what, [name for name in listed if name not in known],
+          f"of the lists {lists} are gone", "put them back")
+  _refuse(what, [name for name in part.names if name not in listed],
+          f"are in none of the lists {lists}",
+          "take them out, add them to a list")
   return made
+
+
+def _rows(part: Part, path: str, listed: dict[str, str]) -> list[int]:
+  """Returns the row numbers of a list's images; adds its names to `listed`."""
+  number = {name: i for i, name in enumerate(part.names)}
+  rows = []
+  for line, text in enumerate(folder_format.lines(path), start=1):
+    try:
+      name, label = folder_format.parse(text)
+    except ValueError as error:
+      raise errors.UserError(f"{path}:{line}: {error}; or {_AGAIN}") from error
+    if name in listed:
+      raise errors.UserError(f"{path}:{line}: {name} also stands in "
+                             f"{listed[name]}: take one of the lines out")
+    listed[name] = path
+    if name not in number:
+      continue  # it is gone
+    if label != part.labels[number[name]]:
+      raise errors.UserError(
+          f"{path}:{line}: the label of {name} is {label} here, but its class "
+          f"is number {part.labels[number[name]]} now, so classes were added, "
+          f"renamed or taken out: put them back, or {_AGAIN}")
+    rows.append(number[name])
+  return rows
+
+
+def _refuse(what: str, names: Sequence[str], fault: str, fix: str) -> None:
+  if names:
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    raise errors.UserError(f"{what}: {len(names)} images {fault} ({shown}): "
+                           f"{fix}, or {_AGAIN}")
