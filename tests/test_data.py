@@ -63,7 +63,7 @@ def named(task, part):
 
 def lists(folder):
   return {path.name: path.read_bytes()
-          for path in sorted(folder.glob("ttc_jax_*.txt"))}
+          for path in sorted(folder.glob("ttc_jax_*list.txt"))}
 
 
 # --- The division -------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_a_division_is_stratified_disjoint_total_and_shown(pets):
   (note,) = task.notes
   assert "division of 20 images" in note and str(pets) in note
   for part in ("train", "val", "test"):
-    text = (pets / f"ttc_jax_{part}.txt").read_text()
+    text = (pets / f"ttc_jax_{part}list.txt").read_text()
     assert text == "".join(f"{name} {label}\n" for name, label in zip(
         named(task, part), task.labels[part], strict=True))
     for i, name in enumerate(named(task, part)):
@@ -127,16 +127,16 @@ def test_a_division_never_changes(pets):
   assert digests(load(pets)) == want
   picture(pets / "cat" / "new.png", 77)
   with pytest.raises(errors.UserError, match=(
-      r"1 images are in none of the lists .* \(cat/new.png\): take them out")):
+      r"images in none of the lists .*: 1 \(cat/new.png\): take them out")):
     load(pets)
-  with open(pets / "ttc_jax_train.txt", "a") as file:
+  with open(pets / "ttc_jax_trainlist.txt", "a") as file:
     file.write("cat/new.png 0\n")
   assert counts(load(pets))["train"] == [7, 5, 1]
-  (pets / "ttc_jax_train.txt").write_bytes(kept["ttc_jax_train.txt"])
+  (pets / "ttc_jax_trainlist.txt").write_bytes(kept["ttc_jax_trainlist.txt"])
   (pets / "cat" / "new.png").unlink()
   assert digests(load(pets)) == want and lists(pets) == kept
   (pets / "cat" / "cat 3.png").rename(pets / "cat" / "dead.bak")
-  with pytest.raises(errors.UserError, match=r"are gone \(cat/cat 3.png\)"):
+  with pytest.raises(errors.UserError, match=r"are gone: 1 \(cat/cat 3.png\)"):
     load(pets)
   for path in pets.glob("ttc_jax_*"):
     path.unlink()
@@ -145,14 +145,15 @@ def test_a_division_never_changes(pets):
 
 @pytest.mark.parametrize("change, word", [
     (lambda p: fill(p, {"bee": 5}), "classes were added"),
-    (lambda p: (p / "ttc_jax_val.txt").unlink(), "ttc_jax_val.txt is missing"),
+    (lambda p: (p / "ttc_jax_vallist.txt").unlink(), "vallist.txt is missing"),
     (lambda p: fill(p / "test", COUNTS) and fill(p / "train", COUNTS),
-     "ttc_jax_test.txt is there"),
-    (lambda p: (p / "ttc_jax_val.txt").write_text("cat/cat 0.png\n"),
-     "ttc_jax_val.txt:1: the label must be a whole number"),
-    (lambda p: shutil.copy(p / "ttc_jax_val.txt", p / "ttc_jax_test.txt"),
-     "also stands in"),
-    (lambda p: (p / "ttc_jax_val.txt").write_bytes(b"\xff\n"), "not UTF-8"),
+     "ttc_jax_testlist.txt is there"),
+    (lambda p: (p / "ttc_jax_vallist.txt").write_text("cat/cat 0.png\n"),
+     "ttc_jax_vallist.txt:1: the label must be a whole number"),
+    (lambda p: shutil.copy(p / "ttc_jax_vallist.txt",
+                           p / "ttc_jax_testlist.txt"), "also stands in"),
+    (lambda p: (p / "ttc_jax_vallist.txt").write_bytes(b"\xff\n"),
+     "not UTF-8"),
 ])
 def test_lists_that_do_not_fit_are_refused(pets, change, word):
   load(pets)
@@ -176,7 +177,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_lists_in_the_cache(
   picture(pets / "cat" / "new.png", 77)
   monkeypatch.undo()
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-  with pytest.raises(errors.UserError, match="are in none of the lists"):
+  with pytest.raises(errors.UserError, match="in none of the lists"):
     load(pets)  # the first division counts, whatever can be written now
   (pets / "cat" / "new.png").unlink()
   assert load(pets).digest == task.digest and not lists(pets)
@@ -189,7 +190,7 @@ def test_given_splits_are_kept(tmp_path):
   task = load(root)
   assert counts(task) == {"train": [8, 6, 2], "val": [2, 1, 1],
                           "trainval": [10, 7, 3], "test": [2, 0, 1]}
-  assert set(lists(root)) == {"ttc_jax_train.txt", "ttc_jax_val.txt"}
+  assert set(lists(root)) == {"ttc_jax_trainlist.txt", "ttc_jax_vallist.txt"}
   fill(root / "valid", {"dog": 4}, start=60)
   with pytest.raises(errors.UserError, match="does not fit the given splits"):
     load(root)
@@ -459,6 +460,9 @@ def test_the_commands_know_pictures_and_zips(pets, tmp_path):
   done = run_command("tasks", "check", f"--data={tmp_path / 'none.zip'}")
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith("error: cannot read the folder data=")
+  (tmp_path / "empty").mkdir()
+  done = run_command("tasks", "list", "digits", f"--data={tmp_path / 'empty'}")
+  assert done.returncode == 0 and "built in" in done.stdout, done.stderr
 
 
 # --- FGVC ---------------------------------------------------------------------

@@ -323,4 +323,5 @@ def _hint(name: str, data: str | None) -> str:
     return f"; data={data} is itself a task: give the folder above it"
   if os.path.isdir(os.path.join(files.expand(data), name)):
     return f"; the folder {os.path.join(data, name)} holds no train800.txt"
-  return f"; a folder task is a folder in {data} that holds train800.txt"
+  return (f"; a folder task is a folder in {data} that holds train800.txt, or "
+          "pictures in a folder for each class")

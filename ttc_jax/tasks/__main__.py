@@ -56,9 +56,9 @@ def _status(name: str, data: str | None) -> str:
 def other_row(name: str, data: str | None) -> dict[str, Any]:
   """A task that is not VTAB's; what TFDS would say is None."""
   unknown = dict.fromkeys(("tfds", *vtab.SPLITS))
-  status = "built in"
-  if data and name in (*tasks.in_data(data), *_nested(data)):
-    status = tasks.family_of(name, data) or ""
+  status = tasks.family_of(name, data)
+  if status == tasks.family_of(name, None):
+    status = "built in"
   try:
     task = tasks.find(name, data)
     count = len(task.labels[task.tests[0]])
@@ -149,8 +149,9 @@ def _check(name: str, data: str) -> dict[str, Any]:
 
 def _checked(names: list[str], options: Any) -> list[str]:
   """The names given, or all tasks of the data folder."""
-  _need(options, "data")
   data = options.data
+  if not data or not archive.is_archive(data) and ":" not in data:
+    _need(options, "data")
   known = tasks.names(data)
   for name in names:
     errors.check_known("task", name, {*vtab.ROWS, *known})
@@ -186,8 +187,6 @@ def _need(options: Any, key: str) -> None:
   if not given:
     raise errors.UserError(f"give a folder: --{key}=DIR")
   path = files.expand(given)
-  if key == "data" and (archive.is_archive(given) or ":" in given):
-    return
   if os.path.exists(path) and not os.path.isdir(path):
     raise errors.UserError(f"--{key}={given} is no folder: give one")
 

@@ -10,9 +10,9 @@ the images are found.
   train, val         test: val as given; val: a fifth of train
   train, val, test   nothing
 
-A division that was made is written as list files, ttc_jax_train.txt,
-ttc_jax_val.txt and ttc_jax_test.txt, with lines `name label` as those of the
-vtab-1k format. From then on the lists decide; they are never changed.
+A division that was made is written as list files, ttc_jax_trainlist.txt,
+ttc_jax_vallist.txt and ttc_jax_testlist.txt, with lines `name label` as those
+of the vtab-1k format. From then on the lists decide; they are never changed.
 """
 from collections.abc import Callable, Mapping, Sequence
 import hashlib
@@ -149,8 +149,11 @@ def divide(names: Sequence[str], labels: np.ndarray, missing: Sequence[str],
 # --- The lists ----------------------------------------------------------------
 
 def list_path(folder: str, role: str) -> str:
-  """Returns the list file of a role."""
-  return os.path.join(folder, f"ttc_jax_{role}.txt")
+  """Returns the list file of a role.
+
+  The library `datasets` takes a file called "_train." for the training images.
+  """
+  return os.path.join(folder, f"ttc_jax_{role}list.txt")
 
 
 def is_list(file: str) -> bool:
@@ -163,7 +166,7 @@ def _note(made: Mapping[str, list[int]], place: str) -> str:
   count = sum(map(len, made.values()))
   return (f"{', '.join(roles[:-1])} and {roles[-1]} are a division of "
           f"{count:,} images, kept in {place}{os.sep}"
-          f"ttc_jax_{{{','.join(roles)}}}.txt")
+          f"ttc_jax_{{{','.join(roles)}}}list.txt")
 
 
 def _fixed(part: Part, missing: Sequence[str], classes: Sequence[str],
@@ -214,12 +217,12 @@ def _read(part: Part, missing: Sequence[str], folder: str, what: str
       raise _does_not_fit(what, path)
     if role in ("train", *missing):
       made[role] = _rows(part, path, listed)
-  lists = os.path.join(folder, "ttc_jax_*.txt")
+  lists = os.path.join(folder, "ttc_jax_*list.txt")
   known = set(part.names)
   _refuse(what, [name for name in listed if name not in known],
-          f"of the lists {lists} are gone", "put them back")
+          f"of the lists {lists} that are gone", "put them back")
   _refuse(what, [name for name in part.names if name not in listed],
-          f"are in none of the lists {lists}",
+          f"in none of the lists {lists}",
           "take them out, add them to a list")
   return made
 
@@ -251,5 +254,5 @@ def _rows(part: Part, path: str, listed: dict[str, str]) -> list[int]:
 def _refuse(what: str, names: Sequence[str], fault: str, fix: str) -> None:
   if names:
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    raise errors.UserError(f"{what}: {len(names)} images {fault} ({shown}): "
+    raise errors.UserError(f"{what}: images {fault}: {len(names)} ({shown}): "
                            f"{fix}, or {_AGAIN}")

@@ -82,9 +82,13 @@ def roles(given: dict[str, str], found: list[str],
 def load(name: str, data: str) -> Task:
   """Opens a prepared data set and divides it; see `tasks.find`."""
   path, given = options(data, PREFIX, OPTIONS)
-  root = given.get("dir") or os.environ.get("TFDS_DATA_DIR") or os.path.join(
-      "~", "tensorflow_datasets")
+  root = files.expand(given.get("dir") or os.environ.get("TFDS_DATA_DIR")
+                      or os.path.join("~", "tensorflow_datasets"))
   spec = tfds.Spec(path, {}, given.get("label", "label"))
+  if tfds.prepared(spec, root) is None:
+    raise errors.UserError(
+        f"{path} is not prepared in {root}: tfds build {path} "
+        f"--data_dir={root}, or say where it is, data={PREFIX}{path}?dir=DIR")
   chosen = roles(given, tfds.split_names(spec, root), SPLITS, data)
   whole = {"train": chosen["train"],  # those that are not there are unused
            **{role: chosen.get(role, chosen["train"])
