@@ -103,6 +103,8 @@ def test_the_order_in_which_images_are_found_changes_nothing():
   want = made(np.arange(50))
   for _ in range(5):
     assert made(rng.permutation(50)) == want
+  assert division.divide(names, labels, ("test",), "abcd", "x") == (
+      division.divide(names, labels, ("test",), "abc", "x"))
   # Decomposed accents, as some systems store them, are the same names.
   assert division.in_order([n.replace("é", "e\u0301") for n in names]
                            ) == division.in_order(names)
@@ -270,6 +272,8 @@ def test_pictures_at_any_depth_are_of_the_class(pets):
     (lambda p: [shutil.rmtree(p / c) for c in COUNTS] and picture(
         p / "a.png", 0), "no folders of classes"),
     (lambda p: [shutil.rmtree(p / c) for c in COUNTS], "no task in data="),
+    (lambda p: [shutil.rmtree(p / c) for c in COUNTS] and [picture(
+        p / s / "a.png", 0) for s in ("train", "test")], "but not by class"),
     (lambda p: (p / "owl" / "owl 0.png").unlink(),
      r"a class needs 3 images or more, .* owl \(2\)"),
     (lambda p: (p / "owl" / "a\nb.png").touch(), "has a line break"),
@@ -277,7 +281,9 @@ def test_pictures_at_any_depth_are_of_the_class(pets):
      "is not UTF-8"),
     (lambda p: fill(p / "train", {"cat": 3, "owl": 3}) and fill(
         p / "val", {"cat": 1}) and fill(p / "valid", {"cat": 1}),
-     "mean the same split"),
+     "both mean val"),
+    (lambda p: (p / "owl" / "a.png").symlink_to(p / "cat" / "cat 0.png"),
+     "cat/cat 0.png and owl/a.png are one file"),
     (lambda p: fill(p / "train", {"cat": 3, "owl": 3}) and fill(
         p / "test", {"cat": 1, "cow": 1}), "test has pictures of 'cow'"),
     (lambda p: fill(p / "train", {"cat": 3, "owl": 3}) and (
@@ -529,6 +535,7 @@ def test_fgvc_divides_what_tfds_prepared(tmp_path, tmp_path_factory,
   task = tasks.find("fgvc_cub", str(tmp_path))
   assert [task.sources[p].count for p in ("train", "val", "test")] == [
       910, 100, 410]
+  assert "not VPT's" in task.notes[0]
 
 
 def test_the_five_sizes_are_a_tenth_off_the_public_training_sets():
@@ -541,3 +548,18 @@ def test_the_five_sizes_are_a_tenth_off_the_public_training_sets():
   with pytest.raises(errors.UserError, match="nabirds with its images in "
                      "images and VPT's train.json"):
     tasks.find("fgvc_nabirds", None)
+
+
+def test_the_commands_know_fgvc(tmp_path, small_fgvc):
+  rows = json.loads(run_command("tasks", "list", "fgvc", "--json").stdout)
+  assert [(r["name"], r["num_classes"], r["test_count"]) for r in rows] == [
+      (name, row.classes, 3) for name, row in fgvc.ROWS.items()]
+  root = split_files(tmp_path)
+  rows = json.loads(run_command(
+      "tasks", "list", "fgvc", f"--data={root}", "--json").stdout)
+  assert [r["status"] for r in rows] == ["fgvc", *["missing"] * 4]
+  done = run_command("tasks", "check", f"--data={root}")
+  assert done.returncode == 0 and "fgvc_cub" in done.stdout, done.stderr
+  done = run_command("tasks", "check", "fgvc", f"--data={root}")
+  assert done.returncode == 2 and done.stderr.startswith(
+      f"error: fgvc_nabirds is not there; fgvc_nabirds needs {root}/nabirds")

@@ -149,7 +149,7 @@ def in_data(data: str) -> tuple[str, ...]:
     raise errors.UserError(
         f"no task in data={data}: give a folder with pictures in a folder for "
         "each class, a folder of tasks with train800.txt, a TFDS directory of "
-        f"VTAB's data sets, a .zip, hf:NAME or tfds:NAME{_reason('', data)}")
+        f"VTAB's data sets, a .zip, hf:NAME or tfds:NAME{hint('', data)}")
   return found
 
 
@@ -302,19 +302,19 @@ def _families() -> tuple[types.ModuleType, ...]:
   return tuple(sorted(families, key=lambda m: len(m.names(None)) > 0))
 
 
-def _reason(name: str, data: str | None) -> str:
+def hint(name: str, data: str | None) -> str:
   """Returns what a family says about a name that it cannot load, or ""."""
   for family in _families():
     if hasattr(family, "hint") and (
-        hint := family.hint(name, _given(family, data))):
-      return hint
+        said := family.hint(name, _given(family, data))):
+      return said
   return ""
 
 
 def _hint(name: str, data: str | None) -> str:
   """Returns the likely cause of an unknown name, as the end of a sentence."""
-  if hint := _reason(name, data):
-    return hint
+  if said := hint(name, data):
+    return said
   if data is None:
     return "; tasks in folders need data=DIR"
   if not os.path.isdir(files.expand(data)):

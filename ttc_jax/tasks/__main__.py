@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from ttc_jax import cli, errors, files, tasks
-from ttc_jax.tasks import archive, folder, pictures
+from ttc_jax.tasks import archive, fgvc, folder, pictures
 from ttc_jax.tasks import check as check_lib
 from ttc_jax.tasks import vtab as family
 from ttc_jax.vtab import check as vtab_check
@@ -35,6 +35,18 @@ def vtab_row(name: str, data: str | None) -> dict[str, Any]:
           "tfds": f"{row.tfds}:{row.versions[0]}", **row.splits,
           "num_classes": row.classes, "test_count": row.test_count,
           "status": _status(name, data)}
+
+
+def fgvc_row(name: str, data: str | None) -> dict[str, Any]:
+  """One of the five of FGVC, and whether its data is there."""
+  row = fgvc.ROWS[name]
+  splits = {**row.splits, "trainval": f"{row.splits['train']}+"
+            f"{row.splits['val']}"} if row.tfds else {}
+  found = name in tasks.names(data)
+  return {"name": name, "group": "Other", "tfds": row.tfds or None,
+          **{key: splits.get(key) for key in vtab.SPLITS},
+          "num_classes": row.classes, "test_count": row.counts[2],
+          "status": "fgvc" if found else "missing" if data else "unknown"}
 
 
 def _status(name: str, data: str | None) -> str:
@@ -74,7 +86,8 @@ def rows(data: str | None, names: list[str] | None = None
          ) -> list[dict[str, Any]]:
   """A row for each task, or for each of `names`.
 
-  Without names and data: the 19 of VTAB-1K only. With data that is no folder
+  Without names and data: the 19 of VTAB-1K only. FGVC's are shown where they
+  are there or asked for. With data that is no folder
   of tasks: what it holds.
   """
   if data and not _is_directory(data):  # it is one task
@@ -82,12 +95,21 @@ def rows(data: str | None, names: list[str] | None = None
   else:
     others = [n for n in tasks.names(data) if n not in vtab.ROWS]
     known = [*vtab.ROWS, *others]
-  for name in names or ():
+  names = _in_sets(names or [])
+  known += [n for n in fgvc.ROWS if n in names and n not in known]
+  for name in names:
     errors.check_known("task", name, known)
   shown = [n for n in known if n in names] if names else (
       known if data else list(vtab.ROWS))
-  return [vtab_row(name, data) if name in vtab.ROWS else other_row(name, data)
-          for name in shown]
+  kinds = {**dict.fromkeys(vtab.ROWS, vtab_row),
+           **dict.fromkeys(fgvc.ROWS, fgvc_row)}
+  return [kinds.get(name, other_row)(name, data) for name in shown]
+
+
+def _in_sets(names: list[str]) -> list[str]:
+  """The names, with words as "vtab" replaced by what they mean."""
+  sets = tasks.sets()
+  return [name for given in names for name in sets.get(given, (given,))]
 
 
 def table(listed: list[dict[str, Any]]) -> str:
@@ -152,13 +174,13 @@ def _checked(names: list[str], options: Any) -> list[str]:
   data = options.data
   if not data or not archive.is_archive(data) and ":" not in data:
     _need(options, "data")
-  known = tasks.names(data)
+  known, names = tasks.names(data), _in_sets(names)
   for name in names:
-    errors.check_known("task", name, {*vtab.ROWS, *known})
+    errors.check_known("task", name, {*vtab.ROWS, *fgvc.ROWS, *known})
   found = list(dict.fromkeys(names or (*tasks.in_data(data), *_nested(data))))
   for name in found:
     if name not in known:
-      raise errors.UserError(f"{name} is not prepared{vtab.hint(name, data)}")
+      raise errors.UserError(f"{name} is not there{tasks.hint(name, data)}")
   return found
 
 
@@ -192,6 +214,7 @@ def _need(options: Any, key: str) -> None:
 
 
 def _known(names: list[str]) -> list[str]:
+  names = _in_sets(names)
   for name in names:
     errors.check_known("task of VTAB", name, vtab.ROWS)
   return list(dict.fromkeys(names))

@@ -92,7 +92,7 @@ def complete(name: str, parts: Mapping[str, Part], classes: Sequence[str],
 
 
 def own_name(name: str, family: str) -> str:
-  """Returns a task's name; VTAB-1K's are the rows of 1000 images alone."""
+  """Returns the name of a task: FAMILY_NAME if VTAB-1K has a task NAME."""
   name = name or family
   return f"{family}_{name}" if vtab.canonical(name) in vtab.ROWS else name
 
@@ -119,7 +119,7 @@ def divide(names: Sequence[str], labels: np.ndarray, missing: Sequence[str],
   """Returns {role: row numbers} of train and of the roles in `missing`.
 
   Each role holds a fifth of each class of what the roles before it have left,
-  at least one image; train holds the rest.
+  at least one image; train holds the rest. A class without images stays so.
   """
   by_class: dict[int, list[int]] = {c: [] for c in range(len(classes))}
   order = in_order(names)
@@ -127,7 +127,7 @@ def divide(names: Sequence[str], labels: np.ndarray, missing: Sequence[str],
     by_class[int(labels[i])].append(i)
   need = len(missing) + 1
   small = [f"{classes[c]} ({len(rows)})" for c, rows in by_class.items()
-           if len(rows) < need]
+           if 0 < len(rows) < need]
   if small:
     more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
     raise errors.UserError(

@@ -22,6 +22,7 @@ task=fgvc means all five. A data set of TFDS is not in "all tasks" of its
 folder, since VTAB-1K has one of them too.
 """
 from collections.abc import Mapping, Sequence
+import dataclasses
 import json
 import logging
 import os
@@ -89,8 +90,7 @@ def load(name: str, data: str) -> Task:
   """Reads VPT's split files, or opens TFDS's data set; see `tasks.find`."""
   row = ROWS[name]
   folder = _json(row, data)
-  task = (_of_json(name, row, folder) if folder
-          else tfds.task(name, _spec(row), data))
+  task = _of_json(name, row, folder) if folder else _of_tfds(name, row, data)
   found = tuple(task.sources[part].count for part in PARTS)
   if (found, len(task.classes)) != (row.counts, row.classes):
     _log.warning("%s has %s images of train, val and test and %d classes, "
@@ -124,6 +124,12 @@ def _spec(row: Row) -> tfds.Spec:
 
 def _prepared(row: Row, data: str | None) -> str | None:
   return tfds.prepared(_spec(row), data) if row.tfds else None
+
+
+def _of_tfds(name: str, row: Row, data: str) -> Task:
+  notes = () if row.val else (
+      "val is the last tenth of train in TFDS's order: not VPT's images",)
+  return dataclasses.replace(tfds.task(name, _spec(row), data), notes=notes)
 
 
 # --- VPT's split files --------------------------------------------------------

@@ -8,7 +8,8 @@
 After "?": config, revision; image and label, the columns; train, val and test,
 the splits where they have other names. A revision pins what the name means.
 `division` makes the splits that are not there. The data set is downloaded into
-the library's cache; no code of it is run. Extra `hf`.
+the library's cache; no code of it is run. Extra `hf`. The task is called NAME
+without its owner, or hf_NAME where VTAB-1K has a task of the name.
 """
 from collections.abc import Sequence
 import io

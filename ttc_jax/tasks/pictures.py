@@ -1,8 +1,9 @@
 """Folders of pictures: DATA/CLASS/NAME.jpg, or DATA/{train,val,test}/CLASS/...
 
-DATA is such a folder, and the task is called as it is; or it holds several,
-each a task. What lies in a class's folder at any depth belongs to the class.
-Symbolic links are followed. `division` makes the splits that are not there.
+DATA is such a folder, and the task is called as it is (pictures_dtd, say, where
+VTAB-1K has a task of the name); or it holds several, each a task. What lies in
+a class's folder at any depth belongs to the class. Symbolic links are followed.
+`division` makes the splits that are not there.
 """
 from collections.abc import Iterator, Sequence
 import hashlib
@@ -52,9 +53,11 @@ def load(name: str, data: str) -> Task:
   paths = [data] if is_task(data) else [
       os.path.join(data, child) for child in _folders(data)]
   folder = next(path for path in paths if _name(path) == name)
-  skipped = Skipped([], [], [])
-  found = {part: _classes(folder, inner, skipped)
-           for part, inner in _parts(folder).items()}
+  skipped, parts_of = Skipped([], [], []), _parts(folder)
+  _check_words(folder, parts_of)
+  files_of: dict[str, str] = {}
+  found = {part: _classes(folder, inner, skipped, files_of)
+           for part, inner in parts_of.items()}
   _warn(folder, skipped)
   classes = sorted(found["train"])
   _check(folder, found, classes)
@@ -75,6 +78,9 @@ def hint(name: str, data: str | None) -> str | None:
     with_pictures = _class_names(_parts(folder)["train"])
     layout = "pictures belong into a folder for each class, " \
              f"{folder}{os.sep}CLASS{os.sep}NAME.jpg"
+    if _are_splits(with_pictures):
+      return (f"; {folder} has pictures in {' and '.join(with_pictures)}, but "
+              f"not by class: {layout}, perhaps below train, val and test")
     if len(with_pictures) == 1 and not folder_format.is_task(folder):
       return (f"; {folder} has pictures in one folder only, "
               f"{with_pictures[0]}: {layout}")
@@ -94,8 +100,10 @@ def is_task(folder: str) -> bool:
   folder = files.expand(folder)
   if folder_format.is_task(folder):
     return False
-  inner = _parts(folder)["train"]
-  return len(_class_names(inner)) > 1 and not any(
+  classes = _class_names(_parts(folder)["train"])
+  if _are_splits(classes):
+    return False
+  return len(classes) > 1 and not any(
       folder_format.is_task(os.path.join(folder, child))
       for child in _folders(folder))
 
@@ -105,13 +113,9 @@ def _parts(folder: str) -> dict[str, str]:
   children = _folders(folder)
   found: dict[str, str] = {}
   for part, words in SPLITS.items():
-    mine = [child for child in children if child.lower() in words]
-    if len(mine) > 1:
-      raise errors.UserError(
-          f"{folder} has {' and '.join(mine)}, which mean the same split: "
-          "leave one, or rename the other test_NAME, a further test set")
-    if mine:
-      found[part] = os.path.join(folder, mine[0])
+    for child in children:
+      if child.lower() in words:
+        found.setdefault(part, os.path.join(folder, child))
   found |= {child[len("test_"):]: os.path.join(folder, child)
             for child in children if child.startswith("test_")
             and child[len("test_"):] not in ("", "train", "val", "trainval",
@@ -119,6 +123,12 @@ def _parts(folder: str) -> dict[str, str]:
   if "train" in found and _class_names(found["train"]):
     return found
   return {"train": folder}
+
+
+def _are_splits(names: list[str]) -> bool:
+  """Tells whether folders of pictures are splits that lack classes."""
+  words = {word for known in SPLITS.values() for word in known}
+  return bool(names) and {name.lower() for name in names} <= words
 
 
 def _class_names(folder: str) -> list[str]:
@@ -155,9 +165,22 @@ def _is_picture(name: str) -> bool:
 
 # --- Listing ------------------------------------------------------------------
 
-def _classes(folder: str, inner: str, skipped: Skipped
-             ) -> dict[str, list[str]]:
-  """Returns {class: paths relative to `folder`} of a split's folder."""
+def _check_words(folder: str, parts: dict[str, str]) -> None:
+  """errors.UserError for two folders that mean one split."""
+  for part, words in SPLITS.items():
+    mine = [child for child in _folders(folder) if child.lower() in words]
+    if len(mine) > 1 and parts != {"train": folder}:
+      raise errors.UserError(
+          f"{folder} has {' and '.join(mine)}, which both mean {part}: leave "
+          "one, or rename the other test_NAME, a further test set")
+
+
+def _classes(folder: str, inner: str, skipped: Skipped,
+             known: dict[str, str]) -> dict[str, list[str]]:
+  """Returns {class: paths relative to `folder`} of a split's folder.
+
+  known: {real file: path} of all pictures so far; it is added to.
+  """
   found: dict[str, list[str]] = {}
   top = os.path.relpath(inner, folder)
   for entry in _entries(inner):
@@ -168,17 +191,22 @@ def _classes(folder: str, inner: str, skipped: Skipped
     if _is_hidden(entry.name):
       skipped.hidden.append(path)
       continue
-    pictures = sorted(_pictures(folder, path, skipped, ()))
-    if pictures:
-      found[entry.name] = pictures
+    real_of = dict(_pictures(folder, path, skipped, ()))
+    for picture, real in sorted(real_of.items()):
+      if known.setdefault(real, picture) != picture:
+        raise errors.UserError(
+            f"{folder}: {known[real]} and {picture} are one file, by a link: "
+            "take one of them out")
+    if real_of:
+      found[entry.name] = sorted(real_of)
     else:
       skipped.empty.append(path)
   return found
 
 
 def _pictures(folder: str, path: str, skipped: Skipped,
-              above: tuple[str, ...]) -> Iterator[str]:
-  """Yields the pictures below DATA/path, at any depth."""
+              above: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+  """Yields (path, real file) of the pictures below `path`, at any depth."""
   here = os.path.join(folder, path)
   real = os.path.realpath(here)
   if real in above:
@@ -189,7 +217,8 @@ def _pictures(folder: str, path: str, skipped: Skipped,
       yield from _pictures(folder, inner, skipped, (*above, real))
     elif _is_picture(entry.name) and entry.is_file():
       _check_name(here, entry.name)
-      yield inner
+      yield inner, (os.path.realpath(entry.path) if entry.is_symlink()
+                    else os.path.join(real, entry.name))
     else:
       _skip(entry.name, inner, skipped)
 

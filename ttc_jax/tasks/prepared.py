@@ -7,7 +7,8 @@
 
 After "?": dir, the TFDS directory; label, the key of the label; train, val and
 test, the splits in TFDS's words, where they have other names. `division` makes
-the splits that are not there. Nothing is downloaded; see `tfds`.
+the splits that are not there. Nothing is downloaded; see `tfds`. The task is
+called NAME, or tfds_NAME where VTAB-1K has a task of the name.
 """
 import os
 from urllib import parse
