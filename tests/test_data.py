@@ -322,7 +322,7 @@ def zipped(folder, path, above=""):
   return path
 
 
-@pytest.mark.parametrize("above", ["", "pets/"])
+@pytest.mark.parametrize("above", ["", "pets/", "./pets/"])
 def test_a_zip_equals_its_folder(pets, tmp_path, above):
   path = zipped(pets, tmp_path / "pets.ZIP", above)
   task = load(path)

@@ -109,8 +109,8 @@ def _fault(member: zipfile.ZipInfo) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-  return any(part.startswith(".") and part != ".." or part == "__MACOSX"
-             for part in name.split("/"))
+  return any(part.startswith(".") and part not in (".", "..")
+             or part == "__MACOSX" for part in name.split("/"))
 
 
 def _unpack(data: str, archive: zipfile.ZipFile,
