@@ -219,8 +219,8 @@ def few_shot(task: Task, count: int) -> Task:
 
   "train" and "trainval" are both these images, so that every protocol trains
   on them; the other splits stay whole. Which images they are depends on the
-  labels alone: they are the same for all methods and seeds, and those of a
-  smaller count are among those of a larger one.
+  order and the labels of "train" alone: they are the same for all methods and
+  seeds, and those of a smaller count are among those of a larger one.
 
   Raises:
     errors.UserError: a class has fewer.

@@ -70,22 +70,22 @@ def load(name: str, data: str) -> Task:
 
 
 def hint(name: str, data: str | None) -> str | None:
-  """Says why a folder with pictures is no task, or returns None."""
+  """Says why DATA/NAME, or DATA for "", is no task although it has pictures."""
   if data is None:
     return None
-  data = os.path.abspath(files.expand(data))
-  for folder in (data, os.path.join(data, name)):
-    with_pictures = _class_names(_parts(folder)["train"])
-    layout = "pictures belong into a folder for each class, " \
-             f"{folder}{os.sep}CLASS{os.sep}NAME.jpg"
-    if _are_splits(with_pictures):
-      return (f"; {folder} has pictures in {' and '.join(with_pictures)}, but "
-              f"not by class: {layout}, perhaps below train, val and test")
-    if len(with_pictures) == 1 and not folder_format.is_task(folder):
-      return (f"; {folder} has pictures in one folder only, "
-              f"{with_pictures[0]}: {layout}")
-    if not with_pictures and _has_picture(folder):
-      return f"; {folder} holds pictures but no folders of classes: {layout}"
+  folder = os.path.abspath(files.expand(os.path.join(data, name)))
+  found = [c for c in _class_names(_parts(folder)["train"])
+           if not folder_format.is_task(os.path.join(folder, c))]
+  layout = ("pictures belong into a folder for each class, "
+            f"{folder}{os.sep}CLASS{os.sep}NAME.jpg")
+  if _are_splits(found):
+    return (f"; {folder} has pictures in {' and '.join(found)}, but not by "
+            f"class: {layout}, perhaps below train, val and test")
+  if len(found) == 1:
+    return (f"; {folder} has pictures in one folder only, {found[0]}: "
+            f"{layout}")
+  if not found and _has_picture(folder):
+    return f"; {folder} holds pictures but no folders of classes: {layout}"
   return None
 
 
