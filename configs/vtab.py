@@ -3,7 +3,10 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
 task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 
-task=vtab runs all 19 tasks, task=all those of the data folder. protocol is
+task=vtab runs all 19 tasks, task=fgvc the five of FGVC, and without task=
+those that the data holds run. data= is a folder of tasks in lists, of pictures
+(CLASS/NAME.jpg) or of VTAB's data sets, a zip file, hf:NAME or tfds:NAME.
+few_shot=N trains on N images of each class. protocol is
 
   val, final, select     what is trained on and reported (config.protocol);
                          select has the grid of OSU-MLB/ViT_PEFT_Vision
@@ -23,7 +26,7 @@ from ttc_jax.errors import check_known
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(arg, task=("all",), method="", protocol="final",
-                  backbone="", data="", weights="", size=0,
+                  backbone="", data="", weights="", size=0, few_shot=0,
                   runlocal=False)
   config = default()
   check_known("protocol", arg.protocol, (*PROTOCOLS, *presets.names()))
@@ -34,6 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   else:
     presets.apply(config, arg.protocol, arg.method)
   config.tasks, config.data = arg.task, arg.data
+  config.few_shot = arg.few_shot
   if arg.runlocal:
     run_locally(config)
   # What is given counts, runlocal or not; a file of weights says its backbone.

@@ -176,12 +176,27 @@ def test_a_run_is_named_by_its_values_not_by_where_they_came_from(vit):
   assert plain != name(0.5, {"dtd": dict(scale=0.5)})
 
 
+def test_few_shot_decides_a_run_and_none_is_no_key():
+  c = config_lib.default()
+  assert "few_shot" not in jobs.common_keys(c)
+  c.few_shot = 4
+  assert jobs.common_keys(c)["few_shot"] == 4
+  c.few_shot = -1
+  with pytest.raises(UserError, match="config.few_shot is -1"):
+    config_lib.check(c)
+  c = config_lib.default()
+  c.variants = config_lib.variants(a=dict(few_shot=2))
+  with pytest.raises(UserError, match="set config.few_shot"):
+    config_lib.check(c)
+
+
 @pytest.mark.parametrize("table,message", [
     (dict(scal=1.0), "unknown key of config.per_task.dtd 'scal': did you mean"),
     (dict(sct=dict(scale_onx=True)), "key of config.per_task.dtd.sct"),
     (dict(image_size=96), "per_task.dtd sets image_size, which all runs share"),
     (dict(backbone="vit_s16"), "set config.backbone"),
     (dict(method="sct"), "set config.method"),
+    (dict(few_shot=2), "set config.few_shot"),
     (dict(epochs=0), "of task 'dtd': config.epochs is 0"),
     (dict(normalisation="imagnet"), "of task 'dtd': unknown normalisation"),
     (dict(epochs="x"), "config.per_task.dtd: Could not override"),

@@ -126,6 +126,8 @@ def test_a_run_writes_a_row_and_a_table(finished, weights):
   assert 0 <= row["test_top1"] <= 100 and row["val_top1"] is None
   table = (workdir / "results.md").read_text()
   assert f"{row['test_top1']:.1f}" in table and table in done.stdout
+  before, _ = done.stdout.split("colours  ttc  seed 0")  # the run's line
+  assert "colours: 2 classes: red, green\n  train" in before
   curve = (workdir / "runs" / row["run"] / "metrics.jsonl").read_text()
   assert [(r["stage"], r["epoch"]) for r in map(
       json.loads, curve.splitlines())] == [
@@ -696,3 +698,27 @@ def test_load_from_python_in_two_lines(weights):
   assert features.shape == (2, WIDTH) and features.dtype == "float32"
   assert trees.count(params) == trees.count(jax.eval_shape(
       module.init, jax.random.key(0), np.zeros((1, 48, 48, 3)))["params"])
+
+
+def test_pictures_in_folders_are_a_task_and_few_shots_the_same_for_all(
+    data, weights, tmp_path):
+  pets = tmp_path / "pets"
+  for i, path in enumerate(sorted((data / "colours").glob("*.png"))):
+    folder = pets / ("red", "green")[int(path.stem.rsplit("_")[-1]) % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, folder / f"{i}.png")
+  digests = set()
+  for method in ("linear", "layernorm"):
+    done = run_command(
+        "main", f"--config=configs/vtab.py:data={pets},method={method},"
+        f"weights={weights},size=32,few_shot=8", "--config.epochs=1",
+        f"--config.cache={tmp_path / 'cache'}", "--config.batch_size=16",
+        f"--workdir={tmp_path / method}")
+    assert done.returncode == 0, done.stderr
+    assert ("pets: 2 classes: green, red\n"
+            "  train  16 images, 8 of each class\n") in done.stdout
+    assert "are a division of" in done.stdout
+    (row,) = rows(tmp_path / method)
+    assert (row["task"], row["few_shot"], row["train_count"]) == ("pets", 8, 16)
+    digests.add(row["data_digest"])
+  assert len(digests) == 1 and "few_shot 8" in done.stdout

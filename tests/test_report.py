@@ -377,7 +377,7 @@ def test_a_summary_has_both_protocols():
   rows += [row("a", v, 0, None, val_top1=60.0, protocol="val", **more)
            for v in ("x", "y")]
   text = report.summary(rows)
-  final, val = text.split("Top-1 (%) on val200")
+  final, val = text.split("Top-1 (%) on val,")
   assert "| x |   50.0 |" not in val and "What they cost" in final
   assert "60.0" in val and "Backbone vit_ti16 at 64 px" in val
 

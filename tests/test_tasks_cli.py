@@ -98,7 +98,7 @@ def test_bad_input_exits_with_2(tmp_path):
 def test_a_missing_data_set_names_the_command(tmp_path):
   with pytest.raises(UserError, match="ttc_jax.tasks prepare dtd --data="):
     cli.check(["dtd"], options(data=str(tmp_path)))
-  with pytest.raises(UserError, match="no data set of VTAB is prepared"):
+  with pytest.raises(UserError, match="no task in data="):
     cli.check([], options(data=str(tmp_path)))
 
 

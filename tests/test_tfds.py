@@ -118,3 +118,53 @@ def test_a_label_out_of_range_is_named(root):
   with pytest.raises(UserError, match=r"train\[:80%\] has the label \d+, "
                      "expected 0 to 4"):
     reader.task("shades", spec, str(root)).labels["train"]
+
+
+# --- data=tfds:NAME -----------------------------------------------------------
+
+def test_a_name_of_tfds_is_a_task_divided_by_index(data, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(data))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+  given = "tfds:shades?label=coarse"
+  assert tasks.in_data(given) == ("shades",)
+  task = tasks.load("shades", size=4, data=given)
+  assert task.classes == ("a", "b", "c") and task.tests == ("test",)
+  levels = {p: task.split(p).images[:, 0, 0, 0] for p in task.splits}
+  for part in task.splits:
+    assert (task.labels[part] == levels[part] % 3).all()
+  both = [*levels["train"], *levels["val"]]
+  assert sorted(both) == list(range(20)) and both == list(levels["trainval"])
+  assert sorted(levels["test"]) == list(range(8))
+  assert np.bincount(task.labels["val"]).tolist() == [1, 1, 1]
+  assert "division of 20 images" in task.notes[0]
+  again = tasks.load("shades", size=4, data=f"{given}&dir={data}")
+  assert [again.split(p).digest for p in again.splits] == [
+      task.split(p).digest for p in task.splits]
+  folder = data / "shades" / "1.2.0"
+  moved = tasks.load("shades", size=4, data=f"tfds:{folder}?label=coarse")
+  assert moved.digest == task.digest
+  other = tasks.find("shades", f"{given}&val=shifted")
+  assert [other.sources[p].count for p in other.splits] == [20, 6, 26, 8]
+
+
+@pytest.mark.parametrize("given, word", [
+    ("tfds:shade", "tfds build shade --data_dir="),
+    ("tfds:", "names no data set"),
+    ("tfds:shades?labl=coarse", "did you mean label"),
+    ("tfds:shades?label=", "has no value"), ("tfds:shades?x", "unknown option"),
+    ("tfds:shades", "unknown feature"),
+    ("tfds:shades?label=coarse&test=tset", "did you mean test"),
+    ("tfds:shades?label=level", "give `classes`"),
+])
+def test_a_wrong_name_of_tfds_is_a_sentence(root, monkeypatch, given, word):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+  with pytest.raises(UserError, match=word) as error:
+    tasks.find(tasks.in_data(given)[0], given)
+  assert "\n" not in str(error.value)
+
+
+def test_a_name_of_vtab_is_not_taken(root):
+  del root
+  assert tasks.in_data("tfds:dtd") == ("tfds_dtd",)
+  assert tasks.in_data("tfds:sun397/tfds") == ("sun397_tfds",)
+  assert "shades" not in tasks.names("hf:shade")

@@ -17,8 +17,9 @@ from ttc_jax.errors import UserError, check_known
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
 # Keys that all runs share.
-SHARED = ("tasks", "data", "variants", "experiment", "matmul_precision",
-          "cache", "cache_gib", "plots", "compilation_cache", "keep_stages")
+SHARED = ("tasks", "data", "few_shot", "variants", "experiment",
+          "matmul_precision", "cache", "cache_gib", "plots",
+          "compilation_cache", "keep_stages")
 # Keys that all tasks of a variant share.
 OF_A_BASE = ("backbone", "weights", "gelu", "window", "dtype", "image_size",
              "resample")
@@ -35,7 +36,10 @@ def default() -> ml_collections.ConfigDict:
 
   # What: the runs are tasks x variants x seeds.
   c.tasks = ("all",)          # names, or "all" of a folder
-  c.data = ""                 # folder of tasks in the vtab-1k format
+  # Folder of tasks in the vtab-1k format, of pictures (CLASS/NAME.jpg) or of
+  # VTAB's data sets; a zip of it; hf:NAME, tfds:NAME.
+  c.data = ""
+  c.few_shot = 0              # training images a class; 0: all
   c.method = "ttc"
   # {label: {key: value}}: several rows that differ in these keys. Empty: one
   # row, of `method`.
@@ -258,7 +262,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
-              "limit", "window", "cache_gib", "adapter_lr", "grid_steps"):
+              "limit", "window", "cache_gib", "adapter_lr", "grid_steps",
+              "few_shot"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs

@@ -4,6 +4,7 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
 task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 """
+from collections.abc import Iterable
 import functools
 import json
 import os
@@ -11,15 +12,17 @@ import sys
 
 from absl import flags
 
-from ttc_jax import checkpoint, cli, compilation, interrupt, report
+from ttc_jax import checkpoint, cli, compilation, interrupt, report, tasks
 from ttc_jax.errors import UserError, printable
 from ttc_jax.report import grid
 from ttc_jax.runs.session import Session
+from ttc_jax.tasks import summary
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where results go; default: a folder of checkpoints/runs "
     "named after the configuration")
+_IN_DETAIL = 3  # tasks that are described in several lines each
 
 
 def default_workdir(config, config_file: str) -> str:
@@ -52,6 +55,8 @@ def main(argv: list[str]) -> int:
                     f"weights {session.base.source.name} say"))
   for task, why in session.missing.items():
     print(printable(f"skipped: {task}: {why}"), file=sys.stderr)
+  for line in describe(session.tasks.values()):
+    print(line)
   session.run_all()
   if config.experiment:
     _conclude_experiment(session)
@@ -61,6 +66,14 @@ def main(argv: list[str]) -> int:
   for name, why in [*session.missing.items(), *session.failed.items()]:
     print(printable(f"failed: {name}: {why}"), file=sys.stderr)
   return 1 if session.missing or session.failed else 0
+
+
+def describe(loaded: Iterable[tasks.Task]) -> list[str]:
+  """Returns what each task holds: in one line each, where they are many."""
+  loaded = list(loaded)
+  if len(loaded) > _IN_DETAIL:
+    return [summary.line(task) for task in loaded]
+  return [line for task in loaded for line in summary.lines(task)]
 
 
 def _conclude_experiment(session: Session) -> None:

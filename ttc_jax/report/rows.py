@@ -18,7 +18,7 @@ SCORE = {"val": "val_top1", "final": "test_top1"}
 # The facts of a variant that its task, seed and tuned setting do not change.
 _OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
                  "image_size", "normalisation", "dtype", "matmul_precision",
-                 "epochs", "optimiser", "batch_size", "limit")
+                 "epochs", "optimiser", "batch_size", "limit", "few_shot")
 _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
            "weight_decay", "val_top1", "test_top1", "module_params",
            "norm_params", "head_params", "backbone", "image_size", "weights",

@@ -15,17 +15,17 @@ from ttc_jax.vtab import rows as vtab
 GROUPS = ("Natural", "Specialized", "Structured", "Other")
 PARTS = ("module", "norm", "head")
 _WHAT = {
-    "final": "Top-1 (%) on the test set, last epoch, trained on train800val200",
-    "val": "Top-1 (%) on val200, last epoch, trained on train800, the best "
-           "setting of each task and seed"}
+    "final": "Top-1 (%) on the test set, last epoch, trained on train and val",
+    "val": "Top-1 (%) on val, last epoch, trained on train, the best setting "
+           "of each task and seed"}
 
 
-# Settings that the notes show where rows differ; the first two always.
-_SETTINGS = ("epochs", "limit", "backbone", "weights_sha256", "image_size",
-             "normalisation", "dtype", "matmul_precision", "optimiser",
-             "batch_size", "device", "jax")
+# Settings that the notes show where rows differ; the first three always.
+_SETTINGS = ("epochs", "limit", "few_shot", "backbone", "weights_sha256",
+             "image_size", "normalisation", "dtype", "matmul_precision",
+             "optimiser", "batch_size", "device", "jax")
 # Of these, all rows of a table should have the same.
-_COMMON = ("limit", "backbone", "weights_sha256", "image_size",
+_COMMON = ("limit", "few_shot", "backbone", "weights_sha256", "image_size",
            "normalisation", "dtype", "matmul_precision")
 
 
@@ -249,7 +249,7 @@ def _settings(rows):
     if len(of_value) > 1:
       parts.append(f"{key} " + ", ".join(
           f"{value} ({', '.join(names)})" for value, names in of_value.items()))
-    elif key in _SETTINGS[:2] and any(of_value):  # a limit of 0 is none
+    elif key in _SETTINGS[:3] and any(of_value):  # a limit of 0 is none
       parts.append(f"{key} {next(iter(of_value))}")
   return [f"Settings: {'; '.join(parts)}."] if parts else []
 

@@ -1,4 +1,5 @@
 """What runs start from: the backbone with its weights, and the tasks."""
+import itertools
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -133,10 +134,11 @@ def resolved(config, base: Base) -> ml_collections.ConfigDict:
 
 def load_task(config, name: str) -> tasks.Task:
   """A task with every split checked, nothing decoded yet."""
-  return tasks.load(
+  task = tasks.load(
       name, size=config.image_size, data=config.data or None,
       resample=config.resample, cache=config.cache or None,
       cache_gib=config.cache_gib)
+  return tasks.few_shot(task, config.few_shot) if config.few_shot else task
 
 
 def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
@@ -146,7 +148,8 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
     UserError: an unknown name, or no task can be read.
   """
   loaded, missing, last = {}, {}, None
-  known = {*vtab.ROWS, *tasks.names(config.data or None)}
+  known = {*itertools.chain(*tasks.sets().values()),
+           *tasks.names(config.data or None)}
   for name in plan.task_names(config):
     try:
       task = load_task(config, name)

@@ -5,12 +5,10 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from ttc_jax import checkpoint, methods, normalisation
+from ttc_jax import checkpoint, methods, normalisation, tasks
 from ttc_jax.config import check, default
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.runs.workdir import Expected, stem
-from ttc_jax.tasks import folder
-from ttc_jax.tasks import vtab as vtab_family
 from ttc_jax.vtab import rows as vtab
 
 # Keys that choose which runs there are or where files lie; they change no
@@ -143,21 +141,18 @@ def expected(config) -> Expected:
 
 
 def task_names(config) -> tuple[str, ...]:
-  """The tasks that are asked for.
+  """Returns the tasks that are asked for.
 
-  "all" means those of the data folder, "vtab" the 19 of VTAB-1K.
+  "all" means those that `config.data` holds; words as "vtab" are
+  `tasks.sets`.
   """
   if tuple(config.tasks) != ("all",):
-    return tuple(dict.fromkeys(name for given in config.tasks for name in (
-        vtab.ROWS if given == "vtab" else (given,))))
+    sets = tasks.sets()
+    return tuple(dict.fromkeys(name for given in config.tasks
+                               for name in sets.get(given, (given,))))
   if not config.data:
     raise UserError("task=all needs a folder of tasks: add data=DIR")
-  names = (*folder.names(config.data), *vtab_family.names(config.data))
-  if not names:
-    raise UserError(f"no task in the folder '{config.data}': a task is a "
-                    "folder with train800.txt, or a VTAB data set that TFDS "
-                    "prepared")
-  return names
+  return tasks.in_data(config.data)
 
 
 def check_config(config) -> None:

@@ -30,7 +30,7 @@ from ttc_jax.runs.workdir import Row
 _OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype", "optimiser",
               "warmup_lr", "min_lr", "decay_all", "drop_path",
               "label_smoothing", "lr", "weight_decay", "epochs",
-              "warmup_epochs", "batch_size", "limit")
+              "warmup_epochs", "batch_size", "limit", "few_shot")
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,

@@ -5,7 +5,11 @@ family of tasks; adding a family is adding such a file. A family returns a Task
 whose images are `images.Source`s: it knows no size and no cache. It may also
 have
   nested(data): more names that it loads, but that are not in "all tasks";
-  hint(name, data): what to do about a name that it knows but cannot load.
+  hint(name, data): what to do about a name that it knows but cannot load;
+  PREFIX, as "hf:": only such `data` is for it, and for no other family;
+  SETS, {word: names}: a word that means several tasks, as "vtab".
+
+`data` may also be a zip file: families see the folder that it unpacks to.
 """
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -20,6 +24,7 @@ import types
 import numpy as np
 
 from ttc_jax import config, errors, files
+from ttc_jax.tasks import archive
 from ttc_jax.tasks import images as images_lib
 
 ROLES = ("train", "val", "trainval")  # trainval: train, then val
@@ -72,6 +77,7 @@ class Task:
   sources: for each of `splits`, its images before they have a size.
   digest: changes when the lists, the labels or the drawing do.
   tests: names of the test sets, the main one first.
+  notes: how the splits were made, where the data set does not say: phrases.
   decode: makes images of a size from a source; `load` and `at_size` set it.
   """
   name: str
@@ -81,6 +87,7 @@ class Task:
   sources: Mapping[str, images_lib.Source]
   digest: str
   tests: tuple[str, ...] = ("test",)
+  notes: tuple[str, ...] = ()
   decode: images_lib.Decoder | None = None
   _decoded: dict[str, Split | errors.DataError] = dataclasses.field(
       default_factory=dict, init=False, repr=False)
@@ -125,8 +132,39 @@ class Task:
 
 
 def names(data: str | None) -> tuple[str, ...]:
-  """Returns all task names, sorted: built-in ones and folders in `data`."""
+  """Returns all task names, sorted: built-in ones and those in `data`."""
   return tuple(sorted({n for f in _families() for n in _names(f, data)}))
+
+
+def in_data(data: str) -> tuple[str, ...]:
+  """Returns the names that "all tasks" of `data` means: no built-in ones.
+
+  Raises:
+    errors.UserError: there is none.
+  """
+  found = tuple(dict.fromkeys(
+      name for family in _families() if not family.names(None)
+      for name in family.names(_given(family, data))))
+  if not found:
+    raise errors.UserError(
+        f"no task in data={data}: give a folder with pictures in a folder for "
+        "each class, a folder of tasks with train800.txt, a TFDS directory of "
+        f"VTAB's data sets, a .zip, hf:NAME or tfds:NAME{hint('', data)}")
+  return found
+
+
+def sets() -> dict[str, tuple[str, ...]]:
+  """Returns {word: the names of the tasks that it means}, as "vtab"."""
+  return {word: tuple(members) for family in _families()
+          for word, members in getattr(family, "SETS", {}).items()}
+
+
+def family_of(name: str, data: str | None) -> str | None:
+  """Returns the name of the family that loads a task, or None."""
+  for family in _families():
+    if name in _names(family, data):
+      return family.__name__.rpartition(".")[2]
+  return None
 
 
 def load(name: str, *, size: int, data: str | None = None,
@@ -140,7 +178,7 @@ def load(name: str, *, size: int, data: str | None = None,
   Args:
     name: one of `names(data)`.
     size: S, the side of the decoded square images in pixels.
-    data: the folder that holds folder tasks, or None.
+    data: where the tasks lie: a folder, a zip file, hf:NAME, tfds:NAME; None.
     resample: "bicubic" or "bilinear", both antialiased.
     cache: folder of decoded images; None means $XDG_CACHE_HOME/ttc_jax/images,
       by default ~/.cache/ttc_jax/images.
@@ -168,7 +206,7 @@ def find(name: str, data: str | None) -> Task:
   """Reads and checks a task that has no image size yet; see `load`."""
   for family in _families():
     if name in _names(family, data):
-      return family.load(name, data)
+      return family.load(name, _given(family, data))
   try:
     errors.check_known("task", name, names(data))
   except errors.UserError as error:
@@ -176,9 +214,78 @@ def find(name: str, data: str | None) -> Task:
   raise AssertionError(name)  # `check_known` raises
 
 
+def few_shot(task: Task, count: int) -> Task:
+  """Returns a task with `count` training images of each class.
+
+  "train" and "trainval" are both these images, so that every protocol trains
+  on them; the other splits stay whole. Which images they are depends on the
+  order and the labels of "train" alone: they are the same for all methods and
+  seeds, and those of a smaller count are among those of a larger one.
+
+  Raises:
+    errors.UserError: a class has fewer.
+  """
+  labels = task.labels["train"]
+  chosen: list[int] = []
+  for c, name in enumerate(task.classes):
+    mine = np.flatnonzero(labels == c).tolist()
+    if len(mine) < count:
+      raise errors.UserError(
+          f"few_shot={count}, but the class {name!r} of task '{task.name}' has "
+          f"{len(mine)} training images: give few_shot={len(mine)} or fewer"
+          if mine else
+          f"few_shot={count}, but the class {name!r} of task '{task.name}' has "
+          "no training image: leave few_shot out, or take out the class")
+    mine.sort(key=lambda i: hashlib.sha256(f"few_shot\n{i}".encode()).digest())
+    chosen += mine[:count]
+  rows = sorted(chosen)
+  kept = labels[rows]
+  kept.setflags(write=False)
+  source = images_lib.subset(task.sources["train"], rows)
+  few = ("train", "trainval")
+  return dataclasses.replace(
+      task, labels=_Instead(task.labels, dict.fromkeys(few, kept)),
+      sources={**task.sources, **dict.fromkeys(few, source)},
+      digest=hashlib.sha256(f"{task.digest} {rows}".encode()).hexdigest()[:16],
+      notes=(*task.notes, f"of {len(labels):,} training images, {count} of "
+             "each class are used"))
+
+
+class _Instead(Mapping):
+  """A mapping with some values replaced; the others are not looked at."""
+
+  def __init__(self, whole: Mapping, instead: Mapping):
+    self._whole, self._instead = whole, instead
+
+  def __getitem__(self, key):
+    return (self._instead if key in self._instead else self._whole)[key]
+
+  def __iter__(self):
+    return iter(self._whole)
+
+  def __len__(self):
+    return len(self._whole)
+
+
 def _names(family: types.ModuleType, data: str | None) -> tuple[str, ...]:
-  nested = getattr(family, "nested", None)
+  nested, data = getattr(family, "nested", None), _given(family, data)
   return (*family.names(data), *(nested(data) if nested else ()))
+
+
+def _given(family: types.ModuleType, data: str | None) -> str | None:
+  """Returns what a family sees of `data`: one with a prefix is for one only."""
+  if data is None:
+    return None
+  mine = getattr(family, "PREFIX", None)
+  if any(data.startswith(p) for p in _prefixes()):
+    return data if mine and data.startswith(mine) else None
+  if mine:
+    return None
+  return archive.unpacked(data) if archive.is_archive(data) else data
+
+
+def _prefixes() -> set[str]:
+  return {f.PREFIX for f in _families() if hasattr(f, "PREFIX")}
 
 
 @functools.cache
@@ -195,15 +302,26 @@ def _families() -> tuple[types.ModuleType, ...]:
   return tuple(sorted(families, key=lambda m: len(m.names(None)) > 0))
 
 
+def hint(name: str, data: str | None) -> str:
+  """Returns what a family says about a name that it cannot load, or ""."""
+  for family in _families():
+    if hasattr(family, "hint") and (
+        said := family.hint(name, _given(family, data))):
+      return said
+  return ""
+
+
 def _hint(name: str, data: str | None) -> str:
   """Returns the likely cause of an unknown name, as the end of a sentence."""
-  for family in _families():
-    if hasattr(family, "hint") and (hint := family.hint(name, data)):
-      return hint
+  if said := hint(name, data):
+    return said
   if data is None:
     return "; tasks in folders need data=DIR"
+  if not os.path.isdir(files.expand(data)):
+    return f"; data={data} holds {', '.join(in_data(data))}"
   if os.path.isfile(os.path.join(files.expand(data), "train800.txt")):
     return f"; data={data} is itself a task: give the folder above it"
   if os.path.isdir(os.path.join(files.expand(data), name)):
     return f"; the folder {os.path.join(data, name)} holds no train800.txt"
-  return f"; a folder task is a folder in {data} that holds train800.txt"
+  return (f"; a folder task is a folder in {data} that holds train800.txt, or "
+          "pictures in a folder for each class")

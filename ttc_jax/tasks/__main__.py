@@ -5,8 +5,10 @@
   python -m ttc_jax.tasks check [NAME...] --data=DIR [--json]
   python -m ttc_jax.tasks export [NAME...] --data=DIR --out=DIR
 
+DIR may also be a folder of pictures, a zip of it, hf:NAME or tfds:NAME.
+
 `check` reads every image: of VTAB-1K's data sets as TFDS prepared them, and of
-tasks in folders. `prepare` and `export` are for VTAB's.
+other tasks. `prepare` and `export` are for VTAB's.
 """
 import json
 import os
@@ -15,8 +17,8 @@ from typing import Any
 from absl import flags
 
 from ttc_jax import cli, errors, files, tasks
+from ttc_jax.tasks import archive, fgvc, folder, pictures
 from ttc_jax.tasks import check as check_lib
-from ttc_jax.tasks import folder
 from ttc_jax.tasks import vtab as family
 from ttc_jax.vtab import check as vtab_check
 from ttc_jax.vtab import export as export_lib
@@ -35,10 +37,22 @@ def vtab_row(name: str, data: str | None) -> dict[str, Any]:
           "status": _status(name, data)}
 
 
+def fgvc_row(name: str, data: str | None) -> dict[str, Any]:
+  """One of the five of FGVC, and whether its data is there."""
+  row = fgvc.ROWS[name]
+  splits = {**row.splits, "trainval": f"{row.splits['train']}+"
+            f"{row.splits['val']}"} if row.tfds else {}
+  found = name in tasks.names(data)
+  return {"name": name, "group": "Other", "tfds": row.tfds or None,
+          **{key: splits.get(key) for key in vtab.SPLITS},
+          "num_classes": row.classes, "test_count": row.counts[2],
+          "status": "fgvc" if found else "missing" if data else "unknown"}
+
+
 def _status(name: str, data: str | None) -> str:
   if data is None:
     return "unknown"
-  if _in_folder(name, data):
+  if tasks.family_of(name, data) not in ("vtab", None):
     return "folder"
   path = family.prepared(name, data)
   if path is None:
@@ -51,15 +65,12 @@ def _status(name: str, data: str | None) -> str:
   return f"{stored} {os.path.basename(path)}"
 
 
-def _in_folder(name: str, data: str | None) -> bool:
-  return data is not None and folder.is_task(
-      os.path.join(files.expand(data), name))
-
-
 def other_row(name: str, data: str | None) -> dict[str, Any]:
   """A task that is not VTAB's; what TFDS would say is None."""
   unknown = dict.fromkeys(("tfds", *vtab.SPLITS))
-  status = "folder" if _in_folder(name, data) else "built in"
+  status = tasks.family_of(name, data)
+  if status == tasks.family_of(name, None):
+    status = "built in"
   try:
     task = tasks.find(name, data)
     count = len(task.labels[task.tests[0]])
@@ -75,16 +86,30 @@ def rows(data: str | None, names: list[str] | None = None
          ) -> list[dict[str, Any]]:
   """A row for each task, or for each of `names`.
 
-  Without names and data: the 19 of VTAB-1K only.
+  Without names and data: the 19 of VTAB-1K only. FGVC's are shown where they
+  are there or asked for. With data that is no folder
+  of tasks: what it holds.
   """
-  others = [n for n in tasks.names(data) if n not in vtab.ROWS]
-  known = [*vtab.ROWS, *others]
-  for name in names or ():
+  if data and not _is_directory(data):  # it is one task
+    known = list(tasks.in_data(data))
+  else:
+    others = [n for n in tasks.names(data) if n not in vtab.ROWS]
+    known = [*vtab.ROWS, *others]
+  names = _in_sets(names or [])
+  known += [n for n in fgvc.ROWS if n in names and n not in known]
+  for name in names:
     errors.check_known("task", name, known)
   shown = [n for n in known if n in names] if names else (
       known if data else list(vtab.ROWS))
-  return [vtab_row(name, data) if name in vtab.ROWS else other_row(name, data)
-          for name in shown]
+  kinds = {**dict.fromkeys(vtab.ROWS, vtab_row),
+           **dict.fromkeys(fgvc.ROWS, fgvc_row)}
+  return [kinds.get(name, other_row)(name, data) for name in shown]
+
+
+def _in_sets(names: list[str]) -> list[str]:
+  """The names, with words as "vtab" replaced by what they mean."""
+  sets = tasks.sets()
+  return [name for given in names for name in sets.get(given, (given,))]
 
 
 def table(listed: list[dict[str, Any]]) -> str:
@@ -139,27 +164,33 @@ def check(names: list[str], options: Any) -> int:
 
 
 def _check(name: str, data: str) -> dict[str, Any]:
-  if name in vtab.ROWS and not _in_folder(name, data):
+  if tasks.family_of(name, data) == "vtab":
     return vtab_check.check(name, data)
   return check_lib.check(name, data)
 
 
 def _checked(names: list[str], options: Any) -> list[str]:
   """The names given, or all tasks of the data folder."""
-  _need(options, "data")
   data = options.data
-  known = tasks.names(data)
+  if not data or not archive.is_archive(data) and ":" not in data:
+    _need(options, "data")
+  known, names = tasks.names(data), _in_sets(names)
   for name in names:
-    errors.check_known("task", name, {*vtab.ROWS, *known})
-  found = list(dict.fromkeys(names or (
-      *folder.names(data), *folder.nested(data), *family.names(data))))
+    errors.check_known("task", name, {*vtab.ROWS, *fgvc.ROWS, *known})
+  found = list(dict.fromkeys(names or (*tasks.in_data(data), *_nested(data))))
   for name in found:
     if name not in known:
-      raise errors.UserError(f"{name} is not prepared{vtab.hint(name, data)}")
-  if not found:
-    raise errors.UserError(_nothing(data).replace("no data set", "no task in "
-                           "a folder and no data set"))
+      raise errors.UserError(f"{name} is not there{tasks.hint(name, data)}")
   return found
+
+
+def _nested(data: str) -> tuple[str, ...]:
+  return folder.nested(data) if _is_directory(data) else ()
+
+
+def _is_directory(data: str) -> bool:
+  """Tells whether `data` is a folder that may hold many tasks."""
+  return os.path.isdir(files.expand(data)) and not pictures.is_task(data)
 
 
 def export(names: list[str], options: Any) -> int:
@@ -183,6 +214,7 @@ def _need(options: Any, key: str) -> None:
 
 
 def _known(names: list[str]) -> list[str]:
+  names = _in_sets(names)
   for name in names:
     errors.check_known("task of VTAB", name, vtab.ROWS)
   return list(dict.fromkeys(names))
@@ -225,7 +257,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("data", None, "TFDS directory, or folder of tasks")
+  flags.DEFINE_string("data", None, "TFDS directory, folder of tasks or of "
+                      "pictures, .zip, hf:NAME, tfds:NAME")
   flags.DEFINE_bool("json", False, "of list and check: for machines")
   flags.DEFINE_string("save", None, "of check: a file for the fingerprint")
   flags.DEFINE_string("against", None, "of check: a file of --save")

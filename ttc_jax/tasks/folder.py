@@ -56,9 +56,9 @@ def names(data: str | None) -> tuple[str, ...]:
   try:
     found = sorted(os.listdir(data))
   except OSError as error:
-    raise errors.UserError(f"cannot read the folder data={data} "
-                           f"({error.strerror}): give a folder of tasks"
-                           ) from error
+    raise errors.UserError(
+        f"cannot read the folder data={data} ({error.strerror}): give a folder "
+        "of tasks or of pictures, a .zip, hf:NAME or tfds:NAME") from error
   return tuple(name for name in found if is_task(os.path.join(data, name)))
 
 
@@ -90,7 +90,7 @@ def load(name: str, data: str) -> Task:
   folder = os.path.join(files.expand(data), *name.split("/"))
   bases = [folder] + [os.path.dirname(folder)] * name.count("/")
   tests = _tests(folder)
-  resolve = _make_resolver(bases)
+  resolve = make_resolver(bases)
   lists = {s: _read_list(_path(folder, s), resolve) for s in (*ROLES, *tests)}
   classes = _classes(name, bases, lists)
   _check_apart(folder, lists, "val", "train")
@@ -135,8 +135,8 @@ def _digest(lists: dict[str, Entries], classes: tuple[str, ...]) -> str:
 
 # --- Reading ------------------------------------------------------------------
 
-def _lines(path: str) -> list[str]:
-  """The lines of a text file, without blank ones at the end."""
+def lines(path: str) -> list[str]:
+  """Returns the lines of a text file, without blank ones at the end."""
   try:
     with open(path, "rb") as file:
       content = file.read()
@@ -170,9 +170,9 @@ def _read_list(path: str, resolve: Callable[[str], tuple[str, str]]
                ) -> Entries:
   """Reads a list; UserError names file and lines."""
   found, labels, wrong = [], [], {}
-  for number, line in enumerate(_lines(path), start=1):
+  for number, line in enumerate(lines(path), start=1):
     try:
-      file, label = _parse(line)
+      file, label = parse(line)
       found.append(resolve(file))
       labels.append(label)
     except ValueError as error:
@@ -196,8 +196,12 @@ def _wrong_lines(path: str, wrong: dict[int, str]) -> str:
           f"{numbers}{dots}")
 
 
-def _parse(line: str) -> tuple[str, int]:
-  """Splits `some path label` at the last blank: a path may hold blanks."""
+def parse(line: str) -> tuple[str, int]:
+  """Splits `some path label` at the last blank: a path may hold blanks.
+
+  Raises:
+    ValueError: what is wrong with the line.
+  """
   parts = line.rsplit(maxsplit=1)
   if len(parts) != 2:
     raise ValueError(f"expected 'relative/path label', found {line!r}")
@@ -211,7 +215,7 @@ def _parse(line: str) -> tuple[str, int]:
   return path, int(label)
 
 
-def _make_resolver(bases: Sequence[str]
+def make_resolver(bases: Sequence[str]
                    ) -> Callable[[str], tuple[str, str]]:
   """Returns path of a list -> (the path normalised, the real file).
 
@@ -259,7 +263,7 @@ def _classes(name: str, bases: Sequence[str], lists: dict[str, Entries]
   """
   for path in (os.path.join(base, "classes.txt") for base in bases):
     if os.path.exists(path):
-      found = tuple(line.strip() for line in _lines(path))
+      found = tuple(line.strip() for line in lines(path))
       if "" in found:
         raise errors.UserError(f"{path}:{found.index('') + 1}: a blank line "
                                "where a class name is expected")

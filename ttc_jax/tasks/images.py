@@ -79,6 +79,35 @@ def from_files(paths: Sequence[str], names: Sequence[str]) -> Source:
       name=paths.__getitem__)
 
 
+def subset(source: Source, rows: Sequence[int]) -> Source:
+  """Returns the source of some rows of another, in the given order."""
+  rows = [int(row) for row in rows]
+  chosen = hashlib.sha256(str(rows).encode()).hexdigest()
+
+  def lines(of):
+    return of and (lambda: (*of(), chosen))
+
+  def at(of):
+    return lambda i: of(rows[i])
+  return Source(
+      count=len(rows), read=at(source.read), key=lines(source.key),
+      stamp=lines(source.stamp), name=source.name and at(source.name))
+
+
+def chain(first: Source, second: Source) -> Source:
+  """Returns the source of all rows of two sources, one after the other."""
+  def of(a, b):
+    return lambda i: a(i) if i < first.count else b(i - first.count)
+
+  def both(a, b):
+    return a and b and (lambda: (*a(), *b()))
+  return Source(
+      count=first.count + second.count, read=of(first.read, second.read),
+      key=both(first.key, second.key),
+      stamp=both(first.stamp or first.key, second.stamp or second.key),
+      name=first.name and second.name and of(first.name, second.name))
+
+
 class ImageError(errors.DataError):
   """One image cannot be decoded.
 

@@ -123,6 +123,11 @@ def _numbers(folder):
   return found and tuple(map(int, found.groups()))
 
 
+def split_names(spec: Spec, data: str | None) -> list[str]:
+  """Returns the names of a prepared data set's splits; raises as `open_set`."""
+  return list(_builder(_located(spec, data), spec).info.splits)
+
+
 def open_set(spec: Spec, data: str | None) -> Dataset:
   """Opens a prepared data set without reading an example.
 
@@ -130,11 +135,7 @@ def open_set(spec: Spec, data: str | None) -> Dataset:
     errors.UserError: it is missing, damaged or in a format that is not read,
       or has no such split or label.
   """
-  folder = prepared(spec, data)
-  if folder is None:
-    raise errors.UserError(
-        f"the data set {spec.name} is not prepared under data={data}: "
-        f"tfds build {spec.name} --data_dir={data or 'DIR'}")
+  folder = _located(spec, data)
   builder = _builder(folder, spec)
   splits = _splits(spec, builder)
   classes = _classes(builder, spec)
@@ -143,6 +144,15 @@ def open_set(spec: Spec, data: str | None) -> Dataset:
              for part, split in splits.items()}
   return Dataset(spec, folder, classes, splits, sources,
                  _Labels(spec, splits, sources, folder, len(classes)))
+
+
+def _located(spec: Spec, data: str | None) -> str:
+  folder = prepared(spec, data)
+  if folder is None:
+    raise errors.UserError(
+        f"the data set {spec.name} is not prepared under data={data}: "
+        f"tfds build {spec.name} --data_dir={data or 'DIR'}")
+  return folder
 
 
 def _splits(spec: Spec, builder) -> dict[str, str]:

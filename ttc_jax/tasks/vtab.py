@@ -3,7 +3,9 @@ from ttc_jax import errors
 from ttc_jax.tasks import Task, tfds
 from ttc_jax.vtab.rows import ROWS, Row, hint  # `hint` is part of a family
 
-__all__ = ["hint", "load", "names", "open_set", "prepared", "spec"]
+__all__ = ["SETS", "hint", "load", "names", "open_set", "prepared", "spec"]
+
+SETS = {"vtab": ROWS}  # what task=vtab means
 
 
 def spec(row: Row) -> tfds.Spec:

@@ -1,0 +1,167 @@
+"""`data=hf:NAME`: a data set of Hugging Face, by the library `datasets`.
+
+  data=hf:beans
+  data=hf:owner/name?config=CONFIG&revision=COMMIT&label=fine_label
+  data=hf:/disk/pictures          an imagefolder, parquet files, or what
+                                  save_to_disk wrote
+
+After "?": config, revision; image and label, the columns; train, val and test,
+the splits where they have other names. A revision pins what the name means.
+`division` makes the splits that are not there. The data set is downloaded into
+the library's cache; no code of it is run. Extra `hf`. The task is called NAME
+without its owner, or hf_NAME where VTAB-1K has a task of the name.
+"""
+from collections.abc import Sequence
+import io
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ttc_jax import errors, files
+from ttc_jax.tasks import Task, division, images, prepared
+
+PREFIX = "hf:"
+OPTIONS = ("config", "revision", "image", "label", "train", "val", "test")
+SPLITS = {"train": ("train",), "val": ("validation", "valid", "val", "dev"),
+          "test": ("test",)}
+_LABELS = ("label", "labels")
+
+
+def names(data: str | None) -> tuple[str, ...]:
+  """Returns the name of the one task that `data` is."""
+  if data is None:
+    return ()
+  path, _ = prepared.options(data, PREFIX, OPTIONS)
+  last = os.path.basename(path.rstrip("/"))
+  return (division.own_name(last.removesuffix(".parquet"), "hf"),)
+
+
+def load(name: str, data: str) -> Task:
+  """Loads a data set and divides it; see `tasks.find`."""
+  path, given = prepared.options(data, PREFIX, OPTIONS)
+  splits = _open(data, path, given)
+  chosen = prepared.roles(given, list(splits), SPLITS, data)
+  for split in chosen.values():
+    errors.check_known(f"split of {data}", split, splits)
+  features = splits[chosen["train"]].features
+  image = _image_column(data, given, features)
+  label = _label_column(data, given, features)
+  classes, number = _classes(splits[chosen["train"]], label)
+  parts = {role: _part(data, split, splits[split], image, label, number)
+           for role, split in chosen.items()}
+  prints = "-".join(str(splits[s]._fingerprint) for s in chosen.values())
+  place = os.path.join(files.cache_folder("divisions"), f"{name}-{prints}")
+  return division.complete(name, parts, classes, (place[:200],), data)
+
+
+def _library() -> Any:
+  try:
+    import datasets  # lazily: it takes seconds, and is an extra
+  except ImportError as error:
+    raise errors.UserError("data=hf:NAME needs the library datasets: "
+                           "pip install 'ttc_jax[hf]', or pip install datasets"
+                           ) from error
+  return datasets
+
+
+def _open(data: str, path: str, given: dict[str, str]) -> dict[str, Any]:
+  """Returns {split: data set}."""
+  datasets = _library()
+  local = files.expand(path)
+  datasets.disable_progress_bars()
+  try:
+    if os.path.isfile(os.path.join(local, "dataset_dict.json")) or (
+        os.path.isfile(os.path.join(local, "state.json"))):
+      found = datasets.load_from_disk(local)
+    elif os.path.isfile(local):
+      found = datasets.load_dataset("parquet", data_files=local)
+    else:
+      found = datasets.load_dataset(
+          os.path.abspath(local) if os.path.isdir(local) else path,
+          given.get("config"), revision=given.get("revision"))
+  except Exception as error:  # of networks, hubs and formats
+    line = " ".join(str(error).split()) or type(error).__name__
+    raise errors.UserError(
+        f"data={data} cannot be loaded ({line[:300]}): give hf:OWNER/NAME of "
+        "the hub, or hf:FOLDER of pictures or parquet files; of several "
+        "configurations, ?config=NAME") from error
+  return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _image_column(data: str, given: dict[str, str], features: Any) -> str:
+  if "image" in given:
+    return errors.check_known(f"column of {data}", given["image"], features)
+  found = [key for key, feature in features.items()
+           if type(feature).__name__ == "Image"]
+  if len(found) == 1 or "image" in found:
+    return "image" if "image" in found else found[0]
+  raise errors.UserError(
+      f"data={data} has {len(found) or 'no'} columns of images (columns: "
+      f"{', '.join(features)}): "
+      + ("give ?image=NAME" if found else "give a data set of images"))
+
+
+def _label_column(data: str, given: dict[str, str], features: Any) -> str:
+  if "label" in given:
+    return errors.check_known(f"column of {data}", given["label"], features)
+  found = [key for key, feature in features.items()
+           if type(feature).__name__ == "ClassLabel"]
+  usual = [key for key in _LABELS if key in (found or features)]
+  if len(found) == 1 or usual:
+    return usual[0] if usual else found[0]
+  raise errors.UserError(f"data={data}: which column is the label? give "
+                         f"?label=NAME, of {', '.join(features)}")
+
+
+def _classes(train: Any, label: str) -> tuple[list[str], dict[Any, int]]:
+  """Returns the class names and {value of the column: number}.
+
+  Of a column that names no classes, the sorted values in train are the classes.
+  """
+  named = getattr(train.features[label], "names", None)
+  if named:
+    return list(named), {i: i for i in range(len(named))}
+  values = {v for v in train[label] if isinstance(v, (str, int))}
+  if len(values) < 2:
+    raise errors.UserError(f"the column {label!r} has {len(values)} different "
+                           "numbers or texts: give ?label=NAME of another")
+  ordered = sorted(values, key=lambda v: (isinstance(v, str), v))
+  return list(map(str, ordered)), {v: i for i, v in enumerate(ordered)}
+
+
+def _part(data: str, split: str, rows: Any, image: str, label: str,
+          number: dict[Any, int]) -> division.Part:
+  values = list(rows[label])
+  wrong = [i for i, value in enumerate(values)
+           if not isinstance(value, (str, int)) or value not in number]
+  if wrong:
+    raise errors.UserError(
+        f"data={data}: the split {split} has {len(wrong)} images without a "
+        f"class of train (row {wrong[0]}: {values[wrong[0]]!r}); if its labels "
+        "are secret, test on another split: ?test=validation")
+  labels = np.array([number[value] for value in values], np.int32)
+  source = _source(data, split, rows, image)
+  return division.Part([f"{split}/{i:07d}" for i in range(len(labels))], labels,
+                       lambda chosen: images.subset(source, chosen))
+
+
+def _source(data: str, split: str, rows: Any, column: str) -> images.Source:
+  stored = rows.select_columns([column]).cast_column(
+      column, _library().Image(decode=False))
+
+  def read(i: int) -> Image.Image:
+    value = stored[i][column]
+    if value and value["bytes"] is None and value["path"]:
+      return images.read(value["path"])
+    where = f"{split}/{i} of {data}"
+    try:
+      return images.decode(io.BytesIO(value["bytes"]))
+    except Exception as error:  # Pillow's decoders raise nearly every type
+      raise images.ImageError(where, str(error)) from error
+
+  def lines() -> Sequence[str]:
+    return str(rows._fingerprint), split, column
+  return images.Source(len(rows), read, key=lines,
+                       name=lambda i: f"{split}/{i:07d}")
