@@ -5,8 +5,7 @@ the first test set: {"before": {"1": ..., "5": ..., "20": ...}, "after": {...}},
 of the pretrained and of the trained model. No head is involved.
 """
 import numpy as np
-
-from ttc_jax.errors import UserError
+from sklearn.neighbors import KNeighborsClassifier
 
 K = (1, 5, 20)
 
@@ -31,11 +30,6 @@ def accuracy(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray,
     train, test: features (N, D) and (M, D).
     train_labels, test_labels: (N,) and (M,).
   """
-  try:
-    from sklearn.neighbors import KNeighborsClassifier
-  except ImportError as e:
-    raise UserError("this measure needs scikit-learn: pip install -e "
-                    "'.[paper]'") from e
   voter = KNeighborsClassifier(min(k, len(train)), metric="cosine")
   voter.fit(train, train_labels)
   return 100 * float(voter.score(test, test_labels))

@@ -7,8 +7,7 @@
 Each is {"before": ..., "after": ...}: of the pretrained and trained model.
 """
 import numpy as np
-
-from ttc_jax.errors import UserError
+from sklearn import manifold, metrics
 
 IMAGES = 500
 
@@ -29,7 +28,7 @@ def measure(trained):
 
 def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
   """Returns the mean silhouette of (N, D) features with labels (N,)."""
-  return float(_sklearn().metrics.silhouette_score(features, labels))
+  return float(metrics.silhouette_score(features, labels))
 
 
 def centroid_accuracy(train: np.ndarray, train_labels: np.ndarray,
@@ -50,18 +49,7 @@ def centroid_accuracy(train: np.ndarray, train_labels: np.ndarray,
 
 def embedded(features: np.ndarray, seed: int) -> np.ndarray:
   """Returns (N, 2) by t-SNE, rounded to 0.1."""
-  tsne = _sklearn().manifold.TSNE(
+  tsne = manifold.TSNE(
       2, init="pca", perplexity=min(30, (len(features) - 1) / 3),
       random_state=seed)
   return np.round(tsne.fit_transform(features).astype(np.float64), 1)
-
-
-def _sklearn():
-  try:
-    import sklearn
-    import sklearn.manifold
-    import sklearn.metrics
-  except ImportError as e:
-    raise UserError("this measure needs scikit-learn: pip install -e "
-                    "'.[paper]'") from e
-  return sklearn
