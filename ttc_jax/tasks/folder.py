@@ -91,8 +91,8 @@ def load(name: str, data: str) -> Task:
   bases = [folder] + [os.path.dirname(folder)] * name.count("/")
   tests = _tests(folder)
   resolve = make_resolver(bases)
-  lists = {s: _read_list(_path(folder, s), resolve) for s in (*ROLES, *tests)}
-  classes = _classes(name, bases, lists)
+  lists = {s: read_list(_path(folder, s), resolve) for s in (*ROLES, *tests)}
+  classes = class_names(name, bases, lists)
   _check_apart(folder, lists, "val", "train")
   for test in tests:
     for seen in ("trainval", "train", "val"):
@@ -103,7 +103,7 @@ def load(name: str, data: str) -> Task:
       labels={s: entries.labels for s, entries in lists.items()},
       sources={s: images.from_files(entries.files, entries.names)
                for s, entries in lists.items()},
-      digest=_digest(lists, classes), tests=tests)
+      digest=digest(lists, classes), tests=tests)
 
 
 def _tests(folder: str) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ def _path(folder: str, split: str) -> str:
   return os.path.join(folder, f"{LISTS.get(split, f'test_{split}')}.txt")
 
 
-def _digest(lists: dict[str, Entries], classes: tuple[str, ...]) -> str:
+def digest(lists: dict[str, Entries], classes: tuple[str, ...]) -> str:
   """Returns a hash of the lists' contents; the folder's place is no part."""
   lines = [f"{name} {label}" for entries in lists.values()
            for name, label in zip(entries.names, entries.labels, strict=True)]
@@ -166,9 +166,13 @@ def _decode(path: str, content: bytes) -> str:
         "save the file as UTF-8 text") from error
 
 
-def _read_list(path: str, resolve: Callable[[str], tuple[str, str]]
+def read_list(path: str, resolve: Callable[[str], tuple[str, str]]
                ) -> Entries:
-  """Reads a list; UserError names file and lines."""
+  """Reads a list; UserError names file and lines.
+
+  Args:
+    resolve: see `make_resolver`.
+  """
   found, labels, wrong = [], [], {}
   for number, line in enumerate(lines(path), start=1):
     try:
@@ -254,7 +258,7 @@ def make_resolver(bases: Sequence[str]
 
 # --- Checking -----------------------------------------------------------------
 
-def _classes(name: str, bases: Sequence[str], lists: dict[str, Entries]
+def class_names(name: str, bases: Sequence[str], lists: dict[str, Entries]
              ) -> tuple[str, ...]:
   """Returns the class names, by label.
 
