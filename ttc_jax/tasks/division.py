@@ -10,6 +10,8 @@ the images are found.
   train, val         test: val as given; val: a fifth of train
   train, val, test   nothing
 
+Further test sets change none of this.
+
 A division that was made is written as list files, ttc_jax_trainlist.txt,
 ttc_jax_vallist.txt and ttc_jax_testlist.txt, with lines `name label` as those
 of the vtab-1k format. From then on the lists decide; they are never changed.
@@ -62,7 +64,7 @@ def complete(name: str, parts: Mapping[str, Part], classes: Sequence[str],
   """
   parts = dict(parts)
   notes = []
-  if parts.keys() == {"train", "val"}:
+  if "val" in parts and "test" not in parts:
     parts["test"] = parts.pop("val")
     notes.append("the given val is the test set")
   missing = [role for role in ("test", "val") if role not in parts]

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from typing import NamedTuple
+import unicodedata
 
 import numpy as np
 
@@ -59,7 +60,9 @@ def load(name: str, data: str) -> Task:
   found = {part: _classes(folder, inner, skipped, files_of)
            for part, inner in parts_of.items()}
   _warn(folder, skipped)
-  classes = sorted(found["train"])
+  # Systems differ in how they store an accent.
+  classes = sorted(found["train"],
+                   key=lambda c: (unicodedata.normalize("NFC", c), c))
   _check(folder, found, classes)
   parts = {part: _part(folder, by_class, classes)
            for part, by_class in found.items()}
