@@ -126,7 +126,7 @@ def test_a_path_that_is_not_utf8_is_one_sentence(base, tmp_path):
               lambda: bundles.save(str(folder / "b"), bundle),
               lambda: sources.open_source(weights),
               lambda: files.new(str(folder / "new.safetensors")),
-              lambda: WorkDir(folder / "work").adopt({})):
+              lambda: WorkDir(folder / "work").adopt({}, {})):
     with pytest.raises(UserError, match="is not UTF-8: rename") as error:
       use()
     printable(str(error.value)).encode()

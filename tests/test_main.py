@@ -329,6 +329,17 @@ def test_another_configuration_needs_another_work_directory(finished):
   assert "Traceback" not in refused.stderr
 
 
+def test_a_key_that_a_later_version_adds_is_no_other_configuration(tmp_path):
+  place = WorkDir(tmp_path / "work")
+  usual = {"lr": 1.0, "new": 2, "grid": {"lr": [], "new": []}}
+  place.adopt({"lr": 0.5, "grid": {"lr": [1]}}, usual)
+  place.adopt({"lr": 0.5, "new": 2, "grid": {"lr": [1], "new": []}}, usual)
+  with pytest.raises(UserError, match="new is 2 there and 3 here"):
+    place.adopt({"lr": 0.5, "new": 3, "grid": {"lr": [1], "new": []}}, usual)
+  with pytest.raises(UserError, match="grid is"):
+    place.adopt({"lr": 0.5, "grid": {"lr": [1], "new": [4]}}, usual)
+
+
 def test_predict_agrees_with_the_test_accuracy(finished, data):
   workdir, _, _ = finished
   row, = rows(workdir)
@@ -675,7 +686,7 @@ def test_run_names_tell_settings_apart(config):
     c = config.copy_and_resolve_references()
     c.update(changes)
     method = Method((), "ttc", {"k": c.k, "score": c.score})
-    return Run("a/b", "ttc", c, method, "val", 0, "digest").name
+    return Run("a/b", "ttc", c, method, "val", 0, "digest", "sha").name
   assert name() == name() and "/" not in name()
   assert len({name(), name(lr=0.5), name(k=5), name(score="l2")}) == 4
   assert name() == name(cache="elsewhere", seeds=(1, 2))

@@ -63,7 +63,8 @@ class Session:
     self.tasks, self.missing = self.inputs.tasks, self.inputs.missing
     self.base = self.inputs.base(config)
     inputs.check_runs(config, self.inputs)
-    self.workdir.adopt(_kept_keys(config, self.base.source.sha256))
+    self.workdir.adopt(_kept_keys(config, self.base.source.sha256),
+                       _json(default()))
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
     self._planned: dict[str, plan.Run] = {}
@@ -250,18 +251,17 @@ class Session:
 
 
 def _kept_keys(config, weights_sha256):
-  """JSON of the values that no later start on a work directory may change.
-
-  The defaults are left out, so that a new key of a later version is no change.
-  """
-  usual = json.loads(default().to_json_best_effort())
+  """JSON of the values that no later start on a work directory may change."""
   free = (*_FREE, *(_FREE_OF_EXPERIMENTS if config.experiment else ()))
-  keep = {k: v for k, v in json.loads(config.to_json_best_effort()).items()
-          if k not in free and v != usual[k]}
+  keep = {k: v for k, v in _json(config).items() if k not in free}
   keep["weights_sha256"] = weights_sha256
   if config.protocol == "select":  # on whose rows settings are chosen
     keep["select_seed"] = config.seeds[0]
   return keep
+
+
+def _json(config):
+  return json.loads(config.to_json_best_effort())
 
 
 def _line(row: Row) -> str:

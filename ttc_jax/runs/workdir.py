@@ -123,11 +123,14 @@ class WorkDir:
     """Tells whether the directory is there."""
     return self.path.is_dir()
 
-  def adopt(self, config: Mapping[str, Any]) -> None:
+  def adopt(self, config: Mapping[str, Any],
+            usual: Mapping[str, Any]) -> None:
     """Creates the directory for a configuration, or checks that it is of it.
 
     Args:
       config: JSON of all keys that no later start may change.
+      usual: the default of a key that one side lacks: the directory may be of
+        another version, or of an experiment.
 
     Raises:
       UserError: the directory cannot be used, or is of another configuration.
@@ -143,11 +146,11 @@ class WorkDir:
     except (OSError, ValueError) as e:
       raise UserError(f"work directory '{self}' cannot be used: {e}") from e
     for key in sorted(config.keys() | old.keys()):
-      if config.get(key) != old.get(key):
+      there, here = (_whole(x.get(key), usual.get(key)) for x in (old, config))
+      if there != here:
         raise UserError(
             f"work directory '{self}' is of another configuration: {key} is "
-            f"{old.get(key)!r} there and {config.get(key)!r} here; choose "
-            "another --workdir")
+            f"{there!r} there and {here!r} here; choose another --workdir")
 
   def write_plan(self, tasks: Mapping[str, Mapping[str, Expected]],
                  missing: Mapping[str, str], experiment: str = "") -> None:
@@ -331,6 +334,13 @@ class WorkDir:
   @staticmethod
   def _write(path: epath.Path, value: Any) -> None:
     files.write_text(os.fspath(path), json.dumps(value, indent=2) + "\n")
+
+
+def _whole(value, usual):
+  """A value, or its default; a section that lacks keys has their defaults."""
+  if isinstance(value, dict) and isinstance(usual, dict):
+    return {**usual, **value}
+  return usual if value is None else value
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
