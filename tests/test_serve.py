@@ -208,10 +208,14 @@ def test_images_that_are_none(pets, base):
   tuned, size = predict.load(pets), made_bundles.SIZE
   assert tuned.predict(np.zeros((0, size, size, 3), np.uint8)).shape == (0, 3)
   for images in (np.zeros((2, size, size, 3), np.float32),
-                 np.zeros((size, size, 3), np.uint8),
-                 np.zeros((2, size, size + 1, 3), np.uint8)):
-    with pytest.raises(UserError, match=f"expected uint8 .N, {size}, {size}"):
+                 np.zeros((size, size, 3), np.uint8)):  # one image, no list
+    with pytest.raises(UserError, match="expected uint8 .H, W, 3."):
       tuned.predict(images)
+  wide = np.random.default_rng(0).integers(
+      0, 256, (2, size, size + 9, 3), dtype=np.uint8)
+  resized = np.stack([np.asarray(Image.fromarray(x).resize(
+      (size, size), Image.Resampling.BICUBIC)) for x in wide])
+  np.testing.assert_array_equal(tuned.predict(wide), tuned.predict(resized))
   with pytest.raises(UserError, match="batch_size is 0"):
     serve.load(base["vit_ti8"], batch_size=0)
   model = serve.load(base["vit_ti8"])
