@@ -5,7 +5,10 @@ task=pacs/from_photo,data=DIR,backbone=vit_b16,weights=FILE
 
 A task has a test set of its own domain and further ones: a folder with lists
 DOMAIN_train.txt and DOMAIN_test.txt (pacs/from_photo, pacs/except_photo), the
-drawn sprites_location_shifted, any folder with test_NAME.txt.
+drawn sprites_location_shifted, any folder with test_NAME.txt; or ImageNet with
+V2, Sketch, A and R, prepared by TFDS, on 16 images a class:
+
+  task=imagenet,few_shot=16,data=DIR,backbone=vit_b16,weights=FILE,size=224
 
 Augmentation as NOAH's: random resized crop, flip, RandAugment m9, erasing 0.25,
 mixup 0.8, CutMix 1.0, label smoothing 0.1. RandAugment takes the place of the
@@ -30,10 +33,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   arg = parse_arg(
       arg, task=("sprites_location_shifted",), data="", backbone="",
       weights=os.path.normpath(WEIGHTS), size=64, normalisation="",
-      epochs=50, method=(), augment=True)
+      epochs=50, method=(), augment=True, few_shot=0)
   config = default()
   config.experiment = "table6"
   config.tasks, config.data = arg.task, arg.data
+  config.few_shot = arg.few_shot
   config.backbone, config.weights = arg.backbone, arg.weights
   config.image_size, config.normalisation = arg.size, arg.normalisation
   config.protocol, config.seeds = "select", (0, 1, 2)

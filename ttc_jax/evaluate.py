@@ -81,12 +81,16 @@ def inputs(model: Model, params: trees.Tree, buffers: trees.Tree,
 
 def top1(model: Model, params: trees.Tree, buffers: trees.Tree,
          images: Images, labels: np.ndarray,
-         batch_size: int = 256) -> float:
+         batch_size: int = 256, masked: bool = False) -> float:
   """Returns the top-1 accuracy in percent; arguments as of `logits`.
 
   Args:
     labels: (N,) of int.
+    masked: only the classes that `labels` has can be predicted.
   """
-  predicted = logits(
-      model, params, buffers, images, batch_size).argmax(-1)
+  found = logits(model, params, buffers, images, batch_size)
+  if masked:
+    absent = np.setdiff1d(np.arange(found.shape[-1]), labels)
+    found[:, absent] = -np.inf
+  predicted = found.argmax(-1)
   return 100 * float((predicted == labels).mean())

@@ -90,7 +90,8 @@ def _accuracy(run, job, task, outcome):
   tests, seconds = {}, {}
   for name in task.tests:
     split = task.split(name).first(run.config.limit)
-    tests[name], seconds[name] = _test(split, outcome)
+    tests[name], seconds[name] = _test(
+        split, outcome, run.config.masked_tests)
   first = tests[task.tests[0]]
   seconds_test = seconds[task.tests[0]]
   return {"val_top1": None, "test_top1": first["top1"],
@@ -99,12 +100,12 @@ def _accuracy(run, job, task, outcome):
           "test_images_per_second": first["count"] / seconds_test}
 
 
-def _test(split, outcome):
+def _test(split, outcome, masked):
   """({"top1": percent, "count": images}, seconds)."""
   arguments = (outcome.model, outcome.state.params, outcome.state.buffers)
   evaluate.compile_for(*arguments, split.images)
   begin = time.perf_counter()
-  top1 = evaluate.top1(*arguments, split.images, split.labels)
+  top1 = evaluate.top1(*arguments, split.images, split.labels, masked=masked)
   return ({"top1": top1, "count": len(split.labels)},
           time.perf_counter() - begin)
 
