@@ -14,8 +14,9 @@ Augmentation as NOAH's: random resized crop, flip, RandAugment m9, erasing 0.25,
 mixup 0.8, CutMix 1.0, label smoothing 0.1. RandAugment takes the place of the
 colour jitter, as in timm. NOAH trains 100 epochs with AdamW and a learning rate
 of 5e-4 on 16 images a class; here every method searches the same rates on
-validation images of the training domain. Cropped at random areas of 8 % and
-more of the decoded square, not of the whole photograph.
+validation images of the training domain. Images are resized to a short side of
+8/7 of `size` and cropped at the centre (256 and 224), in training too: random
+crops are areas of 8 % and more of that square, not of the whole photograph.
 """
 import os
 
@@ -40,6 +41,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.few_shot = arg.few_shot
   config.backbone, config.weights = arg.backbone, arg.weights
   config.image_size, config.normalisation = arg.size, arg.normalisation
+  # 256 for 224: the centre crop that ImageNet's test sets are compared with.
+  config.resample = f"bicubic/{round(arg.size * 256 / 224)}"
   config.protocol, config.seeds = "select", (0, 1, 2)
   config.grid.lr, config.grid_steps = (2e-3, 6e-3, 2e-2), 3
   config.epochs = arg.epochs

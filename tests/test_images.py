@@ -327,3 +327,33 @@ def test_other_ends_of_lines_are_fine(tmp_path, content):
   got = load(folder)
   assert got.split("val").digest == want.split("val").digest
   assert got.digest == want.digest
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (40, 90), (37, 37), (20, 31)])
+@pytest.mark.parametrize("filter_", ["bicubic", "bilinear"])
+def test_a_centre_crop_is_torchvision_s_resize_and_center_crop(shape, filter_):
+  """Resize to the short side, then the middle, as two steps."""
+  rng = np.random.default_rng(0)
+  picture = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+  short, size = 32, 28
+  w, h = picture.size
+  scaled = picture.resize(
+      (round(w * short / min(w, h)), round(h * short / min(w, h))),
+      Image.Resampling[filter_.upper()])
+  left, top = (round((side - size) / 2) for side in scaled.size)
+  want = np.asarray(scaled.crop((left, top, left + size, top + size)))
+  got = images.resize(picture, size, f"{filter_}/{short}")
+  assert got.shape == (size, size, 3)
+  assert np.abs(got.astype(int) - want).max() <= 1
+
+
+@pytest.mark.parametrize("text", ["bicubic/", "bicubic/0", "bicubic/2x",
+                                  "nearest/32", "/32", "bicubic/99999"])
+def test_wrong_resamples_are_refused(text):
+  with pytest.raises(errors.UserError, match="unknown resample"):
+    images.resampling(text)
+
+
+def test_a_short_side_below_the_crop_is_refused():
+  with pytest.raises(errors.UserError, match="below the image size, 64"):
+    images.make_decoder(64, "bicubic/32", None, 1.0)

@@ -60,13 +60,20 @@ def _is_normalisation(value):
     return False
 
 
+def _is_resample(value):
+  try:
+    return bool(images.resampling(value))
+  except UserError:
+    return False
+
+
 # What a bundle cannot be used without: a type, and what else must hold.
 _NEEDED: dict[str, tuple[Any, Any]] = {
     "task": (str, bool), "method": (str, bool), "options": (dict, None),
     "backbone": (str, bool), "fields": (dict, None),
     "image_size": (int, lambda n: 0 < n < 10_000),
     "normalisation": (str, _is_normalisation),
-    "resample": (str, images.RESAMPLES.__contains__),
+    "resample": (str, _is_resample),
     "dtype": (str, lambda v: v in ("float32", "bfloat16")),
     "weights_sha256": (str, _is_sha), "weights_source": (str, bool),
     "classes": (list, lambda v: v and all(type(c) is str for c in v)),

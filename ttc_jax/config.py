@@ -75,7 +75,9 @@ def default() -> ml_collections.ConfigDict:
   c.drop_path = 0.0
 
   c.image_size = 224
-  c.resample = "bicubic"      # or "bilinear"
+  # Or "bilinear": the whole image is squashed to a square. "bicubic/256": the
+  # short side is resized to 256 and the centre is cropped.
+  c.resample = "bicubic"
   # Of pixels: "half", "imagenet", "clip", "none", or six numbers as
   # 0.5,0.5,0.5/0.25,0.25,0.25; empty: what the weights say.
   c.normalisation = ""
@@ -256,7 +258,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("protocol", config.protocol, PROTOCOLS)
   check_known("optimiser", config.optimiser, OPTIMISERS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
-  check_known("resample", config.resample, ("bicubic", "bilinear"))
+  check_known("resample", re.sub(r"/[1-9]\d{0,3}$", "", config.resample),
+              ("bicubic", "bilinear"))
   check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))
   check_known("matmul_precision", config.matmul_precision,
               ("", "high", "highest"))

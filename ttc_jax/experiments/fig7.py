@@ -28,9 +28,9 @@ def draw(results: Results) -> list[Grid | Picture]:
         axes[i, j].plot(mean, marker=".", label=name)
         numbers += [[task, name, leaf, norm, f"{x:.4g}"] for norm, x in zip(
             found[0]["norms"], mean, strict=True)]
-      axes[i, j].set_ylabel(f"mean |change of {leaf}|")
+      axes[i, 0].set_ylabel(f"mean |change of {leaf}|")
     axes[1, j].set_xlabel("LayerNorm, from input to output")
-  axes[0, 0].legend(frameon=False)
+  axes[0, 0].legend(frameon=False, fontsize=8)
   return [Picture(figure, Grid(results.title,
                                ["task", "when", "leaf", "norm", "change"],
                                numbers))]

@@ -90,6 +90,11 @@ def check(model: LoadedModel, target: Target) -> None:
   """Raises UserError if the target cannot hold the model or lacks a library.
   """
   check_libraries(target)
+  if "/" in model.meta["resample"]:
+    raise UserError(
+        f"--to={target.name} holds no centre crop, and this model was trained "
+        f"with resample={model.meta['resample']}; use the bundle itself, "
+        "`ttc_jax.predict`")
   if model.cannot_merge and target.merged:
     raise UserError(
         f"--to={target.name} has no place for the adapter of method "

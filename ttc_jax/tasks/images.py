@@ -266,9 +266,37 @@ def _over_white(image):
   return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
+def resampling(resample: str) -> tuple[Image.Resampling, int]:
+  """Returns (filter, short side) of "bicubic", "bilinear" or "bicubic/256".
+
+  The short side is 0 where an image is squashed to the square; otherwise it is
+  resized to that short side, its aspect kept, and the centre is cropped.
+
+  Raises:
+    errors.UserError: another text.
+  """
+  name, slash, short = resample.partition("/")
+  if name not in RESAMPLES or slash and not (
+      short.isascii() and short.isdecimal() and 0 < int(short) < 10_000):
+    raise errors.UserError(
+        f"unknown resample {resample!r}: give one of {', '.join(RESAMPLES)}, "
+        "or with the short side before a centre crop, as bicubic/256")
+  return RESAMPLES[name], int(short or 0)
+
+
 def resize(image: Image.Image, size: int, resample: str) -> np.ndarray:
-  """Returns an RGB image as uint8 (size, size, 3), its aspect not kept."""
-  return np.asarray(image.resize((size, size), RESAMPLES[resample]))
+  """Returns an RGB image as uint8 (size, size, 3); see `resampling`."""
+  how, short = resampling(resample)
+  if not short:
+    return np.asarray(image.resize((size, size), how))
+  scale = short / min(image.size)
+  wide, high = (max(short, round(scale * side)) for side in image.size)
+  # The part of the image that the centre shows, so that no more is resized.
+  left, top = (round((side - size) / 2) for side in (wide, high))
+  box = (left * image.width / wide, top * image.height / high,
+         (left + size) * image.width / wide,
+         (top + size) * image.height / high)
+  return np.asarray(image.resize((size, size), how, box))
 
 
 def prepare(image: Any, size: int, resample: str) -> np.ndarray:
@@ -467,9 +495,12 @@ def make_decoder(size: int, resample: str, cache: str | None,
   The images are a memmap of the cache; or an array, where the source is cheap;
   or a Stream, where they would take more than `cache_gib`.
   """
-  errors.check_known("resample", resample, RESAMPLES)
+  _, short = resampling(resample)
   if isinstance(size, bool) or not isinstance(size, int) or size < 1:
     raise errors.UserError(f"image size must be a whole number >= 1: {size!r}")
+  if 0 < short < size:
+    raise errors.UserError(f"resample {resample!r}: the short side is below "
+                           f"the image size, {size}; give {size} or more")
   if not cache_gib >= 0:
     raise errors.UserError(f"cache_gib must be >= 0 (GiB): {cache_gib!r}")
 
