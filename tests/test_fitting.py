@@ -156,10 +156,11 @@ def test_it_is_the_run_of_the_command_line(source, tmp_path):
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(labels=None), "fit needs labels"),
+    (dict(labels=None), "fit needs labels: one class"),
     (dict(labels=["a"] * 39), "40 images and 39 labels"),
     (dict(labels=[0.5, None] * 20), "give names, or numbers"),
     (dict(images="cat.jpg"), "give a list"),
+    (dict(images="/none", labels=None), "cannot read the folder"),
     (dict(images=np.zeros((40, 4, 4, 3))), "expected uint8"),
     (dict(images=["/none/a.png"] * 40), "No such file"),
     (dict(classes=["red"]), "label 'green' is none of the 1 classes"),
@@ -183,6 +184,19 @@ def test_nothing_is_written_and_no_global_is_changed(source, tmp_path,
   ttc_jax.fit(*pictures(), weights=source, method="linear", **SMALL)
   assert os.listdir(tmp_path) == []
   assert handlers == (dict(os.environ), jax.config.values)
+
+
+def test_a_folder_of_pictures_is_enough(source, tmp_path):
+  images, labels = pictures(60)
+  for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+    (tmp_path / "pets" / label).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(tmp_path / "pets" / label / f"{i}.png")
+  found = ttc_jax.fit(tmp_path / "pets", weights=source, method="linear",
+                      cache=str(tmp_path / "cache"), **SMALL | dict(epochs=20))
+  assert found.classes == ("green", "red")
+  assert found.tests.keys() == {"test"} and found.tests["test"] > 90
+  with pytest.raises(UserError, match="no task in data"):
+    ttc_jax.fit(str(tmp_path / "cache"), weights=source, **SMALL)
 
 
 def test_few_images_shrink_the_batch(source):

@@ -76,6 +76,7 @@ class Fitted:
     scores: {site: {block: (D,)}} by which channels were selected; empty for
       methods that select none.
     channels: {site: {block: (K,) indices}}, likewise.
+    tests: {test set: top-1 in percent}, where a folder gave the images.
     meta: what a bundle says of it.
   """
 
@@ -83,6 +84,7 @@ class Fitted:
                history: list[dict[str, Any]], scores: PerBlock):
     self._bundle, self._base = bundle, base
     self.history, self.scores, self.meta = history, scores, bundle.meta
+    self.tests: dict[str, float] = {}
     self.classes: tuple[str, ...] = tuple(bundle.meta["classes"])
     self.channels = _channels(bundle, base)
     # Unmerged: the numbers of training.
@@ -183,7 +185,10 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
 
   Args:
     images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
-      size, or one array (N, H, W, 3).
+      size, or one array (N, H, W, 3). Without labels a folder, with pictures
+      in a folder for each class, or what else `data=` takes on the command
+      line: its training and validation images are trained on, and `tests` has
+      the accuracy on its test sets.
     labels: the class of each image, names or numbers.
     weights: source of the pretrained weights, as on the command line.
     method: one of `python -m ttc_jax.methods`.
@@ -208,7 +213,11 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   config = _config(method, backbone, weights, image_size, seed, settings)
   base = inputs.load_base(config)
   config = inputs.resolved(config, base)
-  names, train_split = _split(images, labels, classes, config)
+  task = _task(images, labels, config)
+  if task:
+    names, train_split = task.classes, task.split("trainval")
+  else:
+    names, train_split = _split(images, labels, classes, config)
   val_split = _split(*val, names, config)[1] if val else None
   config.batch_size = min(config.batch_size, _largest_batch(train_split))
   job, scores = _job(config, base, names, train_split, val_split, seed)
@@ -216,8 +225,11 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
     outcome = train.run(job._replace(report=bar.update), base.params, scratch)
-  return Fitted(_bundle(job, base, outcome), base, outcome.history,
-                _per_block(scores, base))
+  found = Fitted(_bundle(job, base, outcome), base, outcome.history,
+                 _per_block(scores, base))
+  for test in task.tests if task else ():
+    found.tests[test] = found.accuracy(*task.split(test))
+  return found
 
 
 def _config(method, backbone, weights, image_size, seed, settings):
@@ -231,6 +243,20 @@ def _config(method, backbone, weights, image_size, seed, settings):
     raise UserError(f"fit: {' '.join(str(error).split())}") from error
   config_lib.check(config)
   return config
+
+
+def _task(images, labels, config):
+  """The task of a folder or another source of data; None for images."""
+  if labels is not None or not isinstance(images, (str, os.PathLike)):
+    return None
+  data = os.fspath(images)
+  found = tasks.in_data(data)
+  if len(found) > 1:
+    raise UserError(f"{data} holds {len(found)} tasks, {', '.join(found[:5])}: "
+                    "give the folder of one of them")
+  return tasks.load(found[0], size=config.image_size, data=data,
+                    resample=config.resample, cache=config.cache or None,
+                    cache_gib=config.cache_gib)
 
 
 def _split(images, labels, classes, config):
