@@ -85,6 +85,10 @@ def interval(score: Score, unit: str = " points") -> str:
   return f"{score.mean:+.1f}{spread}{unit}"
 
 
+def _plural(things, word):
+  return f"{len(things)} {word}" + "s" * (len(things) != 1)
+
+
 def better(one: str, other: str, claimed: float = 0.0
            ) -> Callable[[Results], Finding | None]:
   """Judges whether variant `one` is above `other`.
@@ -101,8 +105,9 @@ def better(one: str, other: str, claimed: float = 0.0
                      for task, x in by_task.items())
     said = f"; the paper has {claimed:+.1f}" if claimed else ""
     return Finding(
-        f"{one} - {other}: {interval(score)} over {len(by_task)} tasks "
-        f"({each}), {len(score.seeds)} seeds{said}", verdict(score, claimed))
+        f"{one} - {other}: {interval(score)} over {_plural(by_task, 'task')} "
+        f"({each}), {_plural(score.seeds, 'seed')}{said}",
+        verdict(score, claimed))
   return judge
 
 
@@ -268,7 +273,8 @@ CLAIMS: Sequence[Claim] = (
     Claim("Fig. 2", "Stage 1 separates the classes.",
           measure_rises("separation", "layernorm", _silhouette,
                         "silhouette x 100, after minus before", 100)),
-    Claim("Fig. 3", "Tasks select different channels.", _overlap),
+    Claim("Fig. 3", "Two tasks select different channels, more than two seeds "
+          "of one task do.", _overlap),
     Claim("Fig. 4", "LayerNorm tuning moves [CLS] less than SSF does.",
           moves_less("layernorm_2x", "ssf")),
     Claim(_OURS, "Our block score is above the Taylor score.",
