@@ -73,6 +73,9 @@ def default() -> ml_collections.ConfigDict:
   # bfloat16 on TPUs), "high" or "highest", true float32.
   c.matmul_precision = ""
   c.drop_path = 0.0
+  # Training keeps the inputs of blocks only, and computes each block again for
+  # its gradient: less memory, more time.
+  c.remat = False
 
   c.image_size = 224
   # Or "bilinear": the whole image is squashed to a square. "bicubic/256": the

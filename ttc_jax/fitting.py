@@ -21,7 +21,7 @@ from ttc_jax import (
 )
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
-from ttc_jax.model import Model, trim_head
+from ttc_jax.model import trim_head
 from ttc_jax.predict.loaded import attach
 from ttc_jax.runs import inputs, row
 from ttc_jax.runs.progress import Progress
@@ -322,8 +322,7 @@ def _job(config, base, classes, train_split, val_split, seed):
   return train.Job(
       identity={"fit": digests, "classes": list(classes), "seed": seed},
       config=config,
-      model=Model(base.backbone.clone(drop_path=config.drop_path),
-                  config.normalisation),
+      model=inputs.trained_model(config, base),
       method=method, train=train_split, val=val_split, holdout=holdout,
       classes=len(classes), seed=seed, report=lambda *_: None), scores
 

@@ -84,6 +84,14 @@ class Identity(NamedTuple):
   image_size: int | None = None
 
 
+def rematerialised(block: Any) -> Any:
+  """Returns a block of `(x, mask, tap, train)` that keeps its input only.
+
+  Its gradient computes the block again (`jax.checkpoint`).
+  """
+  return nn.remat(block, static_argnums=(3, 4))
+
+
 def no_tap(site: str, block: int, y: jax.Array, x: jax.Array) -> jax.Array:
   """The default tap: y flows on."""
   del site, block, x

@@ -197,7 +197,7 @@ class Swin(nn.Module):
     depths: blocks of each stage.
     heads: of stage 1; they double with the width.
     window: w, tokens a side, that the bias tables are made for.
-    gelu, epsilon, drop_path, dtype: as in `vit.ViT`.
+    gelu, epsilon, drop_path, remat, dtype: as in `vit.ViT`.
     every_token: without effect, because the pooling reads all tokens.
   """
   embed: int
@@ -210,6 +210,7 @@ class Swin(nn.Module):
   epsilon: float = 1e-5
   drop_path: float = 0.0
   every_token: bool = True
+  remat: bool = False
   dtype: Any = jnp.float32
 
   pool = "gap"
@@ -327,13 +328,14 @@ class Swin(nn.Module):
     first = layers.at_block(tap, 0)
     x = images if start else self._tokens(images, mask, first)
     common = Common(self.window, self.gelu, self.epsilon, self.dtype)
+    block = layers.rematerialised(Block) if self.remat and train else Block
     for number, (stage, i) in enumerate(places(self.depths)):
       if number < start:
         continue
       rate = self.drop_path * number / max(self.depth - 1, 1)
       rows = {site: rows[number] for site, rows in mask.items()
               if site != "embedding"}
-      x = Block(common, self.heads * 2 ** stage, i % 2 == 1, rate,
+      x = block(common, self.heads * 2 ** stage, i % 2 == 1, rate,
                 name=_block(stage, i))(
                     x, rows, layers.at_block(tap, number), train)
       if i == self.depths[stage] - 1 and stage < len(self.depths) - 1:

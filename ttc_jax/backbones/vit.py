@@ -133,12 +133,13 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x, mask, tap, train, start):
     vit = self.vit
+    block = layers.rematerialised(Block) if vit.remat and train else Block
     for i in range(start, vit.depth):
       rate = vit.drop_path * i / max(vit.depth - 1, 1)
       rows = {site: rows[i] for site, rows in mask.items()
               if site != "embedding"}
       last = i == vit.depth - 1
-      x = Block(vit, rate, vit.tokens_read if last else None,
+      x = block(vit, rate, vit.tokens_read if last else None,
                 name=f"encoderblock_{i}")(
                     x, rows, layers.at_block(tap, i), train)
     if vit.final_norm:
@@ -190,6 +191,8 @@ class ViT(nn.Module):
     drop_path: rate of the last block; it rises linearly from 0.
     every_token: the last block computes all tokens, also those that the
       pooling does not read.
+    remat: a training step keeps the input of each block only, and computes the
+      block again for its gradient.
     dtype: of the computation; parameters, LayerNorm statistics and softmax
       stay float32.
   """
@@ -210,6 +213,7 @@ class ViT(nn.Module):
   epsilon: float = 1e-6
   drop_path: float = 0.0
   every_token: bool = False
+  remat: bool = False
   dtype: Any = jnp.float32
 
   @property

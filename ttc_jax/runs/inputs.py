@@ -18,6 +18,7 @@ from ttc_jax import (
 )
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError, printable
+from ttc_jax.model import Model
 from ttc_jax.runs import plan
 from ttc_jax.vtab import rows as vtab
 
@@ -130,6 +131,21 @@ def resolved(config, base: Base) -> ml_collections.ConfigDict:
         "normalised: add --config.normalisation=half (ImageNet-21K ViTs of "
         "Google), imagenet (DINO, DeiT, Swin) or clip")
   return config
+
+
+def trained_model(config, base: Base) -> Model:
+  """Returns the model that a run trains, without handlers.
+
+  Raises:
+    UserError: the backbone cannot be rematerialised.
+  """
+  fields = {"drop_path": config.drop_path}
+  if config.remat:
+    if not hasattr(base.backbone, "remat"):
+      raise UserError(f"config.remat is True, but {base.name} cannot compute "
+                      "its blocks again; leave it out")
+    fields["remat"] = True
+  return Model(base.backbone.clone(**fields), config.normalisation)
 
 
 def load_task(config, name: str) -> tasks.Task:

@@ -5,8 +5,7 @@ import numpy as np
 
 from ttc_jax import checkpoint, parallel, tasks, train
 from ttc_jax.errors import DataError
-from ttc_jax.model import Model
-from ttc_jax.runs.inputs import Base
+from ttc_jax.runs.inputs import Base, trained_model
 from ttc_jax.runs.plan import Run, common_keys
 
 
@@ -64,7 +63,7 @@ def make_job(run: Run, base: Base, task: tasks.Task,
       "devices": len(parallel.devices()), "classes": len(task.classes)}
   return train.Job(
       identity=identity, config=c,
-      model=Model(base.backbone.clone(drop_path=c.drop_path), c.normalisation),
+      model=trained_model(c, base),
       method=run.method,
       train=in_memory["trainval" if final else "train"],
       val=None if final else splits["val"],
