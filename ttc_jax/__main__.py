@@ -17,6 +17,7 @@ COMMANDS = {
     "methods": ("methods", "lists the methods"),
     "weights": ("weights", "inspects, converts and compares weights"),
     "bundles": ("bundles", "inspects, packs and unpacks bundles"),
+    "hub": ("hub", "uploads a bundle to the Hugging Face Hub"),
     "export": ("export", "writes a tuned model as other libraries load it"),
     "bench": ("bench", "times training and inference"),
 }

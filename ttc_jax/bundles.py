@@ -158,11 +158,13 @@ def public(source: str) -> str:
 
 
 def load(path: str) -> Bundle:
-  """Reads a bundle, a folder or a packed file.
+  """Reads a bundle: a folder, a packed file, or hf://owner/name[@revision].
 
   Raises:
     UserError: no bundle there, not a whole one, or its digest differs.
   """
+  if path.startswith("hf://"):
+    path = sources.locate(path)
   path = files.utf8(path)
   if not os.path.exists(path):
     raise UserError(f"bundle '{path}' does not exist; give the folder "

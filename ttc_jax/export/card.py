@@ -25,13 +25,38 @@ def text(model: LoadedModel, target: "Target", code: str,
   """
   meta = model.meta
   sections = [
-      _front_matter(meta, target), f"# {_name(meta)}", _summary(model, target),
+      front_matter(meta, target.hub_library, target.name),
+      f"# {_name(meta)}", _summary(model, target),
       "## Use", f"In the folder that holds this one:\n\n{_block(code)}",
       "## Results", _table(_results(meta)),
       "## Training", _table(_training(meta)),
       "## Tuned parameters", _table(_parameters(model)),
       "## Preprocessing", _preprocessing(how),
       "## Limits", _limits(meta, target)]
+  return "\n\n".join(sections) + "\n"
+
+
+def of_bundle(meta: Meta, address: str) -> str:
+  """Returns the card of a bundle on the Hub, Markdown.
+
+  Args:
+    address: hf://owner/name.
+  """
+  source, what = described(meta["method"])
+  weights = meta["weights_source"]
+  if "://" not in weights:  # no folders of the user's machine
+    weights = weights.rpartition("/")[2]
+  code = (f'import ttc_jax\ntuned = ttc_jax.predict.load("{address}", '
+          f'weights={json.dumps(weights)})\n'
+          'probabilities = tuned.predict(["image.png"])')
+  sections = [
+      front_matter(meta, "ttc_jax"), f"# {_name(meta)}",
+      f"What `ttc_jax` tuned with the method `{meta['method']}` ({source}: "
+      f"{what.rstrip('.')}): leaves to put on the base weights, which are not "
+      f"here (sha256 {meta['weights_sha256']}).",
+      "## Use", f"```python\n{code}\n```",
+      "## Results", _table(_results(meta)),
+      "## Training", _table(_training(meta))]
   return "\n\n".join(sections) + "\n"
 
 
@@ -47,18 +72,18 @@ def _accuracy(meta):
   return None
 
 
-def _front_matter(meta, target):
-  """YAML, written as JSON values, which YAML contains."""
+def front_matter(meta: Meta, library: str, *tags: str) -> str:
+  """Returns the Hub's metadata: YAML, as JSON values, which YAML contains."""
   dataset = {"name": meta["task"], "type": meta["task"]}
   results = [{"task": {"type": "image-classification"}, "dataset": dataset,
               "metrics": [{"type": "accuracy", "value": round(a / 100, 4),
                            "name": f"top-1, {split}"}]}
              for a, split in filter(None, [_accuracy(meta)])]
   fields = {
-      "library_name": target.hub_library,
+      "library_name": library,
       "pipeline_tag": "image-classification",
       "tags": ["image-classification", "parameter-efficient-fine-tuning",
-               meta["method"], meta["backbone"], target.name],
+               meta["method"], meta["backbone"], *tags],
       "metrics": ["accuracy"],
       "model-index": [{"name": _name(meta), "results": results}]}
   if hub := re.match(r"hf://([^/]+/[^/#@]+)", meta.get("weights_source", "")):
