@@ -204,6 +204,22 @@ def test_nothing_beside_a_bundle_is_touched(base, tmp_path):
   assert (neighbour / "notes").read_text() == "precious"
 
 
+def test_merged_and_unmerged_by_name(pets, base):
+  model = serve.load(base["vit_ti8"])
+  model.add("pets", pets)
+  images = pictures()
+  before = model.predict(images, task="pets")
+  assert any(n.startswith("adapter/") for n in model._tasks["pets"].tuned)
+  model.merge("pets")
+  assert not any(n.startswith("adapter/") for n in model._tasks["pets"].tuned)
+  np.testing.assert_allclose(model.predict(images, task="pets"), before,
+                             atol=1e-5)
+  model.unmerge("pets")
+  np.testing.assert_array_equal(model.predict(images, task="pets"), before)
+  with pytest.raises(UserError, match="unknown task 'pet'"):
+    model.merge("pet")
+
+
 def test_images_that_are_none(pets, base):
   tuned, size = predict.load(pets), made_bundles.SIZE
   assert tuned.predict(np.zeros((0, size, size, 3), np.uint8)).shape == (0, 3)

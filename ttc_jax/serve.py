@@ -49,6 +49,7 @@ class Task(NamedTuple):
     group: key that is equal for tasks that can pass the backbone together.
     tuned, buffers: {name: array}, what differs from the base.
     meta: the bundle's metadata.
+    bundle, saved: its path and what it holds, to be merged or unmerged.
   """
   model: Model
   base: str
@@ -56,6 +57,8 @@ class Task(NamedTuple):
   tuned: Flat
   buffers: Flat
   meta: dict[str, Any]
+  bundle: str
+  saved: bundles.Bundle
 
 
 class Group(NamedTuple):
@@ -116,28 +119,52 @@ class ModelServer:
       UserError: the name is taken; no bundle; another base, both hashes named.
     """
     saved = bundles.load(bundle)
-    meta = saved.meta
-    predict.base.check(bundle, meta, self.base)
+    predict.base.check(bundle, saved.meta, self.base)
     with self._lock:
       if name in self._tasks and not replace:
         raise UserError(f"a task is already called {name!r}; give another name "
                         "or replace=True")
-      base = self._base(bundle, meta)
-      module, host, _ = self._bases[base]
-      model, params, buffers, *_ = predict.attach(
-          bundle, saved, module, trees.unflatten(host), merge)
-      params |= {"head": jax.tree.map(
-          np.asarray, pad_head(params["head"], _CLASSES))}
-      before = {f"backbone/{n}": x for n, x in host.items()}
-      tuned = {n: x for n, x in trees.flatten(params).items()
-               if x is not before.get(n)}
-      buffers = trees.flatten(buffers)
-      kernels = any(re.fullmatch("backbone/.*/kernel", n) for n in tuned)
-      group = ("alone", name) if kernels else (
-          "like", _likeness(base, meta, tuned, buffers))
-      self._tasks = self._tasks | {
-          name: Task(model, base, group, tuned, buffers, meta)}
-      self._groups = None
+      self._put(name, bundle, saved, merge)
+
+  def merge(self, name: str) -> None:
+    """Folds a task's adapter into copies of the kernels, as `add` can.
+
+    Where that is not exact, nothing changes. UserError if there is no task of
+    that name.
+    """
+    self._put_again(name, merge=True)
+
+  def unmerge(self, name: str) -> None:
+    """Takes a task's adapter out of the kernels again: the bits of the bundle.
+
+    UserError if there is no task of that name.
+    """
+    self._put_again(name, merge=False)
+
+  def _put_again(self, name, merge):
+    with self._lock:
+      check_known("task", name, self._tasks)
+      task = self._tasks[name]
+      self._put(name, task.bundle, task.saved, merge)
+
+  def _put(self, name, bundle, saved, merge):
+    """Adds or replaces a task; the lock is held."""
+    base = self._base(bundle, saved.meta)
+    module, host, _ = self._bases[base]
+    model, params, buffers, *_ = predict.attach(
+        bundle, saved, module, trees.unflatten(host), merge)
+    params |= {"head": jax.tree.map(
+        np.asarray, pad_head(params["head"], _CLASSES))}
+    before = {f"backbone/{n}": x for n, x in host.items()}
+    tuned = {n: x for n, x in trees.flatten(params).items()
+             if x is not before.get(n)}
+    buffers = trees.flatten(buffers)
+    kernels = any(re.fullmatch("backbone/.*/kernel", n) for n in tuned)
+    group = ("alone", name) if kernels else (
+        "like", _likeness(base, saved.meta, tuned, buffers))
+    self._tasks = self._tasks | {name: Task(
+        model, base, group, tuned, buffers, saved.meta, bundle, saved)}
+    self._groups = None
 
   def remove(self, name: str) -> None:
     """Removes a task; UserError if there is none of that name."""
