@@ -1,4 +1,4 @@
-"""Gain (an example, 2026): a learnt factor on every channel of the MLP's output.
+"""Gain (an example, 2026): a factor on every channel of the MLP's output.
 
 Copied to `ttc_jax/methods/gain.py` this file is the method "gain".
 """
