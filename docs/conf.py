@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import docs_pages
+
 import ttc_jax
 
 project, author = "ttc_jax", "The ttc_jax authors"
