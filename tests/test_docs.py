@@ -189,10 +189,10 @@ def command_lines(text):
         "\\\n", "").splitlines():
       match = re.search(r"python -m ttc_jax(?:\.(\w+))?(?![.\w])(.*)", line)
       entry = re.search(r"(?<![\w.-])ttc-jax (\w+)(.*)", line)
-      if match and match[1]:
-        yield match[1], match[2]
-      elif entry and entry[1] not in ("completion", "COMMAND", "NAME"):
-        yield NAMES[entry[1]], entry[2]
+      name = match and match[1] or entry and entry[1]
+      if not name or name in ("completion", "COMMAND"):
+        continue
+      yield (name, match[2]) if match else (NAMES[name], entry[2])
 
 
 @every_page
