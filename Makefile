@@ -42,7 +42,7 @@ test-all: test test-slow
 	@touch $@
 
 .venv/dev: .venv/installed
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev,docs]'
 	@touch $@
 
 .venv/docs: .venv/installed
