@@ -8,7 +8,7 @@ PYTHON ?= $(or $(NEWEST),$(error no Python works here: install 3.13, 3.12 or \
 	3.11 with venv and ssl, or name one with PYTHON=/path/to/python))
 BIN := .venv/bin
 
-.PHONY: demo check test test-slow test-all clean .venv
+.PHONY: demo check docs test test-slow test-all clean .venv
 
 demo: .venv
 	$(BIN)/python -m ttc_jax.main --config=configs/demo.py
@@ -16,6 +16,11 @@ demo: .venv
 check: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+# build/docs/index.html; a warning, as of a link that leads nowhere, is an error.
+docs: .venv/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet \
+		docs build/docs
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow"
@@ -37,8 +42,12 @@ test-all: test test-slow
 	@touch $@
 
 .venv/dev: .venv/installed
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev,docs]'
+	@touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build/docs

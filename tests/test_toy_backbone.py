@@ -7,113 +7,23 @@ import jax
 import numpy as np
 import pytest
 
+from tests.command import ROOT
 from tests.random_trees import random_params
-from ttc_jax import backbones, methods, trees, weights
+from ttc_jax import backbones, methods, taps, trees, weights
 from ttc_jax.config import default
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model, init_head
 from ttc_jax.weights import convert, formats
 
-# The whole family: blocks of token-wise MLPs on patches, with positions.
-FILE = '''
-import re
-import flax.linen as nn
-import jax.numpy as jnp
-from ttc_jax.backbones import layers
-from ttc_jax.backbones.layers import Dense, Field, Identity, Site, Work
-
-FIELDS = {"slope": Field((0.1, 0.2), required=True)}
-PARAMETERS = {"places": "grid", "stem/kernel": "patch"}
-
-
-class Toy(nn.Module):
-  width: int
-  patch: int
-  image_size: int
-  slope: float = 0.1
-  gelu: str = "exact"
-  epsilon: float = 1e-6
-  drop_path: float = 0.0
-  every_token: bool = True
-  dtype: type = jnp.float32
-
-  depth, prefix, pool, default_blocks = 2, 0, "gap", 2
-  takes_prompts = pads = False
-
-  @property
-  def default_k(self):
-    return self.width // 4
-
-  @property
-  def fields(self):
-    return {"slope": self.slope}
-
-  @property
-  def sites(self):
-    D = self.width
-    return {"embedding": (Site(3 * self.patch ** 2, D, "stem"),),
-            "fc2": tuple(Site(D, D, f"mix_{i}") for i in range(2))}
-
-  @property
-  def norms(self):
-    return {"norm1": ("norm_0", "norm_1")}
-
-  @property
-  def work(self):
-    N, D = (self.image_size // self.patch) ** 2, self.width
-    return Work(3 * self.image_size ** 2 * D, 2 * N * D * D, 0, (N, N))
-
-  def block_of(self, name):
-    match = re.search(r"(?:mix|norm)_(\\d)/", name)
-    return int(match[1]) if match else -1
-
-  @nn.compact
-  def __call__(self, images, mask=None, tap=None, train=False, start=0):
-    mask, tap = mask or {}, tap or layers.no_tap
-    p, D = self.patch, self.width
-    x = layers.patches(images, p, self.image_size)
-    x = Dense((p, p, 3, D), contract=3, name="stem")(x)
-    x = x + self.param("places", nn.initializers.normal(), (1, x.shape[1], D))
-    for i in range(2):
-      here = layers.at_block(tap, i)
-      z = here("norm1", layers.LayerNorm(self.epsilon, name=f"norm_{i}")(x), x)
-      z = jnp.where(z > 0, z, self.slope * z)
-      rows = mask["fc2"][i] if "fc2" in mask else None
-      x = x + here("fc2", Dense((D, D), name=f"mix_{i}")(z, rows), z)
-    return x.mean(1)
-
-
-def make(name, image_size, **fields):
-  match = re.fullmatch(r"toy_(8|16)_p(\\d+)", name)
-  return match and Toy(int(match[1]), int(match[2]), image_size, **fields)
-
-
-def canonical(name):
-  return None
-
-
-def examples():
-  return ("toy_8_p4", "toy_16_p4")
-
-
-def identify(shape):
-  stem = shape("stem/kernel")
-  if stem is None:
-    return None
-  p, _, _, D = stem
-  places = shape("places")
-  return Identity("a toy", {"width": D, "patch": p},
-                  f"toy_{D}_p{p}" if D in (8, 16) else None,
-                  image_size=places and p * round(places[1] ** 0.5))
-'''
+# The documentation's example.
+FILE = ROOT / "docs" / "examples" / "backbones" / "toy.py"
 NAME, SIZE, CLASSES = "toy_8_p4", 16, 3
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-  (tmp_path / "toy.py").write_text(FILE)
+def toy(monkeypatch):
   monkeypatch.setattr(backbones, "__path__",
-                      [*backbones.__path__, str(tmp_path)])
+                      [*backbones.__path__, str(FILE.parent)])
   importlib.invalidate_caches()
   yield backbones.make(NAME, SIZE)
   sys.modules.pop("ttc_jax.backbones.toy", None)
@@ -160,6 +70,14 @@ def test_its_fields_are_checked(toy):
           f for f in backbones.families() if "slope" in f.FIELDS])
   with pytest.raises(UserError, match="toy_8_p4"):
     backbones.make("toy_8_q4", SIZE)
+
+
+def test_it_goes_on_from_the_tokens_of_a_block(toy, file):
+  params, tokens = {"params": file[1]}, {}
+  images = np.random.default_rng(0).normal(size=(2, SIZE, SIZE, 3))
+  want = toy.apply(params, images, tap=taps.record(("input",), tokens))
+  found = toy.apply(params, tokens["input", 1], start=1)
+  np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 def test_ttc_takes_a_step_on_it(toy, file):

@@ -35,12 +35,13 @@ def default() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
 
   # What: the runs are tasks x variants x seeds.
+
   c.tasks = ("all",)          # names, or "all" of a folder
   # Folder of tasks in the vtab-1k format, of pictures (CLASS/NAME.jpg) or of
   # VTAB's data sets; a zip of it; hf:NAME, tfds:NAME.
   c.data = ""
   c.few_shot = 0              # training images a class; 0: all
-  c.method = "ttc"
+  c.method = "ttc"            # a file of ttc_jax/methods
   # {label: {key: value}}: several rows that differ in these keys. Empty: one
   # row, of `method`.
   c.variants = variants()
@@ -48,7 +49,7 @@ def default() -> ml_collections.ConfigDict:
   # variant sets wins, and it may have a `per_task` of its own, which wins
   # over both.
   c.per_task = ml_collections.ConfigDict()
-  c.seeds = (0,)
+  c.seeds = (0,)              # of the head, the order of images, choices
   # A table or figure of the paper, see ttc_jax/experiments: it is made when
   # the runs are done. Experiments may share a work directory.
   c.experiment = ""
@@ -59,10 +60,15 @@ def default() -> ml_collections.ConfigDict:
   # Every combination is tried; `scale` and `adapter_lr` for the methods that
   # have them.
   c.grid = ml_collections.ConfigDict(dict(
-      lr=(), weight_decay=(), scale=(), adapter_lr=()))
+      lr=(),              # values of config.lr, as 1e-3,1e-2
+      weight_decay=(),    # likewise
+      scale=(),           # likewise
+      adapter_lr=()))     # likewise
   # How many rates beyond grid.lr may be tried, at its spacing, while the best
   # one is the lowest or the highest.
   c.grid_steps = 0
+
+  # The backbone and its arithmetic.
 
   c.backbone = ""             # e.g. "vit_b16"; empty: what the weights say
   c.weights = ""              # path, https://, gs://, hf://owner/name, "random"
@@ -72,77 +78,103 @@ def default() -> ml_collections.ConfigDict:
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.
   c.matmul_precision = ""
-  c.drop_path = 0.0
+  c.drop_path = 0.0           # rate of the last block; rises in a line from 0
   # Training keeps the inputs of blocks only, and computes each block again for
   # its gradient: less memory, more time.
   c.remat = False
 
-  c.image_size = 224
+  # Images.
+
+  c.image_size = 224          # pixels a side
   # Or "bilinear": the whole image is squashed to a square. "bicubic/256": the
   # short side is resized to 256 and the centre is cropped.
   c.resample = "bicubic"
   # Of pixels: "half", "imagenet", "clip", "none", or six numbers as
   # 0.5,0.5,0.5/0.25,0.25,0.25; empty: what the weights say.
   c.normalisation = ""
-  c.flip = False
+  c.flip = False              # half of the training images, left to right
   c.smallest_crop = 1.0       # random resized crops of at least that area
   # More augmentation in training, as timm's; 0: none.
   c.augment = ml_collections.ConfigDict(dict(
       jitter=0.0,         # brightness, contrast, saturation; 0.4 is usual
       randaugment=0.0,    # magnitude, 9 is usual; takes the place of jitter
       erasing=0.0,        # probability
-      mixup=0.0, cutmix=0.0))  # alpha; both: one of them for each batch
+      mixup=0.0,          # alpha; with cutmix: one of them for each batch
+      cutmix=0.0))        # alpha
 
   # Per stage.
-  c.epochs = 50
+
+  c.epochs = 50               # of each stage
   c.warmup_epochs = config_dict.placeholder(float)  # None: a tenth
-  c.batch_size = 64
-  # A line from warmup_lr to lr, then half a cosine to min_lr.
-  c.lr = 1e-3
-  c.warmup_lr = 0.0
-  c.min_lr = 0.0
+  c.batch_size = 64           # images a step, on all devices together
+  c.lr = 1e-3                 # learning rate, at its highest
+  c.warmup_lr = 0.0           # at the start: from here a line to lr
+  c.min_lr = 0.0              # at the end: from lr half a cosine to here
   c.optimiser = "adamw"       # or "sgd", of momentum 0.9
   c.weight_decay = 1e-4       # adamw: decoupled; sgd: added to the gradient
   c.decay_all = False         # True: also decay norms and biases
-  c.label_smoothing = 0.0
+  c.label_smoothing = 0.0     # share of the target that all classes divide
 
   # TTC.
+
   c.k = 0                     # channels an insertion point; 0: the paper's
   c.position = "mlp"          # mhsa, both, stream_mlp, stream_mhsa
   # In the last blocks; 0: the paper's, all of a ViT, of a Swin the last half
   # of stage 3 and stage 4.
   c.blocks = 0
   c.score = "taylor"          # taylor_abs, taylor_square, block, l2, random
-  c.scale = 1.0
-  c.bias = False
-  c.stage1 = "norm"           # linear, none
-  c.tune_norm = True          # in stage 2
+  c.scale = 1.0               # s of Eq. 11, before the map
+  c.bias = False              # the map has one
+  c.stage1 = "norm"           # what stage 1 tunes beside the head; linear, none
+  c.tune_norm = True          # the LayerNorms in stage 2
   c.tune = "channels"         # rows: the kernel's selected rows (Table 7)
   c.adapter_lr = 1.0          # learning rate of the map, in times of lr
 
   # The other methods, as published; k, blocks and scale are SCT's too.
+
+  # AdaptFormer and its like.
   c.adapter = ml_collections.ConfigDict(dict(
-      width=8, placement="parallel",     # or pfeiffer, houlsby, noah
+      width=8,                           # of the bottleneck
+      placement="parallel",              # or pfeiffer, houlsby, noah
       activation="relu",                 # silu; GELU: exact, tanh, quick
       # None: 0.1 for parallel, as AdaptFormer; else 1.
       scale=config_dict.placeholder(float),
       dropout=0.0))                      # of the hidden units
+  # LoRA.
   c.lora = ml_collections.ConfigDict(dict(
-      rank=8, alpha=8.0, sites=("q", "v"),
+      rank=8,                            # r, of A and B
+      alpha=8.0,                         # the change is scaled by alpha / rank
+      sites=("q", "v"),                  # linear layers, see ttc_jax/taps.py
       shared=False,                      # one A for q, k and v of a block
       dropout=0.0))                      # of the input
-  c.vpt = ml_collections.ConfigDict(dict(prompts=10, dropout=0.1))
-  c.ssf = ml_collections.ConfigDict(dict(spread=0.02))  # around 1 and 0
+  # Both of VPT-Shallow and VPT-Deep.
+  c.vpt = ml_collections.ConfigDict(dict(
+      prompts=10,                        # tokens; of each block in VPT-Deep
+      dropout=0.1))                      # of the prompts
+  # SSF.
+  c.ssf = ml_collections.ConfigDict(dict(
+      spread=0.02))                      # deviation at the start, from 1 and 0
+  # SCT.
   c.sct = ml_collections.ConfigDict(dict(
-      position="attention",               # or mlp, qv
-      score="class_l2", scale_on_x=False))
+      position="attention",              # or mlp, qv
+      score="class_l2",                  # by which channels are selected
+      scale_on_x=False))                 # `scale` multiplies the channels too
+  # NOAH: a supernet, then a search for each block's sizes.
   c.noah = ml_collections.ConfigDict(dict(
-      prompts=(0, 5, 10), rank=(0, 4, 8), width=(0, 4, 8),  # sizes of a block
+      prompts=(0, 5, 10),                # numbers that a block may have
+      rank=(0, 4, 8),                    # of LoRA, that a block may have
+      width=(0, 4, 8),                   # of the adapter, that a block may have
       budget=0,                          # parameters; 0: half of the largest
       released=False,                    # the network of the authors' code
       dropout=0.0,                       # of all three modules
-      population=50, generations=15, parents=10,
-      mutations=25, crossovers=25, mutation_rate=0.2))
+      population=50,                     # of the evolutionary search
+      generations=15,                    # of the search
+      parents=10,                        # that are kept of a generation
+      mutations=25,                      # new ones of a generation
+      crossovers=25,                     # new ones of a generation
+      mutation_rate=0.2))                # of each block's sizes
+
+  # Saving, reporting and caches.
 
   c.eval_every = 5            # epochs between validations
   # Test sets that lack some classes are compared among those they have.
