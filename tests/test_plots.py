@@ -1,5 +1,8 @@
 """Pictures show the rows that they are given, and nothing else."""
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -83,3 +86,22 @@ def test_a_dot_is_a_cell_and_a_published_one_is_hollow(interval):
   low, high = bar.get_segments()[0][:, 1]
   assert (high - low) / 2 == pytest.approx(
       score.interval if interval else score.deviation)
+
+
+@pytest.mark.parametrize("given, want", [
+    ("", "agg"), ("TkAgg", "agg"),
+    ("module://matplotlib_inline.backend_inline", "inline")])
+def test_only_a_notebook_keeps_its_backend(given, want):
+  if want == "inline":
+    pytest.importorskip("matplotlib_inline")
+  done = subprocess.run(
+      [sys.executable, "-c", "from ttc_jax import plots; import matplotlib; "
+       "print(matplotlib.get_backend())"], text=True, capture_output=True,
+      env=os.environ | {"MPLBACKEND": given})
+  assert done.stdout.strip().lower().endswith(want), done.stderr
+
+
+def test_figures_are_closed_and_can_be_saved(tmp_path):
+  figure = plots.accuracy_against_parameters(rows())
+  assert not plots.plt.get_fignums()
+  assert plots.save(figure, str(tmp_path / "a"))
