@@ -32,14 +32,17 @@ OUT = tempfile.mkdtemp(prefix="ttc_jax_")
 CHECKPOINT = ""
 SIZE = 64
 
-def command(*words, codes=(0,)):
+def command(*words, codes=(0,), lines=40):
   """Runs `python -m ttc_jax ...`, shows its output, checks its exit code."""
   # On the CPU: this process has taken the memory of the GPU.
   done = subprocess.run(
       [sys.executable, "-m", "ttc_jax", *words], text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       env=os.environ | {"JAX_PLATFORMS": "cpu"})
-  print(done.stdout)
+  shown = done.stdout.splitlines()
+  if len(shown) > lines:
+    shown[lines // 2:-lines // 2] = ["..."]
+  print("\n".join(shown))
   assert done.returncode in codes, "the command failed: see above"
 
 # %% [markdown]
@@ -95,7 +98,8 @@ with np.load(exported) as arrays:
 # when the files differ.)
 
 # %%
-command("weights", "diff", checkpoint, exported, codes=(0, 1))
+command("weights", "diff", checkpoint, exported, codes=(0, 1),
+        lines=12)
 
 # %% [markdown]
 # ## Load it again
@@ -136,11 +140,11 @@ ax.set_aspect("equal")
 plt.show()
 
 # %%
-figure, axes = plt.subplots(2, 6, figsize=(9, 3.6))
+figure, axes = plt.subplots(2, 6, figsize=(9, 4))
 for ax, image, label, row in zip(
     axes.flat, test.images, test.labels, theirs, strict=False):
   ax.imshow(image)
-  ax.set_title(f"{task.classes[label]}, predicted "
+  ax.set_title(f"{task.classes[label]}\npredicted: "
                f"{task.classes[row.argmax()]}", fontsize=8)
   ax.axis("off")
 plt.show()

@@ -26,15 +26,19 @@ from matplotlib import pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+OUT = tempfile.mkdtemp(prefix="ttc_jax_")
+# JAX keeps compiled programs here, so that later calls of fit start faster.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR",
+                      os.path.join(OUT, "programs"))
+
 import ttc_jax
 
 SHORT = bool(os.environ.get("TTC_JAX_SHORT"))  # a quick test of this notebook
 EPOCHS = 1 if SHORT else 4    # of each stage
-IMAGES = 200 if SHORT else 0  # of each split; 0: all
+IMAGES = 128 if SHORT else 0  # of each split; 0: all
 SIZE = 64
 WEIGHTS = os.path.join(os.path.dirname(ttc_jax.__file__), "checkpoints",
                        "vit_ti16_64.safetensors")
-OUT = tempfile.mkdtemp(prefix="ttc_jax_")
 
 task = ttc_jax.tasks.load("digits", size=SIZE)
 train = task.split("trainval").first(IMAGES)
@@ -86,7 +90,8 @@ result
 #
 # A score says how the loss changes, to first order, when a channel is scaled.
 # Each line is a block of the transformer, each column one of its 192 channels.
-# In each line the largest magnitude is 1 or -1.
+# Red is positive, blue is negative; in each line the largest magnitude is 1 or
+# -1.
 
 # %%
 result.scores.plot()
