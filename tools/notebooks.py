@@ -142,7 +142,8 @@ def execute(name: str, folder: str | os.PathLike, timeout: float = 600,
     client = NotebookClient(
         nbformat.reads(generate(name), as_version=4), km=manager,
         timeout=timeout, resources={"metadata": {"path": str(folder)}})
-    return client.execute(env={
+    # A kernel of a manager that is given is not stopped unless one asks for it.
+    return client.execute(cleanup_kc=True, env={
         **os.environ, "PYTHONPATH": path, "IPYTHONDIR": scratch,
         "JUPYTER_RUNTIME_DIR": scratch, "JUPYTER_CONFIG_DIR": scratch,
         "JUPYTER_DATA_DIR": scratch, **environment})
