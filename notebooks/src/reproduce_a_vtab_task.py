@@ -72,6 +72,7 @@ def prepare_sprites(folder, counts):
   from PIL import Image
   import tensorflow_datasets as tfds
 
+  tfds.disable_progress_bar()
   task = ttc_jax.tasks.load("sprites_location", size=64)
 
   class Sprites(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -162,7 +163,6 @@ for path in sorted(glob.glob(os.path.join(WORKDIR, "runs", "*", "row.json"))):
           f"{row['weight_decay']:g}")
 ax.set_xlabel("epoch, both stages")
 ax.set_ylabel("training loss")
-ax.set_ylim(bottom=0)
 ax.xaxis.get_major_locator().set_params(integer=True)
 ax.legend(fontsize=8)
 plt.show()
