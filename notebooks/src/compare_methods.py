@@ -87,7 +87,7 @@ command("train", f"--workdir={WORKDIR}",
 # %%
 from ttc_jax import plots, report
 
-rows = report.of(WORKDIR)
+rows = report.collect([WORKDIR])
 final = [row for row in rows if row["protocol"] == "final"]
 plots.accuracy_against_parameters(final)
 
