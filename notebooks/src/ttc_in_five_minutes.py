@@ -160,9 +160,9 @@ print(f"largest difference of a probability: {difference.max():.1e}")
 # %% [markdown]
 # ## Predict your own image
 #
-# Set `OWN` to the path of a picture of one white digit on black. Without it,
-# the next cell draws one and reduces it to 8 x 8 pixels, as the digits of the
-# data set were.
+# Set `OWN` to the path of a picture of one white digit on black, as high as the
+# picture. Without it, the next cell draws one and reduces it to 8 x 8 pixels,
+# as the digits of the data set were.
 
 # %%
 OWN = ""  # for example "/content/seven.png"
@@ -171,7 +171,7 @@ def drawn():
   """A seven, drawn with a thick pen."""
   picture = Image.new("L", (128, 128))
   ImageDraw.Draw(picture).line(
-      [(34, 22), (92, 22), (52, 108)], fill=255, width=18, joint="curve")
+      [(24, 10), (96, 10), (48, 124)], fill=255, width=18, joint="curve")
   blurred = picture.filter(ImageFilter.GaussianBlur(4))
   return blurred.resize((8, 8), Image.Resampling.BOX).convert("RGB")
 
@@ -198,6 +198,7 @@ model = ttc_jax.serve.load(WEIGHTS)
 model.add("ttc", path)
 model.add("aligned", aligned)
 asked = ["ttc", "aligned"]
+print(f"true class: {task.classes[test.labels[0]]}")
 for name, row in zip(
     asked, model.predict(test.images[[0, 0]], task=asked), strict=True):
   print(f"{name}: {task.classes[row.argmax()]}, {row.max():.2f}")
