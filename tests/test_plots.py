@@ -33,6 +33,17 @@ def test_a_point_is_the_mean_over_tasks_with_the_deviation_over_seeds():
     np.testing.assert_allclose((high - low) / 2, np.std([50, 60], ddof=1))
 
 
+def test_numbers_of_parameters_do_not_overlap():
+  figure = plots.accuracy_against_parameters(rows())
+  axes, = figure.axes
+  figure.canvas.draw()
+  boxes = [label.get_window_extent() for label in axes.get_xticklabels()
+           if label.get_text() and axes.get_xlim()[0] <= label.get_position(
+           )[0] <= axes.get_xlim()[1]]
+  assert len(boxes) > 2
+  assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
 def test_files_are_whole_and_the_same_for_the_same_rows(tmp_path):
   records = [{"stage": "supernet", "epoch": 1, "loss": 1.0},
              *({"stage": "search", "epoch": i, "val_top1": 40.0 + i,

@@ -111,7 +111,7 @@ def _cell(i, kind, text):
   return new(text, id=f"cell-{i}")  # else nbformat draws one at random
 
 
-def execute(name: str, folder: str | os.PathLike, timeout: float = 600,
+def execute(name: str, folder: str | os.PathLike, timeout: float = 1800,
             **environment: str) -> Any:
   """Runs NAME.ipynb with this Python; returns it with its outputs.
 

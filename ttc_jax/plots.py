@@ -67,6 +67,9 @@ def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:
     axes.errorbar(count, np.mean(scores), yerr=spread, capsize=2,
                   label=label(variant), linestyle="none", **_mark(i))
   axes.set_xscale("log")
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 20k, 5M
+  axes.xaxis.set_minor_formatter(ticker.NullFormatter())
   axes.set_xlabel("tuned parameters, head included")
   tasks = len({r["task"] for r in rows})
   axes.set_ylabel(f"test top-1, mean of {tasks} tasks (%)"

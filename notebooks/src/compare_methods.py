@@ -60,8 +60,9 @@ plt.show()
 # What each method tunes in the embedded ViT-Ti/16:
 
 # %%
-command("methods", "--backbone=vit_ti16", "--size=64",
-        f"--classes={len(task.classes)}")
+if not SHORT:
+  command("methods", "--backbone=vit_ti16", "--size=64",
+          f"--classes={len(task.classes)}")
 
 # %% [markdown]
 # ## Run
