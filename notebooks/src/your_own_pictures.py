@@ -25,7 +25,7 @@ import zipfile
 
 from matplotlib import pyplot as plt
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 import ttc_jax
 from ttc_jax.tasks import summary
@@ -43,38 +43,42 @@ DATA = ""  # for example "/content/pets.zip"
 # %% [markdown]
 # ## Pictures
 #
-# If `DATA` is empty, the next cell draws pictures of four shapes on noisy
-# backgrounds and puts them into a zip file. Circles and octagons are easy to
-# confuse.
+# If `DATA` is empty, the next cell draws pictures of four patterns, of any
+# colour, scale and angle, and puts them into a zip file. Some have little
+# contrast and are easy to confuse.
 
 # %%
-CORNERS = {"circle": 60, "octagon": 8, "square": 4, "triangle": 3}
+PATTERNS = {
+    "checks": lambda u, v: np.sin(u) * np.sin(v) > 0,
+    "dots": lambda u, v: np.cos(u) + np.cos(v) > 0.8,
+    "stripes": lambda u, v: np.sin(u) > 0,
+    "waves": lambda u, v: np.sin(u + 1.5 * np.sin(0.7 * v)) > 0}
 
-def shape(corners, rng):
-  """A regular polygon of random size, place, angle and colours."""
-  size = rng.integers(80, 140, 2)
-  noise = rng.normal(0, 25, (size[1], size[0], 3))
-  ground = np.clip(rng.integers(0, 256, 3) + noise, 0, 255).astype(np.uint8)
-  picture = Image.fromarray(ground)
-  radius = rng.uniform(0.18, 0.4) * size.min()
-  x, y = (rng.uniform(radius, side - radius) for side in size)
-  colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-  ImageDraw.Draw(picture).regular_polygon(
-      (x, y, radius), corners, rotation=int(rng.integers(360)), fill=colour)
+def pattern(inside, rng):
+  """A pattern of random size, scale, angle, place and colours, with noise."""
+  width, height = rng.integers(80, 140, 2)
+  y, x = np.mgrid[:height, :width] * (2 * np.pi / rng.uniform(12, 45))
+  angle, shift = rng.uniform(0, np.pi), rng.uniform(0, 6, 2)
+  u = np.cos(angle) * x + np.sin(angle) * y + shift[0]
+  v = np.cos(angle) * y - np.sin(angle) * x + shift[1]
+  one, other = rng.uniform(0, 256, (2, 3))
+  pixels = np.where(inside(u, v)[..., None], one, other)
+  pixels += rng.normal(0, 30, pixels.shape)
+  picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
   return picture.filter(ImageFilter.GaussianBlur(1))
 
 def draw_pictures(path, count):
-  """Writes a zip file with `count` pictures of each shape."""
+  """Writes a zip file with `count` pictures of each pattern."""
   rng = np.random.default_rng(0)
   with zipfile.ZipFile(path, "w") as archive:
-    for name, corners in CORNERS.items():
+    for name, inside in PATTERNS.items():
       for i in range(count):
-        with archive.open(f"shapes/{name}/{i:03d}.png", "w") as file:
-          shape(corners, rng).save(file, format="png")
+        with archive.open(f"patterns/{name}/{i:03d}.png", "w") as file:
+          pattern(inside, rng).save(file, format="png")
   return path
 
 data = DATA or draw_pictures(
-    os.path.join(OUT, "shapes.zip"), 20 if SHORT else 200)
+    os.path.join(OUT, "patterns.zip"), 20 if SHORT else 200)
 
 # %% [markdown]
 # ## Division
