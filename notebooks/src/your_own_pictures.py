@@ -25,13 +25,13 @@ import zipfile
 
 from matplotlib import pyplot as plt
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import ttc_jax
 from ttc_jax.tasks import summary
 
 SHORT = bool(os.environ.get("TTC_JAX_SHORT"))  # a quick test of this notebook
-EPOCHS = 1 if SHORT else 8  # of each stage
+EPOCHS = 1 if SHORT else 5  # of each stage
 SIZE = 64                   # pixels a side; 224 for most larger backbones
 WEIGHTS = os.path.join(os.path.dirname(ttc_jax.__file__), "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -43,42 +43,24 @@ DATA = ""  # for example "/content/pets.zip"
 # %% [markdown]
 # ## Pictures
 #
-# If `DATA` is empty, the next cell draws pictures of four patterns, of any
-# colour, scale and angle, and puts them into a zip file. Some have little
-# contrast and are easy to confuse.
+# If `DATA` is empty, the next cell puts scikit-learn's handwritten digits into
+# a zip file of pictures, one folder for each digit.
 
 # %%
-PATTERNS = {
-    "checks": lambda u, v: np.sin(u) * np.sin(v) > 0,
-    "dots": lambda u, v: np.cos(u) + np.cos(v) > 0.8,
-    "stripes": lambda u, v: np.sin(u) > 0,
-    "waves": lambda u, v: np.sin(u + 1.5 * np.sin(0.7 * v)) > 0}
-
-def pattern(inside, rng):
-  """A pattern of random size, scale, angle, place and colours, with noise."""
-  width, height = rng.integers(80, 140, 2)
-  y, x = np.mgrid[:height, :width] * (2 * np.pi / rng.uniform(12, 45))
-  angle, shift = rng.uniform(0, np.pi), rng.uniform(0, 6, 2)
-  u = np.cos(angle) * x + np.sin(angle) * y + shift[0]
-  v = np.cos(angle) * y - np.sin(angle) * x + shift[1]
-  one, other = rng.uniform(0, 256, (2, 3))
-  pixels = np.where(inside(u, v)[..., None], one, other)
-  pixels += rng.normal(0, 30, pixels.shape)
-  picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-  return picture.filter(ImageFilter.GaussianBlur(1))
-
-def draw_pictures(path, count):
-  """Writes a zip file with `count` pictures of each pattern."""
-  rng = np.random.default_rng(0)
+def digits(path, count):
+  """Writes a zip file with up to `count` pictures."""
+  task = ttc_jax.tasks.load("digits", size=64)
   with zipfile.ZipFile(path, "w") as archive:
-    for name, inside in PATTERNS.items():
-      for i in range(count):
-        with archive.open(f"patterns/{name}/{i:03d}.png", "w") as file:
-          pattern(inside, rng).save(file, format="png")
+    for part in ("trainval", "test"):
+      for i, (image, label) in enumerate(
+          zip(*task.split(part).first(count // 2), strict=True)):
+        with archive.open(
+            f"digits/{task.classes[label]}/{part}{i}.png", "w") as file:
+          Image.fromarray(image).save(file, format="png")
   return path
 
-data = DATA or draw_pictures(
-    os.path.join(OUT, "patterns.zip"), 20 if SHORT else 200)
+data = DATA or digits(
+    os.path.join(OUT, "digits.zip"), 200 if SHORT else 2000)
 
 # %% [markdown]
 # ## Division
