@@ -1,5 +1,8 @@
 """Pictures show the rows that they are given, and nothing else."""
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +31,17 @@ def test_a_point_is_the_mean_over_tasks_with_the_deviation_over_seeds():
         line.get_xydata(), [[10 ** (3 + i) + 25, 55.0 + i]])
     low, high = bar.get_segments()[0][:, 1]
     np.testing.assert_allclose((high - low) / 2, np.std([50, 60], ddof=1))
+
+
+def test_numbers_of_parameters_do_not_overlap():
+  figure = plots.accuracy_against_parameters(rows())
+  axes, = figure.axes
+  figure.canvas.draw()
+  boxes = [label.get_window_extent() for label in axes.get_xticklabels()
+           if label.get_text() and axes.get_xlim()[0] <= label.get_position(
+           )[0] <= axes.get_xlim()[1]]
+  assert len(boxes) > 2
+  assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
 
 
 def test_files_are_whole_and_the_same_for_the_same_rows(tmp_path):
@@ -83,3 +97,22 @@ def test_a_dot_is_a_cell_and_a_published_one_is_hollow(interval):
   low, high = bar.get_segments()[0][:, 1]
   assert (high - low) / 2 == pytest.approx(
       score.interval if interval else score.deviation)
+
+
+@pytest.mark.parametrize("given, want", [
+    ("", "agg"), ("TkAgg", "agg"),
+    ("module://matplotlib_inline.backend_inline", "inline")])
+def test_only_a_notebook_keeps_its_backend(given, want):
+  if want == "inline":
+    pytest.importorskip("matplotlib_inline")
+  done = subprocess.run(
+      [sys.executable, "-c", "from ttc_jax import plots; import matplotlib; "
+       "print(matplotlib.get_backend())"], text=True, capture_output=True,
+      env=os.environ | {"MPLBACKEND": given})
+  assert done.stdout.strip().lower().endswith(want), done.stderr
+
+
+def test_figures_are_closed_and_can_be_saved(tmp_path):
+  figure = plots.accuracy_against_parameters(rows())
+  assert not plots.plt.get_fignums()
+  assert plots.save(figure, str(tmp_path / "a"))

@@ -55,6 +55,7 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
       ax.set_ylabel("block")
       ax.set_xlabel(f"channel at {site}")
       ax.grid(visible=False)
+    plots.plt.close(figure)  # else a notebook draws it twice
     return figure
 
   def _line(self, site, block, x):

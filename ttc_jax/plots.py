@@ -15,7 +15,9 @@ try:
 except ImportError as e:
   raise UserError("plots need matplotlib: pip install -e '.[plots]', or "
                   "leave config.plots off") from e
-matplotlib.use("Agg")
+# Jupyter names its own backend here, which shows figures below a cell.
+if "inline" not in os.environ.get("MPLBACKEND", ""):
+  matplotlib.use("Agg")
 # pyplot reads the backend when it is imported.
 from matplotlib import pyplot as plt
 from matplotlib import ticker
@@ -25,6 +27,7 @@ matplotlib.rcParams.update({
     "svg.hashsalt": "ttc_jax",  # the same rows give the same bytes
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
+# Functions close what they return: a notebook would draw it a second time.
 _MARKERS = "osD^vP*X"
 
 
@@ -64,12 +67,16 @@ def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:
     axes.errorbar(count, np.mean(scores), yerr=spread, capsize=2,
                   label=label(variant), linestyle="none", **_mark(i))
   axes.set_xscale("log")
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 20k, 5M
+  axes.xaxis.set_minor_formatter(ticker.NullFormatter())
   axes.set_xlabel("tuned parameters, head included")
   tasks = len({r["task"] for r in rows})
   axes.set_ylabel(f"test top-1, mean of {tasks} tasks (%)"
                   if tasks > 1 else "test top-1 (%)")
   axes.legend(fontsize=8, frameon=False, loc="center left",
               bbox_to_anchor=(1, 0.5))
+  plt.close(figure)
   return figure
 
 
@@ -105,6 +112,7 @@ def by_task(table: tables.Table, interval: bool = False) -> Figure:
   axes.set_ylabel("top-1 (%)")
   axes.legend(fontsize=8, frameon=False, loc="center left",
               bbox_to_anchor=(1, 0.5))
+  plt.close(figure)
   return figure
 
 
@@ -146,6 +154,7 @@ def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   axes.set_ylabel("val200 top-1 (%): best so far, and the mean (dashed)")
   if len(curves) <= 10:
     axes.legend(fontsize=7, frameon=False)
+  plt.close(figure)
   return figure
 
 
