@@ -105,6 +105,7 @@ def folder(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_marked_code_runs(name, folder):
@@ -115,6 +116,7 @@ def test_marked_code_runs(name, folder):
       exec(compile(block, f"{name}, block {number}", "exec"), space)
 
 
+@pytest.mark.slow
 def test_readme_s_python_runs(folder):
   block, = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
   space = {"ttc_jax": ttc_jax, "paths": ["cat.jpg"] * 4,

@@ -52,6 +52,7 @@ SWIN = Swin(embed=16, depths=(2, 2), heads=2, image_size=32, window=4)
 
 @pytest.mark.parametrize("backbone", [VIT, SWIN], ids=["vit", "swin"])
 @pytest.mark.parametrize("method", ["layernorm", "lora", "ttc"])
+@pytest.mark.sweep(keep=2)
 def test_losses_and_gradients_are_the_same(config, backbone, method):
   config.drop_path = 0.2
   plain, again = (backbone.clone(drop_path=0.2, remat=r)
