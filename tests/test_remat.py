@@ -1,4 +1,4 @@
-"""Rematerialised blocks: the same gradients, less memory."""
+"""Rematerialised blocks: the same gradients, fewer activations kept."""
 import jax
 import numpy as np
 import pytest
@@ -42,7 +42,9 @@ def loss_and_gradient(backbone, config, method="layernorm"):
   def of_norms(norms, rest, key):
     return loss(trees.join(norms, rest), fixed, batch, key)
   labels = trees.label(params, made.stages[-1].rules)
-  return jax.jit(jax.value_and_grad(of_norms)), (
+  def both(*args):
+    return of_norms(*args), jax.grad(of_norms)(*args)
+  return both, (
       *trees.split(params, labels, "tune"), jax.random.key(0))
 
 
@@ -58,9 +60,9 @@ def test_losses_and_gradients_are_the_same(config, backbone, method):
   plain, again = (backbone.clone(drop_path=0.2, remat=r)
                   for r in (False, True))
   fn, args = loss_and_gradient(plain, config, method)
-  want, want_grads = fn(*args)
+  want, want_grads = jax.jit(fn)(*args)
   fn, args = loss_and_gradient(again, config, method)
-  got, got_grads = fn(*args)
+  got, got_grads = jax.jit(fn)(*args)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   names, values = trees.flatten(want_grads), trees.flatten(got_grads)
   assert names.keys() == values.keys() and names
@@ -69,10 +71,13 @@ def test_losses_and_gradients_are_the_same(config, backbone, method):
                                err_msg=name)
 
 
-def test_the_step_needs_less_memory(config):
-  needed = {}
+def test_less_is_kept_for_the_backward_pass(config):
+  """Of the residuals of `jax.vjp`; what XLA makes of it differs by version."""
+  kept = {}
   for remat in (False, True):
-    fn, args = loss_and_gradient(VIT.clone(remat=remat), config)
-    compiled = fn.lower(*args).compile()
-    needed[remat] = compiled.memory_analysis().temp_size_in_bytes
-  assert needed[True] < 0.6 * needed[False]
+    fn, (norms, *rest) = loss_and_gradient(VIT.clone(remat=remat), config)
+    residuals = jax.eval_shape(lambda x, fn=fn, rest=rest: jax.vjp(
+        lambda y: fn(y, *rest)[0], x)[1], norms)
+    kept[remat] = sum(x.size * x.dtype.itemsize
+                      for x in jax.tree.leaves(residuals))
+  assert kept[True] < 0.3 * kept[False]
