@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ttc_block": dict(method="ttc", score="block"),
     "ttc_on_linear": dict(method="ttc", stage1="linear", tune_norm=False),
     "ttc_joint": dict(method="ttc", stage1="none", epochs=BOTH),
-    "ttc_rows": dict(method="ttc", tune="rows"),
+    "ttc_rows": dict(method="ttc", tune="rows", position="mhsa"),
     "ttc_mhsa": dict(method="ttc", position="mhsa"),
     "ttc_both": dict(method="ttc", position="both"),
 }
@@ -196,13 +196,15 @@ def cell(values: Sequence[float]) -> str:
 
 def accuracy(results: Results,
              paper: Mapping[str, float | str] | None = None,
-             labels: Mapping[str, str] | None = None) -> Grid:
+             labels: Mapping[str, str] | None = None,
+             notes: Sequence[str] = ()) -> Grid:
   """Returns the table of test accuracy: a line per variant, a column per task.
 
   Args:
     paper: the paper's number for some variants, the mean of VTAB-1K's tasks
       unless a note says otherwise.
     labels: how some variants are called in the first column.
+    notes: further sentences under the table.
   """
   shown = [r for r in results.rows if r["protocol"] == "final"]
   tasks = [*dict.fromkeys([*results.tasks, *(r["task"] for r in shown)])]
@@ -219,13 +221,13 @@ def accuracy(results: Results,
         *formats.counts(mine)[:2], _rates(mine)])
   header = ["", *tasks, *(["mean"] if len(tasks) > 1 else []),
             *(["paper"] if paper else []), "module", "norm", "lr"]
-  notes = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
+  under = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
            "chosen on val200. ±: standard deviation over seeds. Columns "
            "module, norm: tuned parameters.", results.setting]
   if paper:
-    notes.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
+    under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")
-  return Grid(results.title, header, lines, notes)
+  return Grid(results.title, header, lines, [*under, *notes])
 
 
 def _rates(rows):

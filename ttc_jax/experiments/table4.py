@@ -13,16 +13,12 @@ import jax
 import numpy as np
 
 from ttc_jax import cost, methods, optim, parallel, trees
-from ttc_jax.experiments import VARIANTS as KNOWN
 from ttc_jax.experiments import Grid, Results
 from ttc_jax.model import Model, init_head
 from ttc_jax.runs import inputs, plan
 
-VARIANTS = {
-    "layernorm": KNOWN["layernorm"], "bias": KNOWN["bias"],
-    "adapter": KNOWN["adapter"], "lora": KNOWN["lora"],
-    "vpt_deep": KNOWN["vpt_deep"], "ssf": KNOWN["ssf"], "ttc": KNOWN["ttc"],
-    "ttc_rows": KNOWN["ttc_rows"] | dict(position="mhsa")}
+VARIANTS = ("layernorm", "bias", "adapter", "lora", "vpt_deep", "ssf", "ttc",
+            "ttc_rows")
 TRAINS = False  # draws without any run
 
 

@@ -18,5 +18,4 @@ def draw(results: Results) -> list[Grid]:
   """Returns the table."""
   labels = {r["variant"]: f"ttc (D/8 = {r['k']})"
             for r in results.final("ttc")}
-  table = accuracy(results, PAPER, labels)
-  return [table._replace(notes=[*table.notes, OTHER_MEAN])]
+  return [accuracy(results, PAPER, labels, notes=[OTHER_MEAN])]

@@ -3,11 +3,9 @@
 `ttc_rows` tunes the K selected rows w_i of the layer after MHSA, K x D
 parameters a block as the paper counts them (0.88M); `ttc_mhsa` has a map there.
 """
-from ttc_jax.experiments import VARIANTS as KNOWN
 from ttc_jax.experiments import Grid, Results, accuracy
 
-VARIANTS = {"ttc": KNOWN["ttc"], "ttc_mhsa": KNOWN["ttc_mhsa"],
-            "ttc_rows": KNOWN["ttc_rows"] | dict(position="mhsa")}
+VARIANTS = ("ttc", "ttc_mhsa", "ttc_rows")
 PAPER = {"ttc": 74.8, "ttc_rows": 67.0}
 
 
