@@ -14,6 +14,7 @@ import os
 
 import ml_collections
 
+from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
 from ttc_jax.errors import check_known
 
@@ -36,29 +37,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.grid.lr = GRID
   config.seeds = (0, 1, 2)
   config.epochs, config.warmup_epochs = arg.epochs, min(1.0, arg.epochs / 2)
-  both = 2 * config.get_ref("epochs")
-
-  def one(method, **more):
-    return dict(method=method, epochs=both, **more)
-  everything = dict(
-      linear=dict(method="linear", epochs=100),
-      full=one("full", grid=dict(lr=GRID_FULL)),
-      bias=one("bias"),
-      layernorm=one("layernorm"),
-      adapter=one("adapter"),
-      lora=one("lora"),
-      vpt_shallow=one("vpt_shallow"),
-      vpt_deep=one("vpt_deep"),
-      ssf=one("ssf"),
-      sct=one("sct"),
-      noah=dict(method="noah", noah=dict(
-          population=16, generations=5, parents=4, mutations=8,
-          crossovers=4)),
-      ttc=dict(method="ttc"),
-      ttc_joint=one("ttc", stage1="none"),
-      ttc_no_align=dict(method="ttc", stage1="linear", tune_norm=False),
-      ttc_rows=dict(method="ttc", tune="rows", position="mhsa"),
-      ttc_random=dict(method="ttc", score="random"))
+  known = experiments.settled(experiments.VARIANTS, config.get_ref("epochs"))
+  everything = {name: known[name] for name in (
+      "linear", "full", "bias", "layernorm_2x", "adapter", "lora",
+      "vpt_shallow", "vpt_deep", "ssf", "sct", "noah", "ttc", "ttc_joint",
+      "ttc_on_linear", "ttc_rows", "ttc_random")}
+  # The names of earlier work directories.
+  everything = {{"layernorm_2x": "layernorm", "ttc_on_linear": "ttc_no_align"
+                 }.get(name, name): values
+                for name, values in everything.items()}
+  everything["full"]["grid"] = dict(lr=GRID_FULL)
+  everything["noah"]["noah"] = dict(
+      population=16, generations=5, parents=4, mutations=8, crossovers=4)
   config.variants = variants(**{
       name: everything[check_known("method", name, everything)]
       for name in arg.method or everything})

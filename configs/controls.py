@@ -16,6 +16,7 @@ import os
 
 import ml_collections
 
+from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
@@ -35,11 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.grid.lr = (6e-3, 2e-2)
   config.seeds = (0, 1, 2)
   config.epochs, config.warmup_epochs = arg.epochs, 1.0
-  config.variants = variants(
-      linear=dict(method="linear", epochs=100),
-      layernorm=dict(method="layernorm"),
-      layernorm_2x=dict(
-          method="layernorm", epochs=2 * config.get_ref("epochs")),
-      ttc=dict(method="ttc"),
-      ttc_random=dict(method="ttc", score="random"))
+  known = experiments.settled(experiments.VARIANTS, config.get_ref("epochs"))
+  config.variants = variants(**{name: known[name] for name in (
+      "linear", "layernorm", "layernorm_2x", "ttc", "ttc_random")})
   return config

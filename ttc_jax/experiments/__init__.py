@@ -146,17 +146,24 @@ def variants(name: str, epochs: Any) -> dict[str, dict[str, Any]]:
   """
   module = load(name)
   given = module.VARIANTS
-  if not isinstance(given, Mapping):
-    given = {label: VARIANTS[label] for label in given}
-  measures = getattr(module, "MEASURES", {})
-  found = {}
-  for label, values in given.items():
-    found[label] = dict(values)
-    if values.get("epochs") == BOTH:
-      found[label]["epochs"] = 2 * epochs
-    if label in measures:
-      found[label]["measures"] = tuple(measures[label])
+  found = settled(given if isinstance(given, Mapping) else {
+      label: VARIANTS[label] for label in given}, epochs)
+  for label, measures in getattr(module, "MEASURES", {}).items():
+    found[label]["measures"] = tuple(measures)
   return found
+
+
+def settled(given: Mapping[str, Mapping[str, Any]],
+            epochs: Any) -> dict[str, dict[str, Any]]:
+  """Returns variants with the epochs of both stages as a number.
+
+  Args:
+    given: as `VARIANTS`.
+    epochs: of one stage; may be a reference of a configuration.
+  """
+  return {label: {**values, **({"epochs": 2 * epochs}
+                               if values.get("epochs") == BOTH else {})}
+          for label, values in given.items()}
 
 
 def show(name: str, results: Results) -> list[Grid | Picture]:

@@ -15,4 +15,5 @@ PAPER = {"ttc": 78.4, "ttc_both": 77.1}
 
 def draw(results: Results) -> list[Grid]:
   """Returns the table."""
-  return [accuracy(results, PAPER, {"ttc": "ttc (after the MLP)"}, notes=[OTHER_MEAN])]
+  return [accuracy(results, PAPER, {"ttc": "ttc (after the MLP)"},
+                   notes=[OTHER_MEAN])]
