@@ -13,15 +13,12 @@ from ttc_jax import (
   export,
   files,
   importance,
-  optim,
   parallel,
   tasks,
   train,
-  trees,
 )
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
-from ttc_jax.model import trim_head
 from ttc_jax.predict.loaded import attach
 from ttc_jax.runs import inputs, row
 from ttc_jax.runs.progress import Progress
@@ -226,8 +223,9 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
     outcome = train.run(job._replace(report=bar.update), base.params, scratch)
-  found = Fitted(_bundle(job, base, outcome), base, outcome.history,
-                 _per_block(scores, base))
+  bundle = row.make_bundle(job, base, names, outcome,
+                           {"task": "fit", "group": "Other"})
+  found = Fitted(bundle, base, outcome.history, _per_block(scores, base))
   for test in task.tests if task else ():
     found.tests[test] = found.accuracy(*task.split(test))
   return found
@@ -349,28 +347,6 @@ def _recording(prepare, options, into):
           context.images, context.labels, scored, context.seed))
     return adapter, buffers
   return recorded
-
-
-def _bundle(job, base, outcome):
-  """The bundle of a tuned model."""
-  c, classes = job.config, job.identity["classes"]
-  params = outcome.state.params
-  params = params | {"head": trim_head(params["head"], job.classes)}
-  tuned = row.tuned_leaves(job.method, params)
-  meta = {
-      "task": "fit", "group": "Other", "method": job.method.name,
-      "options": job.method.options, "classes": classes,
-      "backbone": c.backbone, "fields": base.backbone.fields,
-      "image_size": c.image_size, "normalisation": c.normalisation,
-      "resample": c.resample, "dtype": c.dtype,
-      "weights_sha256": base.source.sha256,
-      "weights_source": base.source.address, "seed": job.seed,
-      "stages": [s.name for s in job.method.stages],
-      "versions": row.versions(),
-      **{f"{part}_params": n for part, n in optim.counts(tuned).items()}}
-  return bundles.Bundle(
-      trees.flatten(tuned),
-      trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta)
 
 
 def _per_block(scores, base):

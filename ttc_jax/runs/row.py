@@ -1,8 +1,10 @@
 """A finished run -> its test accuracy, its bundle and its row."""
+from collections.abc import Sequence
 import datetime
 import functools
 import platform
 import time
+from typing import Any
 
 import flax
 import jax
@@ -42,17 +44,41 @@ def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
   """
   params = outcome.state.params
   params = params | {"head": trim_head(params["head"], job.classes)}
-  tuned = tuned_leaves(job.method, params)
   row = (_facts(run, base, task, job) | _accuracy(run, job, task, outcome)
-         | {f"{part}_params": n for part, n in optim.counts(tuned).items()}
          | _costs(job, outcome, params))
-  meta = row | {
-      "classes": list(task.classes), "resample": run.config.resample,
-      "weights_source": base.source.address, "fields": base.backbone.fields}
-  bundles.save(bundle, bundles.Bundle(
-      trees.flatten(tuned),
-      trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta))
+  made = make_bundle(job, base, task.classes, outcome, row)
+  row |= {key: made.meta[key] for key in _COUNTS}
+  bundles.save(bundle, made)
   return row | {"bundle_bytes": files.size(bundle), "finished": _now()}
+
+
+_COUNTS = ("module_params", "norm_params", "head_params")
+
+
+def make_bundle(job: train.Job, base: Base, classes: Sequence[str],
+                outcome: train.Outcome, facts: dict[str, Any]
+                ) -> bundles.Bundle:
+  """Returns the bundle of a trained job.
+
+  Args:
+    classes: their names.
+    facts: further metadata: task, what was measured, ...
+  """
+  c, params = job.config, outcome.state.params
+  params = params | {"head": trim_head(params["head"], job.classes)}
+  tuned = tuned_leaves(job.method, params)
+  meta = facts | {
+      "method": job.method.name, "options": job.method.options,
+      "classes": list(classes), "backbone": c.backbone,
+      "fields": base.backbone.fields, "image_size": c.image_size,
+      "normalisation": c.normalisation, "resample": c.resample,
+      "dtype": c.dtype, "weights_sha256": base.source.sha256,
+      "weights_source": base.source.address, "seed": job.seed,
+      "stages": [s.name for s in job.method.stages], "versions": versions(),
+      **{f"{part}_params": n for part, n in optim.counts(tuned).items()}}
+  return bundles.Bundle(
+      trees.flatten(tuned),
+      trees.flatten(parallel.unreplicate(outcome.state.buffers)), meta)
 
 
 def tuned_leaves(method: methods.Method, params: trees.Tree) -> trees.Tree:
