@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # 256 for 224: the centre crop that ImageNet's test sets are compared with.
   config.resample = f"bicubic/{round(arg.size * 256 / 224)}"
   config.protocol, config.seeds = "select", (0, 1, 2)
-  config.grid.lr, config.grid_steps = (2e-3, 6e-3, 2e-2), 3
+  config.grid.lr, config.grid_steps = (6e-3, 2e-2, 6.7e-2), 3
   config.epochs = arg.epochs
   if arg.augment:
     config.flip, config.smallest_crop, config.label_smoothing = True, 0.08, 0.1
