@@ -233,7 +233,7 @@ def test_compressed_zeros_cost_no_memory(base, tmp_path, monkeypatch):
   bundles.save(path, bundle)
   bundles.load(path)
   monkeypatch.setattr(bundles, "_SPARE", 2 ** 20)
-  monkeypatch.setattr(bundles, "unfill", None)  # read nothing
+  monkeypatch.setattr(checkpoint, "_unfill", None)  # read nothing
   with pytest.raises(UserError, match="declares 16,[0-9,]+ bytes of arrays in"):
     bundles.load(path)
 

@@ -93,7 +93,6 @@ def test_a_smaller_divergence_moves_less(tmp_path):
 def workdir(tmp_path):
   """A directory of Table 3, finished; names that a page must escape."""
   work = WorkDir(tmp_path / "a<b>")
-  (work.path / "runs").mkdir(parents=True)
   for r in rows((3.0, 2.9, 3.1), ("layernorm", "linear"), ("t<i>", "u|v")):
     work.write_row(r)
   plan = Expected(1, [0, 1, 2], "select", 20)
@@ -142,7 +141,6 @@ def test_a_directory_without_experiments_is_refused(tmp_path):
   with pytest.raises(UserError, match="no work directory"):
     page.gather(str(tmp_path / "none"))
   work = WorkDir(tmp_path / "plain")
-  (work.path / "runs").mkdir(parents=True)
   work.write_row(row("a", "t", 0, 50))
   with pytest.raises(UserError, match="no finished run of an experiment"):
     page.gather(str(work))

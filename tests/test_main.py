@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -156,8 +155,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, weights, tmp_path):
   assert process.returncode == 0, errors
   assert "start the same command again" in errors
   assert not WorkDir(tmp_path / "work").rows()
-  stage, = (tmp_path / "work" / "stages").glob("[!.]*")
-  with checkpoint.StageStore(str(stage)) as store:
+  stage, = (tmp_path / "work" / "stages").iterdir()
+  work = WorkDir(tmp_path / "work")
+  with checkpoint.Stages(work.store).open(stage.name) as store:
     assert 2 <= store.latest_epoch() < 100_000
     saved = store.load()
   curve, = (tmp_path / "work").glob("runs/*/metrics.jsonl")
@@ -457,12 +457,12 @@ def test_stages_go_when_no_unfinished_run_needs_them(data, weights, tmp_path):
   s.config.variants = dict(layernorm=dict(method="layernorm"),
                            ttc=dict(method="ttc", score="random"))
   s = Session(s.config, str(tmp_path / "other"))
-  stages = pathlib.Path(s.workdir.stages)
+  stages = tmp_path / "other" / "stages"
   one, two = (s.make_run("colours", label, c, "final", 0)
               for label, c in variants(s.config, "colours").items())
   assert s.settle(one)
   s.workdir.write_stages(two.name, [p.name for p in stages.glob("[!.]*")])
-  s.workdir.delete_stages([one.name])
+  assert not s.workdir.spent_stages([one.name])
   assert len(list(stages.glob("[!.]*"))) == 1  # the other run needs it
   s.run_all()
   assert not list(stages.glob("[!.]*"))
@@ -490,7 +490,7 @@ def test_a_byte_that_is_not_utf8_costs_its_row(finished, tmp_path, caplog):
   assert len(copy.rows()) == 2
   file = tmp_path / "work" / "runs" / "another" / "row.json"
   file.write_bytes(file.read_bytes().replace(b"colours", b"colour\xff"))
-  assert copy.rows() == [row]
+  assert WorkDir(str(copy)).rows() == [row]
   assert str(file) in caplog.text
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import DEPTH, WIDTH, features, random_adapter
 from tests.test_train import kill_after, make_job, run
-from ttc_jax import methods, parallel, train, trees
+from ttc_jax import checkpoint, methods, parallel, storage, train, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
 from ttc_jax.methods import lora, noah, vpt_deep, vpt_shallow
@@ -293,13 +293,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 
 def test_a_damaged_search_starts_anew(tmp_path):
-  path = tmp_path / "stage-search.json"
-  assert noah._scores(str(path)) == {}
-  path.write_text('{"[[1]]": 50.0}')
-  assert noah._scores(str(path)) == {"[[1]]": 50.0}
-  for damaged in ("", '{"[[1]]": 5', "[1]"):
-    path.write_text(damaged)
-    assert noah._scores(str(path)) == {}
+  """The notes of a stage, where the search keeps its scores."""
+  stages = checkpoint.Stages(storage.open_store(tmp_path))
+  path = tmp_path / "stages" / "a-notes.json"
+  with stages.open("a") as store:
+    assert store.notes() == {}
+    store.write_notes({"[[1]]": 50.0})
+    assert store.notes() == {"[[1]]": 50.0}
+    for damaged in ("", '{"[[1]]": 5', "[1]"):
+      path.write_text(damaged)
+      assert store.notes() == {}
 
 
 @pytest.mark.slow

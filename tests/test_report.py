@@ -420,7 +420,8 @@ def test_a_damaged_row_of_a_work_directory_costs_that_row(tmp_path, caplog):
   place = WorkDir(tmp_path)
   for r in ROWS:
     place.write_row(r)
-  (place.folder(ROWS[1]["run"]) / "row.json").write_bytes(b'{"run": "\xff"}')
+  file = tmp_path / "runs" / ROWS[1]["run"] / "row.json"
+  file.write_bytes(b'{"run": "\xff"}')
   assert {r["run"] for r in report.collect([str(tmp_path)])} == {
       r["run"] for r in ROWS} - {ROWS[1]["run"]}
   assert "is damaged and left out" in caplog.text

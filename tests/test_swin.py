@@ -8,7 +8,16 @@ import safetensors.numpy
 
 from tests.conftest import features, import_transformers, random_adapter
 from tests.random_trees import random_params
-from ttc_jax import backbones, importance, methods, parallel, train, trees
+from ttc_jax import (
+  backbones,
+  checkpoint,
+  importance,
+  methods,
+  parallel,
+  storage,
+  train,
+  trees,
+)
 from ttc_jax import model as model_lib
 from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import swin
@@ -327,7 +336,8 @@ def steps(name, config, module, tmp_path):
       val=data, holdout=None, classes=3, seed=0, report=lambda *_: None)
   base = random_params(module)
   return base, data, method, train.run(
-      job, parallel.replicate(base), str(tmp_path))
+      job, parallel.replicate(base),
+      checkpoint.Stages(storage.open_store(tmp_path)))
 
 
 @pytest.mark.parametrize("name", METHODS)

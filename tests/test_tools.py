@@ -24,10 +24,10 @@ def test_the_kills_aim_at_states_and_bundles(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "replace", watched(os.replace))
   arrays = {"head/bias": np.ones(2, np.float32)}
 
-  with checkpoint.StageStore(os.path.join(workdir.stages, "a")) as store:
+  with checkpoint.Stages(workdir.store).open("a") as store:
     store.save(checkpoint.Saved(1, {"tuned": arrays}, {}))
   assert any(seen) and not writing(str(workdir))
   seen.clear()
-  workdir.folder("run").mkdir(parents=True)
-  bundles.save(workdir.bundle("run"), bundles.Bundle(arrays, {}, {}))
+  bundles.put(workdir.store, workdir.bundle_name("run"),
+              bundles.Bundle(arrays, {}, {}))
   assert any(seen) and not writing(str(workdir))

@@ -9,7 +9,16 @@ import optax
 import pytest
 
 from tests.conftest import CLASSES, DEPTH, WIDTH, numpy_tree
-from ttc_jax import methods, optim, parallel, step, train, trees
+from ttc_jax import (
+  checkpoint,
+  methods,
+  optim,
+  parallel,
+  step,
+  storage,
+  train,
+  trees,
+)
 from ttc_jax import model as model_lib
 from ttc_jax.errors import RunError
 from ttc_jax.tasks import Split
@@ -61,7 +70,7 @@ def kill_after(stage, epoch, job, params, directory):
 
 def run(job, params, directory):
   outcome = train.run(job, parallel.replicate(params["backbone"]),
-                      str(directory))
+                      checkpoint.Stages(storage.open_store(directory)))
   params = dict(outcome.state.params)
   params["head"] = model_lib.trim_head(params["head"], job.classes)
   return outcome, trees.flatten(parallel.unreplicate(params))
@@ -335,9 +344,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
   job = job_of(lr=3e38)
   with pytest.raises(RunError, match="lower config.lr") as error:
     run(job, params, tmp_path)
-  from ttc_jax import checkpoint
-  kept, = tmp_path.glob("[!.]*")
-  with checkpoint.StageStore(str(kept)) as store:
+  kept, = (tmp_path / "stages").iterdir()
+  with checkpoint.Stages(storage.open_store(tmp_path)).open(
+      kept.name) as store:
     saved = store.load()
   assert f"the state after epoch {saved.epoch} is kept in" in str(error.value)
   assert all(np.isfinite(x).all() for x in saved.arrays["tuned"].values())
@@ -493,7 +502,8 @@ def test_tasks_of_any_number_of_classes_share_every_compilation(
     seen.clear()
     job = make_job(config, model, split, identity={"classes": classes},
                    classes=classes, settings=dict(batch_size=12))
-    train.run(job, parallel.replicate(params["backbone"]), str(tmp_path))
+    train.run(job, parallel.replicate(params["backbone"]),
+              checkpoint.Stages(storage.open_store(tmp_path)))
     pmapped = [name for name in seen if "_fun" in name]
     if classes == 4:
       assert len(pmapped) >= 2

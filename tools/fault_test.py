@@ -95,7 +95,7 @@ def disturb(workdir, rng, more):
 def writing(workdir):
   """Tells whether a state or a bundle is being written now."""
   paths = WorkDir(workdir)
-  return (glob.glob(f"{paths.stages}/*/*orbax-checkpoint-tmp*")
+  return (glob.glob(paths.store.place("stages/*/*.tmp"))
           or glob.glob(f"{bundles.temporary(paths.bundle('*'))}*"))
 
 

@@ -10,22 +10,23 @@ A bundle is data: what it names is never fetched, and it holds no passwords.
   python -m ttc_jax.bundles pack BUNDLE --out=pets.safetensors
   python -m ttc_jax.bundles unpack pets.safetensors --out=DIR
 """
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 from absl import flags
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 
-from ttc_jax import checkpoint, cli, files, normalisation
-from ttc_jax.checkpoint import Flat, explain_disk_errors, fill, unfill
+from ttc_jax import checkpoint, cli, files, normalisation, storage
+from ttc_jax.checkpoint import Flat, explain_disk_errors
 from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images
 from ttc_jax.weights import containers, formats, sources
@@ -102,15 +103,30 @@ def save(path: str, bundle: Bundle) -> None:
   with explain_disk_errors(path):
     shutil.rmtree(written, ignore_errors=True)
     try:
-      with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(written, args=ocp.args.Composite(
-            arrays=ocp.args.StandardSave(fill(
-                {"tuned": bundle.tuned, "buffers": bundle.buffers})),
-            meta=ocp.args.JsonSave(meta)))
+      checkpoint.write_folder(
+          written, {"tuned": bundle.tuned, "buffers": bundle.buffers}, meta)
       shutil.rmtree(path, ignore_errors=True)
       os.replace(written, path)
     finally:
       shutil.rmtree(written, ignore_errors=True)
+
+
+def put(store: storage.Store, name: str, bundle: Bundle) -> int:
+  """Writes a bundle to a store; returns its bytes.
+
+  Args:
+    name: of the bundle there: one file if it ends in .safetensors.
+  """
+  if not name.endswith(".safetensors"):
+    os.makedirs(os.path.dirname(store.place(name)), exist_ok=True)
+    save(store.place(name), bundle)
+    return files.size(store.place(name))
+  with tempfile.TemporaryDirectory() as scratch:
+    path = os.path.join(scratch, "bundle.safetensors")
+    pack(path, bundle)
+    with open(path, "rb") as file:
+      store.write(name, file.read())
+    return os.path.getsize(path)
 
 
 def pack(path: str, bundle: Bundle) -> None:
@@ -158,12 +174,15 @@ def public(source: str) -> str:
 
 
 def load(path: str) -> Bundle:
-  """Reads a bundle: a folder, a packed file, or hf://owner/name[@revision].
+  """Reads a bundle: a folder, a packed file, gs://BUCKET/FILE or
+  hf://owner/name[@revision].
 
   Raises:
     UserError: no bundle there, not a whole one, or its digest differs.
   """
-  if path.startswith("hf://"):
+  if path.startswith("gs://") and path.endswith("/bundle"):
+    path += ".safetensors"  # as a work directory has it in a bucket
+  if path.startswith(("hf://", "gs://")):
     path = sources.locate(path)
   path = files.utf8(path)
   if not os.path.exists(path):
@@ -202,15 +221,9 @@ def _load_folder(path):
                     "'bundle' of a finished run, WORKDIR/runs/RUN/bundle, or a "
                     "packed file")
   try:
-    with (checkpoint.quiet_reads(),
-          ocp.Checkpointer(ocp.CompositeCheckpointHandler(
-              arrays=ocp.StandardCheckpointHandler(),
-              meta=ocp.JsonCheckpointHandler())) as reader):
-      _check_declared(path, reader.metadata(path))
-      got = reader.restore(path, args=ocp.args.Composite(
-          arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
-    arrays = unfill(got.arrays)
-    return Bundle(arrays["tuned"], arrays["buffers"], got.meta)
+    arrays, meta = checkpoint.read_folder(
+        path, functools.partial(_check_declared, path))
+    return Bundle(arrays["tuned"], arrays["buffers"], meta)
   except UserError:
     raise
   except Exception as e:  # orbax and tensorstore raise many kinds
@@ -221,8 +234,8 @@ def _load_folder(path):
 def _check_declared(path, declared):
   """Refuses arrays that are far larger than the folder before they are read:
   a few KB of compressed zeros can be terabytes."""
-  leaves = jax.tree.leaves(declared.item_metadata["arrays"].tree)
-  count = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
+  count = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize
+              for x in jax.tree.leaves(declared))
   if count > _SPARE + _RATIO * files.size(path):
     raise UserError(f"bundle '{path}' declares {count:,} bytes of arrays in "
                     f"{files.size(path):,} bytes of files: it is damaged or "

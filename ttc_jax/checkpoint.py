@@ -1,7 +1,6 @@
 """What outlives a process: the state within a stage.
 
-It is written by orbax, whole or not at all: into a temporary folder that is
-renamed when it is complete.
+Orbax writes it to a folder, which appears in the store whole or not at all.
 """
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
@@ -10,15 +9,17 @@ import contextvars
 import errno
 import hashlib
 import json
-import os
 from typing import Any, NamedTuple, TypeVarTuple, Unpack
 
 from absl import logging
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ttc_jax import files, trees
-from ttc_jax.errors import UserError, printable
+from ttc_jax import trees
+from ttc_jax.claims import Claim, Claims
+from ttc_jax.errors import Busy, UserError, printable
+from ttc_jax.storage import Store
 
 Flat = dict[str, np.ndarray]
 
@@ -68,37 +69,72 @@ class Saved(NamedTuple):
   meta: dict[str, Any]
 
 
-class StageStore:
-  """The newest state of one stage, in a folder of its own.
+class Stages:
+  """The states of stages, in a store that processes may share.
 
-  While it is open no other process can open it: errors.Busy.
+  A state's name is a hash of everything that decides the result, so a killed
+  run finds its state, and runs that begin alike (LayerNorm tuning and TTC's
+  stage 1, TTC with another score) share what they have in common.
 
-  The folder's name is a hash of everything that decides the result, so a
-  killed run finds its state, and runs that begin alike (LayerNorm tuning and
-  TTC's stage 1, TTC with another score) share what they have in common.
+  Args:
+    folder: of the store.
   """
 
-  def __init__(self, path: str):
-    self.path = os.path.abspath(path)
-    self._lock = contextlib.ExitStack()
-    folder, name = os.path.split(self.path)
-    self._lock.enter_context(
-        files.lock(os.path.join(folder, ".locks", name)))
-    self._manager = ocp.CheckpointManager(
-        self.path, options=ocp.CheckpointManagerOptions(
-            max_to_keep=1, enable_async_checkpointing=False))
+  def __init__(self, store: Store, claims: Claims | None = None,
+               folder: str = "stages"):
+    self.store, self.claims = store, claims or Claims(store)
+    self._folder = folder
+
+  @contextlib.contextmanager
+  def open(self, key: str) -> "Iterator[StageStore]":
+    """Opens a stage.
+
+    Raises:
+      errors.Busy: another process has it open.
+    """
+    with self.claims.hold(f"{self._folder}/{key}") as claim:
+      yield StageStore(self.store, f"{self._folder}/{key}", claim)
+
+  def delete(self, key: str) -> None:
+    """Deletes a stage's states, unless another process has it open."""
+    with contextlib.suppress(Busy):
+      with self.claims.hold(f"{self._folder}/{key}"):
+        self.store.delete(f"{self._folder}/{key}")
+        self.store.delete(f"{self._folder}/{key}-notes.json")
+      self.claims.forget(f"{self._folder}/{key}")
+
+
+class StageStore:
+  """The newest state of one stage: `NAME/EPOCH`, as orbax writes it.
+
+  Args:
+    name: of the stage's folder in the store.
+    claim: on the stage, by this process.
+  """
+
+  def __init__(self, store: Store, name: str, claim: Claim):
+    self._store, self._name, self._claim = store, name, claim
+    self.path = store.place(name)  # for messages
 
   def save(self, saved: Saved) -> None:
+    """Saves a state and deletes the one before it.
+
+    Raises:
+      errors.Busy: this process stood still for so long that another one has
+        taken over.
+    """
+    self._claim.check()
     meta = {**saved.meta, _DIGEST: digest_parts(saved.arrays)}
-    args = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(fill(saved.arrays)),
-        meta=ocp.args.JsonSave(meta))
     with explain_disk_errors(self.path):
-      self._manager.save(saved.epoch, args=args, force=True)
+      with self._store.write_folder(f"{self._name}/{saved.epoch}") as folder:
+        write_folder(folder, saved.arrays, meta)
+      for epoch in self._epochs():
+        if epoch != saved.epoch:
+          self._delete(epoch)
 
   def latest_epoch(self) -> int | None:
     """Returns the epoch of the newest state; None where there is none."""
-    return self._manager.latest_step()
+    return max(self._epochs(), default=None)
 
   def load(self) -> Saved | None:
     """Reads the newest state; deletes a damaged one with a warning.
@@ -109,15 +145,14 @@ class StageStore:
     epoch = self.latest_epoch()
     if epoch is None:
       return None
-    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(),
-                              meta=ocp.args.JsonRestore())
     try:
-      with quiet_reads():
-        got = self._manager.restore(epoch, args=args)
-      arrays, meta = unfill(got.arrays), dict(got.meta)
+      with self._store.read_folder(f"{self._name}/{epoch}") as folder:
+        arrays, meta = read_folder(folder)
       if meta.pop(_DIGEST, None) != digest_parts(arrays):
         raise ValueError("the arrays are not those that were saved")
       return Saved(epoch, arrays, meta)
+    except UserError:
+      raise
     except (OSError, MemoryError) as e:
       if not isinstance(e, FileNotFoundError):  # it may be whole all the same
         raise UserError(
@@ -128,21 +163,76 @@ class StageStore:
       self._drop(epoch, type(e).__name__)
     return None
 
+  def notes(self) -> dict[str, Any]:
+    """Reads what `write_notes` wrote; empty, with a warning, if damaged."""
+    content = self._store.read(f"{self._name}-notes.json")
+    try:
+      return dict(json.loads(content)) if content else {}
+    except (TypeError, ValueError):
+      logging.warning("%s-notes.json is damaged and left out",
+                      printable(self.path))
+      return {}
+
+  def write_notes(self, notes: Mapping[str, Any]) -> None:
+    """Writes what a stage's preparation has found so far, JSON."""
+    self._store.write(f"{self._name}-notes.json", json.dumps(notes).encode())
+
   def _drop(self, epoch: int, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
                     "again", printable(self.path), why)
-    self._manager.delete(epoch)
+    self._delete(epoch)
 
-  def close(self) -> None:
-    """Releases the stage for other processes."""
-    self._manager.close()
-    self._lock.close()
+  def _delete(self, epoch: int) -> None:
+    for name in (str(epoch), f"{epoch}.zip"):
+      self._store.delete(f"{self._name}/{name}")
 
-  def __enter__(self):
-    return self
+  def _epochs(self) -> list[int]:
+    names = (name.removesuffix(".zip")
+             for name in self._store.names(self._name))
+    return [int(name) for name in names if name.isdecimal()]
 
-  def __exit__(self, *exc):
-    self.close()
+
+def write_folder(path: str, arrays: Mapping[str, Flat],
+                 meta: Mapping[str, Any]) -> None:
+  """Writes {part: {name: array}} and JSON to a folder, through orbax.
+
+  A folder of that name is replaced.
+  """
+  with _checkpointer() as writer:
+    writer.save(path, force=True, args=ocp.args.Composite(
+        arrays=ocp.args.StandardSave(_fill(arrays)),
+        meta=ocp.args.JsonSave(dict(meta))))
+
+
+def read_folder(path: str, check: Callable[[Any], None] | None = None
+                ) -> tuple[dict[str, Flat], Any]:
+  """Reads (arrays, metadata) that `write_folder` wrote.
+
+  Args:
+    check: sees the tree of the arrays' shapes before they are read.
+
+  Raises:
+    Exception: of many kinds, for a folder that is not whole.
+  """
+  with quiet_reads(), _checkpointer() as reader:
+    if check:
+      check(reader.metadata(path).item_metadata["arrays"].tree)
+    got = reader.restore(path, args=ocp.args.Composite(
+        arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
+  return _unfill(got.arrays), got.meta
+
+
+def _checkpointer():
+  """An orbax checkpointer that waits for no other process."""
+  here = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+      primary_host=here, active_processes={here},
+      barrier_sync_key_prefix=f"alone_{here}")
+  return ocp.Checkpointer(ocp.CompositeCheckpointHandler(
+      arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+      meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+      composite_options=ocp.CompositeOptions(multiprocessing_options=alone)),
+      multiprocessing_options=alone)
 
 
 _Args = TypeVarTuple("_Args")
@@ -184,11 +274,11 @@ def quiet_reads() -> Iterator[None]:
 
 
 # Orbax saves no empty dictionary: a marker stands for it.
-def fill(arrays):
+def _fill(arrays):
   return {k: dict(v) or {"_empty": np.zeros(1)} for k, v in arrays.items()}
 
 
-def unfill(arrays):
+def _unfill(arrays):
   return {k: {n: np.asarray(x) for n, x in v.items() if n != "_empty"}
           for k, v in arrays.items()}
 

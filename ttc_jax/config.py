@@ -180,6 +180,8 @@ def default() -> ml_collections.ConfigDict:
   # Test sets that lack some classes are compared among those they have.
   c.masked_tests = False
   c.save_seconds = 30.0       # least time between two saves within a stage
+  # A host that shows no life for so long loses its run to another process.
+  c.lease_seconds = 60.0
   c.keep_stages = False       # else deleted when a task's runs are done
   c.limit = 0                 # images of each split, 0: all
   c.plots = False             # accuracy against parameters, beside the table

@@ -115,20 +115,6 @@ def cache_folder(name: str, chosen: str | None = None) -> str:
   return os.path.join(home, "ttc_jax", name)
 
 
-def is_locked(path: str) -> bool:
-  """Tells whether a process holds the lock of `lock`."""
-  if not fcntl or not os.path.exists(path):
-    return False
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return False
-  except BlockingIOError:
-    return True
-  finally:
-    os.close(descriptor)
-
-
 def size(path: str) -> int:
   """Returns the bytes of all files in a folder and its subfolders."""
   return sum(os.path.getsize(os.path.join(folder, name))

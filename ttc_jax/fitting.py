@@ -9,11 +9,13 @@ import scipy.special
 
 from ttc_jax import (
   bundles,
+  checkpoint,
   evaluate,
   export,
   files,
   importance,
   parallel,
+  storage,
   tasks,
   train,
 )
@@ -222,7 +224,8 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   with (tempfile.TemporaryDirectory() as scratch,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
-    outcome = train.run(job._replace(report=bar.update), base.params, scratch)
+    outcome = train.run(job._replace(report=bar.update), base.params,
+                        checkpoint.Stages(storage.open_store(scratch)))
   bundle = row.make_bundle(job, base, names, outcome,
                            {"task": "fit", "group": "Other"})
   found = Fitted(bundle, base, outcome.history, _per_block(scores, base))

@@ -37,16 +37,16 @@ def write(rows: Sequence[report.Row], workdir: WorkDir) -> list[str]:
   accuracy.*: accuracy by tuned parameters, if there are final runs.
   search.*: NOAH's searches, if there were any.
   """
-  written = []
   final = [r for r in rows if r["protocol"] == "final"]
-  if final:
-    written += save(accuracy_against_parameters(final),
-                     os.fspath(workdir.path / "accuracy"))
   curves = {r["run"]: found for r in final or rows
             if (found := _search(workdir, r))}
-  if curves:
-    written += save(search(curves), os.fspath(workdir.path / "search"))
-  return written
+  with workdir.output() as scratch:
+    if final:
+      save(accuracy_against_parameters(final),
+           os.path.join(scratch, "accuracy"))
+    if curves:
+      save(search(curves), os.path.join(scratch, "search"))
+    return [workdir.store.place(file) for file in sorted(os.listdir(scratch))]
 
 
 def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:

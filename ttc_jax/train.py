@@ -1,6 +1,6 @@
 """One run: a method's stages in order, each an optimisation of its leaves.
 
-`run(job, base, directory)` is what a session calls. `StageRun` trains the
+`run(job, base, stages)` is what a session calls. `StageRun` trains the
 epochs of one stage, saves and resumes them. The module `step` has the compiled
 functions.
 """
@@ -93,12 +93,12 @@ def stage_keys(job: Job) -> list[str]:
   return [key(stages[:i + 1]) for i in range(len(stages))]
 
 
-def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
-  """Runs the stages of a method; resumes from what `directory` has of them.
+def run(job: Job, base: trees.Tree, stages: checkpoint.Stages) -> Outcome:
+  """Runs the stages of a method; resumes from their saved states.
 
   Args:
     base: pretrained backbone parameters, on every device.
-    directory: folder of the stages' states.
+    stages: where the states are.
 
   Raises:
     RunError: the loss, a parameter or a score is not finite.
@@ -112,7 +112,7 @@ def run(job: Job, base: trees.Tree, directory: str) -> Outcome:
             "head": parallel.replicate(head)}
   state, history, total = State(params, {}), [], Clock()
   for index, key in enumerate(stage_keys(job)):
-    with checkpoint.StageStore(f"{directory}/{key}") as store:
+    with stages.open(key) as store:
       stage_run = StageRun(job, index, store)
       state, records, clock = stage_run.run(state)
     history += [{"stage": stage_run.stage.name, **r} for r in records]
@@ -272,7 +272,7 @@ class StageRun:
     adapter, buffers = self.stage.prepare(Context(
         with_handlers(job, state), state.params, state.buffers,
         np.asarray(job.train.images), job.train.labels, job.seed,
-        job.holdout and job.holdout[1], self.store.path, keep))
+        job.holdout and job.holdout[1], self.store, keep))
     params = {**state.params, "adapter": parallel.replicate(adapter)}
     return State(params, parallel.replicate(buffers)), log
 

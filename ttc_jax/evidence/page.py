@@ -50,7 +50,7 @@ def gather(workdir: str) -> Section:
     if drawn:
       shown[name] = title, drawn
   tasks = dict.fromkeys(task for planned in plans.values() for task in planned)
-  label = place.path.name
+  label = place.name
   return Section(label, Results(label, rows, [*tasks], place), shown)
 
 

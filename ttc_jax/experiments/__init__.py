@@ -177,19 +177,19 @@ def write(name: str, shown: Sequence[Grid | Picture],
 
   Tables as text, Markdown, LaTeX and CSV; pictures as PNG, SVG and CSV.
   """
-  folder, written = workdir.experiment(name), []
-  os.makedirs(folder, exist_ok=True)
-  for i, one in enumerate(shown):
-    stem = os.path.join(folder, name + (f"-{i + 1}" if i else ""))
-    table = one.numbers if isinstance(one, Picture) else one
-    for suffix, writer in grid.WRITERS.items():
-      if suffix == "csv" or isinstance(one, Grid):
-        files.write_text(f"{stem}.{suffix}", writer(table))
-        written.append(f"{stem}.{suffix}")
-    if isinstance(one, Picture):
-      from ttc_jax import plots  # an extra
-      written += plots.save(one.figure, stem)
-  return written
+  folder = workdir.experiment(name)
+  with workdir.output(folder) as scratch:
+    for i, one in enumerate(shown):
+      stem = os.path.join(scratch, name + (f"-{i + 1}" if i else ""))
+      table = one.numbers if isinstance(one, Picture) else one
+      for suffix, writer in grid.WRITERS.items():
+        if suffix == "csv" or isinstance(one, Grid):
+          files.write_text(f"{stem}.{suffix}", writer(table))
+      if isinstance(one, Picture):
+        from ttc_jax import plots  # an extra
+        plots.save(one.figure, stem)
+    return [workdir.store.place(f"{folder}/{file}")
+            for file in sorted(os.listdir(scratch))]
 
 
 # --- Cells and tables of accuracy ---------------------------------------------

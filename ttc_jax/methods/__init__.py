@@ -8,11 +8,11 @@ nothing else needs an edit. It has
                      holds their defaults
   make(config, backbone) -> Method
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import importlib
 import pkgutil
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,16 @@ from ttc_jax.taps import Handler, Shared
 from ttc_jax.tasks import Split
 
 
+class Notes(Protocol):
+  """JSON of a stage's own that outlives the process."""
+
+  def notes(self) -> dict[str, Any]:
+    """Reads what was written; {} if nothing was."""
+
+  def write_notes(self, notes: Mapping[str, Any]) -> None:
+    """Writes it as a whole."""
+
+
 class Context(NamedTuple):
   """Input of a stage's `prepare`.
 
@@ -39,8 +49,8 @@ class Context(NamedTuple):
     labels: their classes, (N,).
     seed: of the run.
     val: the validation split, for methods that hold it out; else None.
-    directory: path of the stage's saved states; files of the stage's own may
-      be kept beside it, with this path as the prefix of their names.
+    notes: where what was found so far is kept, for a stage that takes long to
+      prepare; None keeps nothing.
     log: takes records for the learning curve.
   """
   model: Model
@@ -50,7 +60,7 @@ class Context(NamedTuple):
   labels: np.ndarray
   seed: int
   val: Split | None = None
-  directory: str = ""
+  notes: Notes | None = None
   log: Callable[[dict[str, Any]], None] = lambda record: None
 
 

@@ -27,14 +27,13 @@ import json
 from typing import Any, NamedTuple
 import zlib
 
-from absl import logging
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttc_jax import evaluate, files, parallel, trees
+from ttc_jax import evaluate, parallel, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import (
   TUNE_ADAPTER,
@@ -375,21 +374,6 @@ def search(space: Space, c: ml_collections.ConfigDict, seed: int,
   return best
 
 
-def _scores(path):
-  """Returns {genome: accuracy} of an interrupted search.
-
-  Empty, with a warning, for a damaged file: the search then starts again.
-  """
-  try:
-    with open(path, encoding="utf-8") as f:
-      return dict(json.load(f))
-  except FileNotFoundError:
-    return {}
-  except (TypeError, ValueError):
-    logging.warning("%s is damaged: the search starts anew", path)
-    return {}
-
-
 def prepare_winner(
     context: Context, *, space: Space,
     config: ml_collections.ConfigDict) -> tuple[trees.Tree, trees.Tree]:
@@ -399,8 +383,8 @@ def prepare_winner(
   """
   if context.val is None:
     raise ValueError("the search needs the validation split")
-  val, path = context.val, context.directory + "-search.json"
-  known = _scores(path)
+  val, store = context.val, context.notes
+  known: dict[str, float] = store.notes() if store else {}
 
   def score(genome):
     name = json.dumps(genome)
@@ -413,7 +397,8 @@ def prepare_winner(
     return known[name]
 
   def on_generation(generation, best, scores, population):
-    files.write_text(path, json.dumps(known))
+    if store:
+      store.write_notes(known)
     context.log({
         "stage": "search", "epoch": generation + 1,
         "epochs": config.generations, "val_top1": scores[best],
@@ -423,8 +408,8 @@ def prepare_winner(
   try:
     best = search(space, config, context.seed, score, on_generation)
   finally:  # a request to end may come within a generation
-    if known:
-      files.write_text(path, json.dumps(known))
+    if known and store:
+      store.write_notes(known)
   return network(context.model.backbone, context.seed, best, config.released,
                  config.dropout)
 

@@ -1,4 +1,4 @@
-"""A finished run -> its test accuracy, its bundle and its row."""
+"""A trained run -> its test accuracy, its row and its bundle."""
 from collections.abc import Sequence
 import datetime
 import functools
@@ -15,7 +15,6 @@ from ttc_jax import (
   bundles,
   cost,
   evaluate,
-  files,
   methods,
   optim,
   parallel,
@@ -36,20 +35,15 @@ _OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype", "optimiser",
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
-           outcome: train.Outcome, bundle: str) -> Row:
-  """Tests a trained run, saves its bundle and returns its row.
-
-  Args:
-    bundle: path of the bundle to write.
-  """
+           outcome: train.Outcome) -> tuple[Row, bundles.Bundle]:
+  """Tests a trained run; returns its row and its bundle."""
   params = outcome.state.params
   params = params | {"head": trim_head(params["head"], job.classes)}
   row = (_facts(run, base, task, job) | _accuracy(run, job, task, outcome)
          | _costs(job, outcome, params))
   made = make_bundle(job, base, task.classes, outcome, row)
   row |= {key: made.meta[key] for key in _COUNTS}
-  bundles.save(bundle, made)
-  return row | {"bundle_bytes": files.size(bundle), "finished": _now()}
+  return row | {"finished": _now()}, made
 
 
 _COUNTS = ("module_params", "norm_params", "head_params")

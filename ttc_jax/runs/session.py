@@ -8,7 +8,15 @@ import time
 
 import ml_collections
 
-from ttc_jax import compilation, interrupt, measures, train
+from ttc_jax import (
+  bundles,
+  checkpoint,
+  compilation,
+  interrupt,
+  measures,
+  train,
+)
+from ttc_jax.claims import Claim
 from ttc_jax.config import default
 from ttc_jax.errors import (
   Busy,
@@ -22,11 +30,12 @@ from ttc_jax.report import best
 from ttc_jax.runs import inputs, job, plan
 from ttc_jax.runs.progress import Progress
 from ttc_jax.runs.row import finish
-from ttc_jax.runs.workdir import Row, WorkDir
+from ttc_jax.runs.workdir import STAGES, Row, WorkDir
 
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
-         "save_seconds", "plots", "compilation_cache", "keep_stages")
+         "save_seconds", "lease_seconds", "plots", "compilation_cache",
+         "keep_stages")
 # Likewise, where experiments share a work directory.
 _FREE_OF_EXPERIMENTS = ("experiment", "variants", "measures", "method")
 # Between looks at what other processes have done: each twice the last.
@@ -56,7 +65,10 @@ class Session:
 
   def __init__(self, config: ml_collections.ConfigDict, workdir: str,
                say: Callable[[str], None] = print):
-    self.config, self.workdir, self.say = config, WorkDir(workdir), say
+    self.config, self.say = config, say
+    self.workdir = WorkDir(workdir, config.lease_seconds)
+    self.stages = checkpoint.Stages(
+        self.workdir.store, self.workdir.claims, STAGES)
     plan.check_config(config)
     compilation.start(config.compilation_cache)
     self.inputs = inputs.Inputs(config)
@@ -103,8 +115,9 @@ class Session:
     settled = all([self._settle_variant(task, label, config)
                    for label, config in variants.items()])
     if settled and not self.config.keep_stages and self._is_done(task):
-      self.workdir.delete_stages(
-          run for run, row in self.done.items() if row["task"] == task)
+      for stage in self.workdir.spent_stages(
+          run for run, row in self.done.items() if row["task"] == task):
+        self.stages.delete(stage)
     return settled
 
   def _decode_ahead(self, task: str | None) -> None:
@@ -208,12 +221,11 @@ class Session:
     if run.name in self.failed or run.name in self.done and not to_measure:
       return True
     try:
-      with self.workdir.claim(run.name):
+      with self.workdir.claim(run.name) as claim:
         # The process that held the claim before may have done it.
         row = self.workdir.row(run.name)
         if row is None or to_measure and not self.workdir.has_bundle(run.name):
-          row = self._do(run)
-          self.workdir.write_row(row)
+          row = self._do(run, claim)
           self.say(_line(row))
         for name in self._to_measure(run):
           self._measure(run, name)
@@ -236,7 +248,7 @@ class Session:
         name, self.workdir.bundle(run.name), self.inputs.base(run.config),
         self.inputs.task(run.task, run.config), run.config.limit, run.seed))
 
-  def _do(self, run: plan.Run) -> Row:
+  def _do(self, run: plan.Run, claim: Claim) -> Row:
     interrupt.check()
     task = self.inputs.task(run.task, run.config)
     base = self.inputs.base(run.config)
@@ -245,9 +257,12 @@ class Session:
       todo = job.make_job(run, base, task, bar.update)
       bar.expect(len(todo.method.stages) * todo.config.epochs)
       self.workdir.write_stages(run.name, train.stage_keys(todo))
-      outcome = train.run(todo, base.params, self.workdir.stages)
-      return finish(run, todo, base, task, outcome,
-                    self.workdir.bundle(run.name))
+      outcome = train.run(todo, base.params, self.stages)
+    row, bundle = finish(run, todo, base, task, outcome)
+    claim.check()
+    row["bundle_bytes"] = bundles.put(
+        self.workdir.store, self.workdir.bundle_name(run.name), bundle)
+    return self.workdir.write_row(row)
 
 
 def _kept_keys(config, weights_sha256):

@@ -14,24 +14,27 @@
   results.md                  the table
   paper/EXPERIMENT            tables and pictures of an experiment
 
-No other module spells these names. Any number of processes may read and write
-a directory at the same time: a run is claimed by a lock, every file is
-replaced as a whole, and a file that is damaged costs what it holds, with a
-warning.
+  claims/runs, claims/stages  who works on which, see `claims`
+
+No other module spells these names. The directory may be a bucket's address,
+gs://; there a bundle is one file, bundle.safetensors, and a state a zip. Any
+number of processes may read and write it at the same time, without locks: a
+run is claimed, a row is created once, every other file is replaced as a whole,
+and one that is damaged costs what it holds, with a warning.
 """
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 from absl import logging
-from etils import epath
 
-from ttc_jax import files
-from ttc_jax.errors import Busy, UserError, printable
+from ttc_jax import storage
+from ttc_jax.claims import LEASE_SECONDS, Claim, Claims
+from ttc_jax.errors import UserError, printable
 
 Row = dict[str, Any]
 
@@ -71,6 +74,7 @@ class Expected(NamedTuple):
     return set(self.seeds) <= seeds
 
 
+STAGES = "stages"  # folder of `checkpoint.Stages`
 _LONGEST = 60  # letters of a name within a folder's name: 255 bytes in all
 
 
@@ -87,41 +91,46 @@ def stem(task: str, variant: str) -> str:
 class WorkDir:
   """Reads and writes one work directory.
 
+  Args:
+    path: a path, or gs://BUCKET/PATH.
+    lease_seconds: after which another process takes over the run of a host
+      that has gone silent.
+
+  Raises:
+    UserError: the place cannot be a work directory.
+
   Example:
     rows = WorkDir("runs/caltech").rows()
   """
 
-  def __init__(self, path: str | os.PathLike):
-    self.path = epath.Path(path).expanduser()
+  def __init__(self, path: str | os.PathLike[str],
+               lease_seconds: float = LEASE_SECONDS):
+    self.store = storage.open_store(path)
+    self.claims = Claims(self.store, lease_seconds)
+    self._rows: dict[str, Row] = {}  # they never change
 
   def __str__(self) -> str:
-    return os.fspath(self.path)
+    return self.store.address
 
-  # --- Names ------------------------------------------------------------------
-
-  def folder(self, run: str) -> epath.Path:
-    """Folder of a run."""
-    return self.path / "runs" / run
+  @property
+  def name(self) -> str:
+    """The last part of the path."""
+    return self.store.address.rstrip("/").rpartition("/")[2]
 
   def bundle(self, run: str) -> str:
-    """Path of a run's bundle."""
-    return os.fspath(self.folder(run) / "bundle")
+    """Address of a run's bundle."""
+    return self.store.place(self.bundle_name(run))
 
-  @property
-  def stages(self) -> str:
-    """Folder of the stages' states."""
-    return os.fspath(self.path / "stages")
-
-  @property
-  def results(self) -> str:
-    """Path of the derived file of all rows."""
-    return os.fspath(self.path / "results.jsonl")
+  def bundle_name(self, run: str) -> str:
+    """Name of a run's bundle in the store: a folder, in a bucket one file."""
+    local = isinstance(self.store, storage.Disk)
+    return f"runs/{run}/bundle{'' if local else '.safetensors'}"
 
   # --- The directory ----------------------------------------------------------
 
   def exists(self) -> bool:
     """Tells whether the directory is there."""
-    return self.path.is_dir()
+    return self.store.exists()
 
   def adopt(self, config: Mapping[str, Any],
             usual: Mapping[str, Any]) -> None:
@@ -135,14 +144,9 @@ class WorkDir:
     Raises:
       UserError: the directory cannot be used, or is of another configuration.
     """
-    file = self.path / "config.json"
-    files.utf8(str(self))
     try:
-      (self.path / "runs").mkdir(parents=True, exist_ok=True)
-      with files.lock(self._path(".config.lock"), wait=True):
-        if not file.exists():
-          self._write(file, dict(sorted(config.items())))
-      old = json.loads(file.read_text())
+      self.store.create("config.json", _json(dict(sorted(config.items()))))
+      old = json.loads(self.store.read("config.json") or b"")
     except (OSError, ValueError) as e:
       raise UserError(f"work directory '{self}' cannot be used: {e}") from e
     for key in sorted(config.keys() | old.keys()):
@@ -162,11 +166,11 @@ class WorkDir:
       experiment: whose plan it is; others keep theirs.
     """
     name = f"plan-{experiment}.json" if experiment else "plan.json"
-    self._write(self.path / name, {
+    self.store.write(name, _json({
         "tasks": {task: {label: expected._asdict()
                          for label, expected in variants.items()}
                   for task, variants in tasks.items()},
-        "missing": dict(missing)})
+        "missing": dict(missing)}))
 
   def plan(self) -> dict[str, Any]:
     """Reads {"tasks": {task: {variant: fields of Expected}}, "missing": {}}.
@@ -175,8 +179,7 @@ class WorkDir:
     """
     tasks: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
-    for path in sorted(self.path.glob("plan*.json")):
-      plan = _read(path) or {}
+    for plan in self._plans().values():
       for task, variants in plan.get("tasks", {}).items():
         tasks.setdefault(task, {}).update(variants)
       missing |= plan.get("missing", {})
@@ -184,12 +187,9 @@ class WorkDir:
 
   def experiments(self) -> dict[str, dict[str, list[str]]]:
     """Reads {experiment: {task: names of its variants}} of the plans."""
-    found = {}
-    for path in sorted(self.path.glob("plan-*.json")):
-      tasks = (_read(path) or {}).get("tasks", {})
-      found[path.stem.removeprefix("plan-")] = {
-          task: [*variants] for task, variants in tasks.items()}
-    return found
+    return {name: {task: [*variants]
+                   for task, variants in plan.get("tasks", {}).items()}
+            for name, plan in self._plans().items() if name}
 
   def expected(self) -> dict[tuple[str, str], Expected]:
     """Reads {(task, variant): Expected} of the plan, in its order."""
@@ -197,143 +197,171 @@ class WorkDir:
             for task, variants in self.plan()["tasks"].items()
             for label, fields in variants.items()}
 
+  def _plans(self) -> dict[str, dict[str, Any]]:
+    """{experiment: its plan}; "" is the plan of none."""
+    found = (re.fullmatch(r"plan(?:-(.+))?\.json", name)
+             for name in self.store.names(""))
+    return {match[1] or "": self._read(match[0]) or {}
+            for match in found if match}
+
   def write_table(self, text: str) -> None:
     """Writes the table, Markdown."""
-    files.write_text(self._path("results.md"), text)
+    self.store.write("results.md", text.encode())
+
+  @contextlib.contextmanager
+  def output(self, folder: str = "") -> Iterator[str]:
+    """Gives a folder of this machine; its files are put into `folder` at the
+    end of the block."""
+    with tempfile.TemporaryDirectory() as scratch:
+      yield scratch
+      for name in sorted(os.listdir(scratch)):
+        with open(os.path.join(scratch, name), "rb") as file:
+          self.store.write(f"{folder}/{name}".lstrip("/"), file.read())
+
+  def experiment(self, name: str) -> str:
+    """Folder of an experiment's tables and pictures, for `output`."""
+    return f"paper/{name}"
 
   # --- Runs -------------------------------------------------------------------
 
   @contextlib.contextmanager
-  def claim(self, run: str) -> Iterator[None]:
+  def claim(self, run: str) -> Iterator[Claim]:
     """Holds a run for this process.
 
     Raises:
       Busy: another process holds it.
     """
-    with files.lock(os.fspath(self.folder(run) / ".lock")):
-      yield
+    with self.claims.hold(f"runs/{run}") as claim:
+      yield claim
+    if run in self._rows:
+      self.claims.forget(f"runs/{run}")
 
   def running(self) -> list[str]:
     """Names of the unfinished runs that some process holds, sorted."""
-    return [run for run in self._runs()
-            if files.is_locked(os.fspath(self.folder(run) / ".lock"))
-            and not (self.folder(run) / "row.json").exists()]
+    held = (name.partition("/")[2] for name in self.claims.held("runs"))
+    return [run for run in held
+            if self.store.read(f"runs/{run}/row.json") is None]
 
   def row(self, run: str) -> Row | None:
     """Reads the row of a run; None where it is not finished or damaged."""
-    row = _read(self.folder(run) / "row.json")
-    if row is None or row.get("run") == run:
-      return row
-    logging.warning("%s is not the row of its run, which will be done again",
-                    printable(os.fspath(self.folder(run) / "row.json")))
-    return None
+    if run not in self._rows:
+      row = self._read(f"runs/{run}/row.json")
+      if row is not None and row.get("run") != run:
+        logging.warning(
+            "%s is not the row of its run, which will be done again",
+            printable(self.store.place(f"runs/{run}/row.json")))
+        row = None
+      if row is None:
+        return None
+      self._rows[run] = row
+    return dict(self._rows[run])
 
   def rows(self) -> list[Row]:
     """Reads the rows of all finished runs, the earliest first."""
     found = filter(None, map(self.row, self._runs()))
     return sorted(found, key=lambda row: (row.get("finished", ""), row["run"]))
 
-  def write_row(self, row: Row) -> None:
-    """Writes the row of a run, then results.jsonl anew."""
-    folder = self.folder(row["run"])
-    folder.mkdir(parents=True, exist_ok=True)
-    self._write(folder / "row.json", row)
-    (folder / "failure.json").unlink(missing_ok=True)
-    # The last process to hold the lock sees the rows of all before it.
-    with files.lock(self._path(".results.lock"), wait=True):
-      files.write_text(self.results, to_lines(self.rows()))
+  def write_row(self, row: Row) -> Row:
+    """Writes the row of a run, then results.jsonl anew.
+
+    Returns:
+      The row that is there: another process may have been first.
+    """
+    run = row["run"]
+    name, content = f"runs/{run}/row.json", _json(row)
+    if not self.store.create(name, content) and self.row(run) is None:
+      self.store.write(name, content)  # in place of a damaged one
+    self.store.delete(f"runs/{run}/failure.json")
+    # Whoever writes last looks again after it, so no row stays out.
+    written = None
+    while (found := [r["run"] for r in self.rows()]) != written:
+      self.store.write("results.jsonl", to_lines(self.rows()).encode())
+      written = found
+    return self.row(run) or row
 
   def failures(self) -> list[dict[str, Any]]:
     """Reads {"run", "task", "variant", "error"} of the runs that failed."""
     return [failure for run in self._runs()
-            if (failure := _read(self.folder(run) / "failure.json"))
+            if (failure := self._read(f"runs/{run}/failure.json"))
             and failure.get("run") == run]
 
   def write_failure(self, run: str, task: str, variant: str,
                     error: str) -> None:
     """Notes why a run failed."""
-    folder = self.folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    self._write(folder / "failure.json", {
-        "run": run, "task": task, "variant": variant, "error": error})
+    self.store.write(f"runs/{run}/failure.json", _json({
+        "run": run, "task": task, "variant": variant, "error": error}))
 
   def curve(self, run: str) -> list[dict[str, Any]]:
     """Reads a run's learning curve: a record for each epoch, perhaps none."""
-    file = self.folder(run) / "metrics.jsonl"
-    return from_lines(os.fspath(file)) if file.exists() else []
+    name = f"runs/{run}/metrics.jsonl"
+    return of_lines(self.store.read(name) or b"", self.store.place(name))
 
   def write_curve(self, run: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes a run's learning curve as a whole."""
-    self.folder(run).mkdir(parents=True, exist_ok=True)
-    files.write_text(os.fspath(self.folder(run) / "metrics.jsonl"),
-                     to_lines(records))
-
-  def experiment(self, name: str) -> str:
-    """Folder of an experiment's tables and pictures."""
-    return os.fspath(self.path / "paper" / name)
+    self.store.write(f"runs/{run}/metrics.jsonl", to_lines(records).encode())
 
   def has_bundle(self, run: str) -> bool:
     """Tells whether a run's bundle is there."""
-    return os.path.exists(self.bundle(run))
+    folder, _, name = self.bundle_name(run).rpartition("/")
+    return name in self.store.names(folder)
 
   def measure(self, run: str, name: str) -> dict[str, Any] | None:
     """Reads a measure of a run; None where it is missing or damaged."""
-    return _read(self.folder(run) / "measures" / f"{name}.json")
+    return self._read(f"runs/{run}/measures/{name}.json")
 
   def measures(self, run: str) -> dict[str, dict[str, Any]]:
     """Reads {name: measure} of a run."""
-    paths = sorted((self.folder(run) / "measures").glob("*.json"))
-    return {path.stem: found for path in paths
-            if (found := _read(path)) is not None}
+    files = self.store.names(f"runs/{run}/measures")
+    return {file.removesuffix(".json"): found for file in files
+            if (found := self._read(f"runs/{run}/measures/{file}")) is not None}
 
   def write_measure(self, run: str, name: str,
                     value: Mapping[str, Any]) -> None:
     """Writes a measure of a run."""
-    folder = self.folder(run) / "measures"
-    folder.mkdir(parents=True, exist_ok=True)
-    self._write(folder / f"{name}.json", value)
+    self.store.write(f"runs/{run}/measures/{name}.json", _json(value))
 
   # --- Stages -----------------------------------------------------------------
 
   def write_stages(self, run: str, stages: Sequence[str]) -> None:
     """Notes the stages that a run trains through."""
-    self.folder(run).mkdir(parents=True, exist_ok=True)
-    self._write(self.folder(run) / "stages.json", {"stages": list(stages)})
+    self.store.write(f"runs/{run}/stages.json", _json({"stages": [*stages]}))
 
-  def delete_stages(self, runs: Iterable[str]) -> None:
-    """Deletes the stages of finished runs that no unfinished run needs.
-
-    A stage that another process holds stays.
-    """
+  def spent_stages(self, runs: Iterable[str]) -> list[str]:
+    """Returns the stages of finished runs that no unfinished run needs."""
     finished, needed = set(runs), set()
     for run in set(self._runs()) - finished:
       if self.row(run) is None:
         needed |= self._stages_of(run)
-    for stage in set().union(*map(self._stages_of, finished)) - needed:
-      with contextlib.suppress(Busy), files.lock(
-          os.path.join(self.stages, ".locks", stage)):
-        for path in epath.Path(self.stages).glob(f"{stage}*"):
-          if path.is_dir():
-            shutil.rmtree(path)
-          else:
-            path.unlink()
+    spent = set().union(*map(self._stages_of, finished)) - needed
+    return sorted(spent & {*self.store.names(STAGES)})
 
   def _stages_of(self, run: str) -> set[str]:
-    noted = _read(self.folder(run) / "stages.json") or {}
+    noted = self._read(f"runs/{run}/stages.json") or {}
     return set(noted.get("stages", ()))
 
   # --- Pieces -----------------------------------------------------------------
 
-  def _path(self, name: str) -> str:
-    return os.fspath(self.path / name)
-
   def _runs(self) -> list[str]:
-    folder = self.path / "runs"
-    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return self.store.names("runs")
 
-  @staticmethod
-  def _write(path: epath.Path, value: Any) -> None:
-    files.write_text(os.fspath(path), json.dumps(value, indent=2) + "\n")
+  def _read(self, name: str) -> dict[str, Any] | None:
+    """The object of a JSON file; None where it is missing or damaged."""
+    content = self.store.read(name)
+    if content is None:
+      return None
+    try:
+      value = json.loads(content.decode())
+      if isinstance(value, dict):
+        return value
+      raise ValueError("no JSON object")
+    except ValueError as error:  # JSON's and Unicode's errors too
+      logging.warning("%s is damaged and left out (%s)",
+                      printable(self.store.place(name)), error)
+      return None
+
+
+def _json(value: Any) -> bytes:
+  return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _whole(value, usual):
@@ -343,39 +371,29 @@ def _whole(value, usual):
   return usual if value is None else value
 
 
-def _read(path: epath.Path) -> dict[str, Any] | None:
-  """The object of a JSON file; None where it is missing or damaged."""
-  try:
-    value = json.loads(path.read_bytes().decode())
-    if isinstance(value, dict):
-      return value
-    raise ValueError("no JSON object")
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  except ValueError as error:  # JSON's and Unicode's errors too
-    logging.warning("%s is damaged and left out (%s)",
-                    printable(os.fspath(path)), error)
-    return None
-
-
 def to_lines(objects: Iterable[Mapping[str, Any]]) -> str:
   """JSON lines, one object a line."""
   return "".join(json.dumps(x) + "\n" for x in objects)
 
 
 def from_lines(path: str) -> list[dict[str, Any]]:
-  """Reads the objects of a JSON-lines file.
+  """Reads the objects of a JSON-lines file, as `of_lines`."""
+  with open(path, "rb") as file:
+    return of_lines(file.read(), path)
 
-  A damaged line is left out with a warning; a last line without an end, which
-  may just be being written, without one.
+
+def of_lines(content: bytes, path: str) -> list[dict[str, Any]]:
+  """Returns the objects of JSON lines.
+
+  A damaged line is left out with a warning that names `path`; a last line
+  without an end, which may just be being written, without one.
   """
   found = []
-  with open(path, "rb") as file:
-    for number, line in enumerate(file, 1):
-      try:
-        found.append(dict(json.loads(line.decode())))
-      except (ValueError, TypeError):
-        if line.endswith(b"\n"):
-          logging.warning("%s:%d is damaged and left out", printable(path),
-                          number)
+  for number, line in enumerate(content.splitlines(keepends=True), 1):
+    try:
+      found.append(dict(json.loads(line.decode())))
+    except (ValueError, TypeError):
+      if line.endswith(b"\n"):
+        logging.warning("%s:%d is damaged and left out", printable(path),
+                        number)
   return found

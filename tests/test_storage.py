@@ -1,0 +1,116 @@
+"""Stores: contents whole or not at all, created once."""
+import os
+import threading
+
+import pytest
+
+from tests import stores
+from ttc_jax import storage
+from ttc_jax.errors import UserError
+
+
+@pytest.fixture(params=stores.KINDS)
+def again(request, tmp_path):
+  """Opens the same store, as another process would."""
+  with stores.opened(request.param, tmp_path) as open_again:
+    yield open_again
+
+
+def test_contents_are_what_was_written_last(again):
+  one, two = again(), again()
+  assert one.read("a/b") is None and one.names("") == one.names("a") == []
+  for content in (b"1\r\n\0", b"", b"x" * 1000):
+    one.write("a/b", content)
+    assert two.read("a/b") == content
+  one.write("a/c/d", b"2")
+  assert two.names("a") == ["b", "c"] and two.names("") == ["a"]
+  two.delete("a/c")
+  two.delete("a/never")
+  assert one.names("a") == ["b"] and one.read("a/c/d") is None
+
+
+def test_of_many_that_create_a_content_one_does(again):
+  wins, places = [], [again() for _ in range(4)]
+
+  def compete(number):
+    for i in range(5):
+      if places[number].create(f"f/{i}", f"{number}".encode()):
+        wins.append((i, number))
+  threads = [threading.Thread(target=compete, args=(n,)) for n in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(i for i, _ in wins) == list(range(5))
+  for i, number in wins:
+    assert again().read(f"f/{i}") == f"{number}".encode()
+
+
+def test_a_folder_appears_whole_or_not_at_all(again):
+  with pytest.raises(KeyError):
+    with again().write_folder("s/1") as folder:
+      (open(os.path.join(folder, "half"), "w")).close()
+      raise KeyError
+  assert again().names("s") == []
+  with pytest.raises(FileNotFoundError):
+    with again().read_folder("s/1"):
+      pass
+  for text in ("first", "second"):  # of two that write the same, either
+    with again().write_folder("s/1") as folder:
+      os.makedirs(os.path.join(folder, "in", "side"))
+      with open(os.path.join(folder, "in", "side", "f"), "w") as file:
+        file.write(text)
+  with again().read_folder("s/1") as folder:
+    with open(os.path.join(folder, "in", "side", "f")) as file:
+      assert file.read() in ("first", "second")
+
+
+def test_a_damaged_zip_is_a_value_error(tmp_path):
+  with stores.opened("memory", tmp_path) as again:
+    with again().write_folder("s") as folder:
+      with open(os.path.join(folder, "f"), "w") as file:
+        file.write("x" * 100)
+    content = again().read("s.zip")
+    for bad in (content[:50], b"", content[::-1],
+                content.replace(b"x" * 100, b"y" * 100)):
+      again().write("s.zip", bad)
+      with pytest.raises(ValueError):
+        with again().read_folder("s"):
+          pass
+
+
+@pytest.mark.parametrize("address", [
+    "s3://b/x", "gs://", "gs:///", "http://h/x", "file:///x", "gs://a::b://c",
+    "memory://x"])
+def test_other_addresses_are_one_sentence(address):
+  with pytest.raises(UserError, match="a work directory is a path or gs://"):
+    storage.open_store(address)
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_sentence(
+    tmp_path, monkeypatch):
+  with stores.opened("memory", tmp_path) as again:
+    store = again()
+    store.pause = 0.0
+    calls = []
+
+    def fail(path):
+      calls.append(path)
+      raise OSError("the line is dead")
+    monkeypatch.setattr(store, "_read", fail)
+    with pytest.raises(UserError, match="cannot be used .*the line is dead"):
+      store.read("x")
+    assert len(calls) == store.attempts
+
+
+def test_a_refusal_is_not_asked_again(tmp_path, monkeypatch):
+  with stores.opened("memory", tmp_path) as again:
+    store, calls = again(), []
+
+    def refuse(path):
+      calls.append(path)
+      raise PermissionError("no")
+    monkeypatch.setattr(store, "_read", refuse)
+    with pytest.raises(UserError, match="may read and write it"):
+      store.read("x")
+    assert len(calls) == 1

@@ -1,0 +1,347 @@
+"""Where a work directory lies: a folder of this machine, or a bucket.
+
+A `Store` holds contents by name ("runs/RUN/row.json"). A content appears whole
+or not at all; `create` makes one only if there is none, the single step on
+which `claims` and rows that are written once rest. Names are what this package
+gives; nothing is read from a store but data.
+
+  Disk    files; any folder that processes share
+  Bucket  objects of Google Cloud Storage, gs://, through fsspec and gcsfs
+"""
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import io
+import os
+import re
+import shutil
+import tempfile
+import time
+from typing import Any
+import uuid
+import zipfile
+
+from ttc_jax import files
+from ttc_jax.errors import UserError
+
+# File systems on which links of files do not work: FAT, some of FUSE.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+class Store:
+  """Contents by name, below one place.
+
+  Attributes:
+    address: of the place, as messages show it.
+  """
+  address: str
+
+  def exists(self) -> bool:
+    """Tells whether there is anything at the place."""
+    return bool(self.names(""))
+
+  def read(self, name: str) -> bytes | None:
+    """Returns a content; None where there is none."""
+    raise NotImplementedError
+
+  def write(self, name: str, content: bytes) -> None:
+    """Writes a content, in place of one that is there."""
+    raise NotImplementedError
+
+  def create(self, name: str, content: bytes) -> bool:
+    """Writes a content if there is none of that name.
+
+    Returns:
+      Whether it is ours: of several processes that create it, one gets True.
+    """
+    raise NotImplementedError
+
+  def names(self, folder: str) -> list[str]:
+    """Returns the names directly below a folder, sorted; perhaps none."""
+    raise NotImplementedError
+
+  def delete(self, name: str) -> None:
+    """Deletes a content, or all below a folder; what is not there is no
+    error."""
+    raise NotImplementedError
+
+  def place(self, name: str) -> str:
+    """Returns the address of a content or folder."""
+    raise NotImplementedError
+
+  def write_folder(self, name: str) -> contextlib.AbstractContextManager[str]:
+    """Gives an empty folder of this machine; at the end of the block what is
+    in it appears as `name`, unless an error left the block or another process
+    has written it."""
+    raise NotImplementedError
+
+  def read_folder(self, name: str) -> contextlib.AbstractContextManager[str]:
+    """Gives a folder of this machine with what `write_folder` wrote.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
+    raise NotImplementedError
+
+
+def open_store(address: str | os.PathLike[str]) -> Store:
+  """Returns the store at a path or gs:// address; creates nothing.
+
+  Raises:
+    UserError: another scheme, a path that is not UTF-8, or gcsfs is missing.
+  """
+  address = os.fspath(address)
+  scheme, mark, rest = address.partition("://")
+  if not mark:
+    return Disk(address)
+  if scheme != "gs" or not re.match(r"[\w.-]+(/|$)", rest) or "::" in rest:
+    raise UserError(f"'{address[:100]}': a work directory is a path or "
+                    "gs://BUCKET/PATH")
+  return Bucket(address)
+
+
+class Disk(Store):
+  """A folder; it may be shared by processes and hosts."""
+
+  def __init__(self, path: str):
+    self.address = files.utf8(path)
+
+  def exists(self):
+    return os.path.isdir(self.address)
+
+  def place(self, name):
+    return os.path.join(self.address, *name.split("/"))
+
+  def read(self, name):
+    try:
+      with open(self.place(name), "rb") as file:
+        return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+      return None
+
+  def write(self, name, content):
+    with files.replacing(self._made(name)) as file:
+      file.write(content)
+
+  def create(self, name, content):
+    path = self._made(name)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+      with open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.link(temporary, path)  # fails where the name is taken
+    except FileExistsError:
+      return False
+    except OSError as error:
+      if error.errno not in _NO_LINKS:
+        raise
+      return self._create_in_place(path, content)
+    finally:
+      with contextlib.suppress(OSError):
+        os.remove(temporary)
+    return True
+
+  @staticmethod
+  def _create_in_place(path, content):
+    """`create` without links: others may see the file before it is whole."""
+    try:
+      with open(path, "xb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    except FileExistsError:
+      return False
+    return True
+
+  def names(self, folder):
+    try:
+      return sorted(name for name in os.listdir(self.place(folder))
+                    if not name.endswith(".tmp"))
+    except (FileNotFoundError, NotADirectoryError):
+      return []
+
+  def delete(self, name):
+    path = self.place(name)
+    try:
+      if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+      else:
+        os.remove(path)
+    except FileNotFoundError:
+      pass
+
+  @contextlib.contextmanager
+  def write_folder(self, name):
+    path = self._made(name)
+    scratch = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+      os.mkdir(scratch)
+      yield scratch
+      try:
+        os.rename(scratch, path)
+      except OSError:  # of two that write the same, the first is kept
+        if not os.path.isdir(path):
+          raise
+    finally:
+      shutil.rmtree(scratch, ignore_errors=True)
+
+  @contextlib.contextmanager
+  def read_folder(self, name):
+    path = self.place(name)
+    if not os.path.isdir(path):
+      raise FileNotFoundError(path)
+    yield path
+
+  def _made(self, name):
+    """The path of a name, its folder made."""
+    path = self.place(name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return path
+
+
+class Bucket(Store):
+  """Objects below an address.
+
+  An object's name is taken once and its content replaced as a whole by the
+  store itself. Every call is tried again when the connection fails; a `create`
+  that had arrived after all knows its own content.
+  """
+  attempts = 5
+  pause = 1.0  # seconds before the second attempt, then twice as many
+
+  def __init__(self, address: str):
+    self.address = address.rstrip("/")
+    try:
+      import fsspec
+      # Listings of a moment ago would show claims that are gone.
+      self._fs, self._root = fsspec.core.url_to_fs(
+          self.address, use_listings_cache=False)
+    except ImportError as error:
+      raise UserError(f"'{address}' needs a library that is not installed "
+                      f"({error}): pip install -e '.[hub]'") from error
+    except Exception as error:  # credentials; each library has its own errors
+      raise UserError(_failed(self.address, error)) from error
+
+  def place(self, name):
+    return f"{self.address}/{name}"
+
+  def read(self, name):
+    return self._try(lambda: self._read(self._path(name)))
+
+  def write(self, name, content):
+    self._try(lambda: self._write(self._path(name), content))
+
+  def create(self, name, content):
+    def attempt():
+      path = self._path(name)
+      # A lost answer to the attempt before would look like another's content.
+      return self._create(path, content) or self._read(path) == content
+    return self._try(attempt)
+
+  def names(self, folder):
+    return self._try(lambda: sorted(self._names(self._path(folder))))
+
+  def delete(self, name):
+    self._try(lambda: self._delete(self._path(name)))
+
+  @contextlib.contextmanager
+  def write_folder(self, name):
+    with tempfile.TemporaryDirectory() as scratch:
+      yield scratch
+      self.write(f"{name}.zip", _zipped(scratch))
+
+  @contextlib.contextmanager
+  def read_folder(self, name):
+    content = self.read(f"{name}.zip")
+    if content is None:
+      raise FileNotFoundError(self.place(name))
+    with tempfile.TemporaryDirectory() as scratch:
+      _unzip(content, scratch)
+      yield scratch
+
+  def _path(self, name):
+    return f"{self._root}/{name}" if name else self._root
+
+  def _try(self, call: Callable[[], Any]) -> Any:
+    """Calls; again, with pauses, after an error that may pass."""
+    for attempt in range(self.attempts):
+      try:
+        return call()
+      except Exception as error:  # every file system has errors of its own
+        if attempt + 1 == self.attempts or _is_refusal(error):
+          raise UserError(_failed(self.address, error)) from error
+        time.sleep(self.pause * 2 ** attempt)
+
+  # --- What the store does, in one request each -------------------------------
+
+  def _read(self, path):
+    try:
+      return self._fs.cat_file(path)
+    except FileNotFoundError:
+      return None
+
+  def _write(self, path, content):
+    self._fs.pipe_file(path, content)
+
+  def _create(self, path, content):
+    try:
+      self._fs.pipe_file(path, content, mode="create")
+      return True
+    except FileExistsError:
+      return False
+
+  def _names(self, path):
+    try:
+      found = self._fs.ls(path, detail=False)
+    except FileNotFoundError:
+      return []
+    return [name.rstrip("/").rpartition("/")[2] for name in found
+            if name.rstrip("/") != path]
+
+  def _delete(self, path):
+    with contextlib.suppress(FileNotFoundError):
+      self._fs.rm(path, recursive=True)
+
+
+def _is_refusal(error: Exception) -> bool:
+  """Tells whether the answer will be the same the next time."""
+  return (isinstance(error, (PermissionError, TypeError, NotImplementedError))
+          or str(getattr(error, "code", "")) in ("400", "401", "403"))
+
+
+def _failed(address, error):
+  cause = error.__cause__ or error
+  reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+  return (f"the bucket '{address}' cannot be used ({reason}): check the "
+          "address and that this machine may read and write it, then start "
+          "the same command again")
+
+
+def _zipped(folder: str) -> bytes:
+  """Returns a folder's files as a zip, not compressed."""
+  content = io.BytesIO()
+  with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+    for path in _walk(folder):
+      archive.write(path, os.path.relpath(path, folder))
+  return content.getvalue()
+
+
+def _walk(folder: str) -> Iterator[str]:
+  for parent, _, names in os.walk(folder):
+    yield from (os.path.join(parent, name) for name in names)
+
+
+def _unzip(content: bytes, folder: str) -> None:
+  """Unpacks what `_zipped` returned; ValueError if it is damaged.
+
+  What is not compressed cannot be larger than what was read.
+  """
+  try:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+      if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+        raise ValueError("a zip that is compressed")
+      archive.extractall(folder)  # names cannot leave the folder
+  except (zipfile.BadZipFile, EOFError, OSError) as error:
+    raise ValueError(str(error)) from error
