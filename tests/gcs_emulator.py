@@ -7,10 +7,10 @@ JSON API's documentation (cloud.google.com/storage/docs/json_api/v1).
 import base64
 from collections.abc import Iterator
 import contextlib
-import email
 import hashlib
 from http import server
 import json
+import sys
 import threading
 from urllib import parse
 
@@ -21,7 +21,7 @@ class Objects:
   """{name: (generation, content)}, under a lock."""
 
   def __init__(self):
-    self.lock, self.contents = threading.Lock(), {}
+    self.lock, self.contents, self.uploads = threading.Lock(), {}, {}
     self.generation = 0
 
   def put(self, name, content, match=None):
@@ -120,18 +120,39 @@ class Handler(server.BaseHTTPRequestHandler):
     body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
     if self.path.startswith("/batch"):
       return self._batch(body)
-    message = email.message_from_bytes(
-        b"Content-Type: " + self.headers["Content-Type"].encode()
-        + b"\r\n\r\n" + body)
-    about, data = message.get_payload()
-    name = json.loads(about.get_payload())["name"]
-    # The library's parser would mend line ends of what is no text.
-    content = body[body.index(b"\n\n", body.index(b"octet-stream")) + 2:
-                   body.rindex(b"\n--")]
+    if "upload_id" in query:
+      return self._continue(body, query["upload_id"])
+    if query.get("uploadType") == "resumable":
+      return self._begin(json.loads(body)["name"], query)
+    # By hand: a parser of mail would change what is no text.
+    boundary = self.headers["Content-Type"].partition("boundary=")[2].strip('"')
+    end = f"\n--{boundary}".encode()
+    about, _, rest = body.partition(b"\n\n")[2].partition(end)
+    content = rest.partition(b"\n\n")[2][:-len(end) - 2]
+    name = json.loads(about)["name"]
+    self._put(name, content, query)
+
+  def _put(self, name, content, query):
     if not self.objects.put(name, content, query.get("ifGenerationMatch")):
       return self._fail(412)
     self._answer(200, _resource(name, *self.objects.contents[name]),
                  Content_Type="application/json")
+
+  def _begin(self, name, query):
+    """An upload in pieces, which follow at an address of its own."""
+    query["name"], query["upload_id"] = name, str(id(query))
+    self.objects.uploads[query["upload_id"]] = query, bytearray()
+    self._answer(200, {}, Location=(
+        f"http://{self.headers['Host']}/upload/o?"
+        + parse.urlencode({"upload_id": query["upload_id"]})))
+
+  def _continue(self, piece, upload):
+    query, content = self.objects.uploads[upload]
+    content += piece
+    total = self.headers["Content-Range"].rpartition("/")[2]
+    if total == "*" or int(total) > len(content):
+      return self._answer(308, Range=f"bytes=0-{len(content) - 1}")
+    self._put(query["name"], bytes(content), query)
 
   def _batch(self, body):
     """Deletions in one request."""
@@ -156,10 +177,19 @@ class Handler(server.BaseHTTPRequestHandler):
     return self._answer(204) if gone else self._fail(404)
 
 
+class Server(server.ThreadingHTTPServer):
+  daemon_threads = True
+
+  def handle_error(self, request, client_address):
+    """A client that was killed is no news; any other error is."""
+    if not isinstance(sys.exc_info()[1], ConnectionError):
+      super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def running() -> Iterator[tuple[Objects, dict[str, str]]]:
   """Gives (the objects, environment variables by which gcsfs finds them)."""
-  http = server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+  http = Server(("127.0.0.1", 0), Handler)
   http.objects = Objects()
   thread = threading.Thread(target=http.serve_forever, daemon=True)
   thread.start()

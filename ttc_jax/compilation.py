@@ -12,6 +12,7 @@ from absl import logging
 import jax
 
 from ttc_jax import files
+from ttc_jax.errors import UserError
 
 # Events of jax.monitoring. The first also covers programs from the cache.
 _PROGRAM = "/jax/core/compile/backend_compile_duration"
@@ -50,14 +51,18 @@ def start(cache: str) -> None:
   A folder that was configured in JAX itself takes precedence.
 
   Args:
-    cache: the folder; "" for $XDG_CACHE_HOME/ttc_jax/programs, by default
-      ~/.cache/ttc_jax/programs; "none" for no cache.
+    cache: the folder, or a gs:// address; "" for
+      $XDG_CACHE_HOME/ttc_jax/programs, by default ~/.cache/ttc_jax/programs;
+      "none" for no cache.
   """
   if not _seen["started"]:
     _seen["started"] = 1
     jax.monitoring.register_event_listener(_on_event)
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
   if cache == "none" or jax.config.values["jax_compilation_cache_dir"]:
+    return
+  if "://" in cache:
+    _keep_in(f"{_address(cache)}/{_host()}")
     return
   folder = os.path.join(files.cache_folder("programs", cache), _host())
   try:
@@ -67,8 +72,20 @@ def start(cache: str) -> None:
     logging.warning("compiled programs are not kept: %s: %s", folder,
                     error.strerror)
     return
-  jax.config.update("jax_compilation_cache_dir", folder)
+  _keep_in(folder)
   warnings.showwarning = _mending(folder, warnings.showwarning)
+
+
+def _address(cache):
+  """The address of a cache in a bucket; JAX writes there through etils."""
+  if not cache.startswith("gs://"):
+    raise UserError(f"config.compilation_cache is '{cache[:100]}': give a "
+                    "folder, gs://BUCKET/PATH, or none")
+  return cache.rstrip("/")
+
+
+def _keep_in(folder):
+  jax.config.update("jax_compilation_cache_dir", folder)
   # Small programs too: together they take as long as a large one.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,6 +1,7 @@
 """A bar on a terminal, and the learning curve of a run."""
 from collections.abc import Callable, Sequence
 import sys
+import time
 from typing import Any
 
 import tqdm
@@ -18,11 +19,13 @@ class Progress:
     title: of the bar until the first epoch.
     write: takes all records of the curve so far.
     show: False shows no bar; None shows one on a terminal.
+    seconds: between two writes, the one at the end apart.
   """
 
   def __init__(self, title: str, write: Callable[[Sequence[Record]], None],
-               show: bool | None = None):
-    self._write = write
+               show: bool | None = None, seconds: float = 0.0):
+    self._write, self._seconds = write, seconds
+    self._written, self._at = 0, -float("inf")  # records, and when
     self._records: list[Record] = []
     self._bar = tqdm.tqdm(
         desc=title, unit="epoch", leave=False,
@@ -37,7 +40,8 @@ class Progress:
              record: Record) -> None:
     """Adds a record to the curve and shows it."""
     self._records.append({"stage": stage, **record})
-    self._write(self._records)
+    if time.monotonic() - self._at >= self._seconds:
+      self._write_all()
     values = {}
     if "loss" in record:
       values = {"loss": f"{record['loss']:.3f}",
@@ -52,5 +56,11 @@ class Progress:
   def __enter__(self) -> "Progress":
     return self
 
+  def _write_all(self) -> None:
+    self._write(self._records)
+    self._written, self._at = len(self._records), time.monotonic()
+
   def __exit__(self, *exc) -> None:
+    if self._written < len(self._records):
+      self._write_all()
     self._bar.close()

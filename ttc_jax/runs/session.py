@@ -253,7 +253,7 @@ class Session:
     task = self.inputs.task(run.task, run.config)
     base = self.inputs.base(run.config)
     with Progress(run.name, lambda records: self.workdir.write_curve(
-        run.name, records)) as bar:
+        run.name, records), seconds=self.workdir.curve_seconds) as bar:
       todo = job.make_job(run, base, task, bar.update)
       bar.expect(len(todo.method.stages) * todo.config.epochs)
       self.workdir.write_stages(run.name, train.stage_keys(todo))

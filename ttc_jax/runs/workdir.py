@@ -291,6 +291,11 @@ class WorkDir:
     self.store.write(f"runs/{run}/failure.json", _json({
         "run": run, "task": task, "variant": variant, "error": error}))
 
+  @property
+  def curve_seconds(self) -> float:
+    """Least time between two writes of a curve: a bucket takes one a second."""
+    return 0.0 if isinstance(self.store, storage.Disk) else 10.0
+
   def curve(self, run: str) -> list[dict[str, Any]]:
     """Reads a run's learning curve: a record for each epoch, perhaps none."""
     name = f"runs/{run}/metrics.jsonl"

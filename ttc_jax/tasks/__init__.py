@@ -24,7 +24,7 @@ import types
 import numpy as np
 
 from ttc_jax import config, errors, files
-from ttc_jax.tasks import archive
+from ttc_jax.tasks import archive, bucket
 from ttc_jax.tasks import images as images_lib
 
 ROLES = ("train", "val", "trainval")  # trainval: train, then val
@@ -206,7 +206,7 @@ def find(name: str, data: str | None) -> Task:
   """Reads and checks a task that has no image size yet; see `load`."""
   for family in _families():
     if name in _names(family, data):
-      return family.load(name, _given(family, data))
+      return family.load(name, _whole(family, name, data))
   try:
     errors.check_known("task", name, names(data))
   except errors.UserError as error:
@@ -281,7 +281,20 @@ def _given(family: types.ModuleType, data: str | None) -> str | None:
     return data if mine and data.startswith(mine) else None
   if mine:
     return None
+  if bucket.is_address(data):
+    data = bucket.local(data)
   return archive.unpacked(data) if archive.is_archive(data) else data
+
+
+def _whole(family: types.ModuleType, name: str,
+           data: str | None) -> str | None:
+  """`_given`; of a bucket, with all that a task needs copied."""
+  given = _given(family, data)
+  if given is None or data is None or not bucket.is_address(data):
+    return given
+  folders = getattr(family, "folders_of", lambda name: (name.split("/")[0],))
+  whole = bucket.local(data, folders(name))
+  return whole if os.path.isdir(whole) else given  # a zip is unpacked
 
 
 def _prefixes() -> set[str]:

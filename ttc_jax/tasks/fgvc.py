@@ -81,6 +81,12 @@ def names(data: str | None) -> tuple[str, ...]:
   return tuple(name for name, row in ROWS.items() if _json(row, data))
 
 
+def folders_of(name: str) -> tuple[str, ...]:
+  """The folders of `data` that a data set may need."""
+  row = ROWS[name]
+  return (row.folder, *([row.tfds.split("/")[0]] if row.tfds else []))
+
+
 def nested(data: str | None) -> tuple[str, ...]:
   """Returns those that TFDS prepared under `data`."""
   return tuple(name for name, row in ROWS.items() if _prepared(row, data))

@@ -3,7 +3,8 @@ from ttc_jax import errors
 from ttc_jax.tasks import Task, tfds
 from ttc_jax.vtab.rows import ROWS, Row, hint  # `hint` is part of a family
 
-__all__ = ["SETS", "hint", "load", "names", "open_set", "prepared", "spec"]
+__all__ = ["SETS", "folders_of", "hint", "load", "names", "open_set",
+           "prepared", "spec"]
 
 SETS = {"vtab": ROWS}  # what task=vtab means
 
@@ -17,6 +18,11 @@ def spec(row: Row) -> tfds.Spec:
 def prepared(name: str, data: str | None) -> str | None:
   """The folder of the data set of one of ROWS, or None."""
   return tfds.prepared(spec(ROWS[name]), data)
+
+
+def folders_of(name: str) -> tuple[str, ...]:
+  """The folders of a data directory that a task needs."""
+  return (ROWS[name].tfds.split("/")[0],)
 
 
 def names(data: str | None) -> tuple[str, ...]:

@@ -1,0 +1,167 @@
+"""data=gs://BUCKET/PATH: copies of what a task needs, in the cache.
+
+Lists and descriptions (.txt, .json) of the whole address are copied when it is
+first looked at, the rest of a task's folder when the task is loaded; of a
+folder of pictures, and of a file, everything. A copy is made again when the
+object's size or generation changes. What a killed process had copied is kept.
+
+The copies have the objects' times, so that every host sees the same files.
+"""
+from collections.abc import Iterable, Mapping
+import functools
+import hashlib
+import json
+import os
+import posixpath
+from typing import Any
+
+from ttc_jax import errors, files
+
+SCHEME = "gs://"
+_INDEX = (".txt", ".json", ".labels.txt")
+_TELLING = ("train800.txt", "dataset_info.json", "train.json")
+_AT_ONCE, _BYTES = 256, 2 ** 28  # objects and bytes of one request
+_NOTE = ".copied.json"
+
+
+def is_address(data: str) -> bool:
+  """Tells whether `data` is in a bucket."""
+  return data.startswith(SCHEME)
+
+
+def local(data: str, folders: tuple[str, ...] = ()) -> str:
+  """Returns the path of the copy of an address.
+
+  Args:
+    folders: below the address, which are to be whole if they are there; if
+      none of them is, all is copied. Without any, lists are enough.
+
+  Raises:
+    errors.UserError: the bucket cannot be read, or holds nothing there.
+  """
+  objects, root = _objects(data.rstrip("/"))
+  lists = [name for name in objects if name.endswith(_INDEX)]
+  tells = any(posixpath.basename(name) in _TELLING for name in lists)
+  inside = [name for name in objects
+            if name.startswith(tuple(f"{folder}/" for folder in folders))]
+  _copy(data, root, objects, lists + inside if tells and (
+      inside or not folders) else list(objects))
+  return root
+
+
+@functools.lru_cache(maxsize=32)
+def _objects(data: str) -> tuple[Mapping[str, Mapping[str, Any]], str]:
+  """({name below the address: what the store says of it}, the copy's path).
+
+  The address may be of one object: its name is then "".
+  """
+  key = hashlib.sha256(data.encode()).hexdigest()[:16]
+  root = os.path.join(files.cache_folder("buckets"), key,
+                      posixpath.basename(data))
+  fs, path = _opened(data)
+  with _explained(data):
+    found = fs.find(path, detail=True)
+  named = {name[len(path):].removeprefix("/"): info for name, info in found.items()
+           if not name.endswith("/")}
+  if not named:
+    raise errors.UserError(f"data={data} holds nothing: give an address of a "
+                           "folder, or of a .zip, in a bucket")
+  for name in named:
+    if name and os.path.normpath(f"/{name}") != f"/{name}" or "\\" in name:
+      raise errors.UserError(
+          f"data={data} has an object called {name[:100]!r}, which is no path "
+          "of a file: rename it")
+  return named, root
+
+
+def _copy(data: str, root: str, objects: Mapping[str, Mapping[str, Any]],
+          wanted: Iterable[str]) -> None:
+  """Copies the objects that are not there, or not as they are now."""
+  note = f"{root}{_NOTE}"
+  with files.lock(f"{root}.lock", wait=True):
+    known = _read(note)
+    missing = [name for name in dict.fromkeys(wanted)
+               if known.get(name) != _version(objects[name])
+               or not os.path.isfile(_place(root, name))]
+    for some in _portions(objects, missing):
+      _get(data, root, objects, some)
+      known |= {name: _version(objects[name]) for name in some}
+      files.write_text(note, json.dumps(known))
+
+
+def _portions(objects, names):
+  """Cuts the names into lists of what is fetched together."""
+  some: list[str] = []
+  for name in names:
+    size = sum(objects[n].get("size") or 0 for n in (*some, name))
+    if some and (len(some) == _AT_ONCE or size > _BYTES):
+      yield some
+      some = []
+    some.append(name)
+  if some:
+    yield some
+
+
+def _get(data, root, objects, names):
+  fs, path = _opened(data)
+  with _explained(data):
+    contents = fs.cat([f"{path}/{name}".rstrip("/") for name in names]
+                      ) if len(names) > 1 else None
+    for name in names:
+      remote, place = f"{path}/{name}".rstrip("/"), _place(root, name)
+      os.makedirs(os.path.dirname(place), exist_ok=True)
+      with files.replacing(place) as file:
+        file.write(contents[remote] if contents else fs.cat_file(remote))
+      if (time := _time(objects[name])) is not None:
+        os.utime(place, (time, time))
+
+
+def _opened(data):
+  try:
+    import fsspec
+    return fsspec.core.url_to_fs(data, use_listings_cache=False)
+  except ImportError as error:
+    raise errors.UserError(f"data={data} needs a library that is not installed "
+                           f"({error}): pip install -e '.[hub]'") from error
+
+
+class _explained:
+  """Turns a store's errors into one sentence."""
+
+  def __init__(self, data):
+    self._data = data
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    if isinstance(error, Exception) and not isinstance(error, errors.UserError):
+      reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+      raise errors.UserError(
+          f"data={self._data} cannot be read ({reason}): check the address and "
+          "that this machine may read it, then start again; what was copied "
+          "is kept") from error
+
+
+def _place(root, name):
+  return os.path.join(root, *name.split("/")) if name else root
+
+
+def _version(info):
+  """What changes when an object does."""
+  return [info.get("size"), str(info.get("generation") or info.get("etag")
+                                or info.get("created") or "")]
+
+
+def _time(info):
+  """Seconds since 1970 of the last change, if the store says."""
+  time = info.get("mtime") or info.get("created")
+  return time.timestamp() if hasattr(time, "timestamp") else None
+
+
+def _read(path):
+  try:
+    with open(path, encoding="utf-8") as file:
+      return dict(json.load(file))
+  except (OSError, TypeError, ValueError):
+    return {}
