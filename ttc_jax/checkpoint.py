@@ -124,17 +124,19 @@ class StageStore:
         taken over.
     """
     self._claim.check()
+    if not self._store.writes:
+      return
     meta = {**saved.meta, _DIGEST: digest_parts(saved.arrays)}
     with explain_disk_errors(self.path):
       with self._store.write_folder(f"{self._name}/{saved.epoch}") as folder:
         write_folder(folder, saved.arrays, meta)
-      for epoch in self._epochs():
+      for epoch in self._epochs(self._store.direct):
         if epoch != saved.epoch:
           self._delete(epoch)
 
   def latest_epoch(self) -> int | None:
     """Returns the epoch of the newest state; None where there is none."""
-    return max(self._epochs(), default=None)
+    return max(self._epochs(self._store), default=None)
 
   def load(self) -> Saved | None:
     """Reads the newest state; deletes a damaged one with a warning.
@@ -186,9 +188,8 @@ class StageStore:
     for name in (str(epoch), f"{epoch}.zip"):
       self._store.delete(f"{self._name}/{name}")
 
-  def _epochs(self) -> list[int]:
-    names = (name.removesuffix(".zip")
-             for name in self._store.names(self._name))
+  def _epochs(self, store: Store) -> list[int]:
+    names = (name.removesuffix(".zip") for name in store.names(self._name))
     return [int(name) for name in names if name.isdecimal()]
 
 

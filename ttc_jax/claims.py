@@ -110,7 +110,9 @@ class Claims:
 
   def _take(self, name):
     last = _last(self._store, name)
-    if last and not self._is_free(f"{FOLDER}/{name}/{last}"):
+    file = f"{FOLDER}/{name}/{last}"
+    if last and not self._store.agreed(
+        f"is {file} free", lambda: self._is_free(file)):
       raise Busy(name)
     claim = Claim(self._store, name, last + 1)
     if not claim.create():
@@ -121,7 +123,7 @@ class Claims:
 
   def _is_free(self, file):
     """Tells whether the newest claim of a name is over."""
-    content = self._store.read(file)
+    content = self._store.direct.read(file)
     found = _decoded(content)
     if found.get("released") is True or _is_dead(found):
       return True

@@ -15,7 +15,8 @@ Images = np.ndarray | Stream  # uint8 (N, S, S, 3)
 @functools.cache
 def _pmapped(model: Model, output: str, *args):
   def fn(params, buffers, images):
-    return getattr(model, output)(params, images, buffers, *args)
+    return parallel.gather(
+        getattr(model, output)(params, images, buffers, *args))
   return parallel.pmap(fn)
 
 
@@ -24,7 +25,8 @@ def over(fn: Callable[..., Any], arrays: tuple[Images, ...],
   """Returns the results of `fn` for all batches of the arrays: (N, ...).
 
   Args:
-    fn: pmapped; takes a batch of each array, on the devices.
+    fn: pmapped; takes a batch of each array, on the devices; what it returns
+      went through `parallel.gather`.
     arrays: with the same first axis N.
     batch_size: rounded up to a multiple of the devices; the last batch is
       padded to it.
@@ -37,8 +39,7 @@ def over(fn: Callable[..., Any], arrays: tuple[Images, ...],
     padded = (parallel.shard(parallel.pad_to(x, batch_size)) for x in batch)
     outputs.append((fn(*padded), len(batch[0])))
   # Wait for the device only now, so that the host runs a batch ahead of it.
-  return np.concatenate([
-      np.asarray(y).reshape(batch_size, *y.shape[2:])[:n] for y, n in outputs])
+  return np.concatenate([parallel.unshard(y)[:n] for y, n in outputs])
 
 
 def _over(output, model, params, buffers, images, batch_size, *args):

@@ -159,9 +159,22 @@ def asked() -> bool:
 def check() -> None:
   """Raises Stopped if this process was asked to end, unless `held`."""
   if _asked.is_set() and not _holds[0]:
-    if threading.current_thread() is threading.main_thread():
-      _answered.set()
-    raise Stopped(f"stopped by {_name(_number[0])}")
+    stop()
+
+
+def stop() -> None:
+  """Raises Stopped: this process, or another host of its run, was asked to
+  end."""
+  if threading.current_thread() is threading.main_thread():
+    _answered.set()
+  raise Stopped(f"stopped by {_name(_number[0])}" if _asked.is_set()
+                else "stopped: another host was asked to end")
+
+
+def hold() -> None:
+  """Makes `check` do nothing from now on: hosts that train together stop at
+  the same point, see `stop`."""
+  _holds[0] += 1
 
 
 def exit_code() -> int:

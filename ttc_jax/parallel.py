@@ -1,4 +1,8 @@
-"""Data parallelism over this host's devices: the only file that calls pmap.
+"""Data parallelism over devices: the only file that calls pmap.
+
+The devices are this host's; after `span_hosts`, those of all hosts of a pod:
+then every host runs the same program at the same time, and holds the part of
+each array that is on its own devices.
 
 Every array that a pmapped function takes or returns has a leading axis of
 devices. `pmap` is public, in maintenance mode, and since JAX 0.8 a thin layer
@@ -8,16 +12,37 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 AXIS = "batch"
 Tree = Any
+_spanning: list[bool] = []
+
+
+def span_hosts() -> None:
+  """Makes every function of this module span the devices of all hosts.
+
+  `jax.distributed` has been initialised, and nothing was compiled yet.
+  """
+  _spanning.append(True)
+
+
+def spans_hosts() -> bool:
+  """Tells whether a run spans several hosts."""
+  return bool(_spanning) and jax.process_count() > 1
 
 
 def devices() -> list[jax.Device]:
-  """Returns this host's devices; a run never spans hosts."""
-  return jax.local_devices()
+  """Returns the devices that share a batch: of this host, or of all."""
+  return jax.devices() if spans_hosts() else jax.local_devices()
+
+
+def _here() -> list[int]:
+  """Which of `devices()` are this host's."""
+  return [i for i, device in enumerate(devices())
+          if device.process_index == jax.process_index()]
 
 
 def pmap(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
@@ -26,8 +51,9 @@ def pmap(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
   Args:
     donate: positions of arguments whose memory the results may reuse.
   """
-  return jax.pmap(
-      fn, axis_name=AXIS, devices=devices(), donate_argnums=donate)
+  # Across hosts pmap takes all devices, and no list of them.
+  mine = {} if spans_hosts() else {"devices": devices()}
+  return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate, **mine)
 
 
 def pmean(tree: Tree) -> Tree:
@@ -45,14 +71,49 @@ def device_index() -> jax.Array:
   return jax.lax.axis_index(AXIS)
 
 
+def gather(tree: Tree) -> Tree:
+  """Returns the results of all devices, (n, ...), on each; inside a pmapped
+  function. `unshard` takes what the function returns then."""
+  return jax.lax.all_gather(tree, AXIS) if spans_hosts() else tree
+
+
+def unshard(x: jax.Array) -> np.ndarray:
+  """Returns what `gather` gathered, (devices, B/n, ...) -> (B, ...)."""
+  whole = np.asarray(x[0] if spans_hosts() else x)
+  return whole.reshape(-1, *whole.shape[2:])
+
+
+def any_host(*flags: bool) -> list[bool]:
+  """Returns for each flag whether it is True on any host."""
+  if not spans_hosts():
+    return [*flags]
+  return np.asarray(multihost_utils.process_allgather(
+      np.asarray(flags))).any(0).tolist()
+
+
+def tell(content: bytes) -> bytes:
+  """Returns the first host's content; of the others' nothing is used."""
+  if not spans_hosts():
+    return content
+  first = jax.process_index() == 0
+  size = int(multihost_utils.broadcast_one_to_all(
+      np.int32(len(content) if first else 0)))
+  # Few sizes, since each is a program.
+  room = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)
+  if first:
+    room[:size] = np.frombuffer(content, np.uint8)
+  told = np.asarray(multihost_utils.broadcast_one_to_all(room))
+  return told[:size].tobytes()
+
+
 def _place(x):
-  mesh = Mesh(np.asarray(devices()), (AXIS,))
+  mesh = Mesh(np.asarray(jax.local_devices()), (AXIS,))
   return jax.device_put(x, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def replicate(tree: Tree) -> Tree:
-  """Copies every leaf to every device: (...) -> (devices, ...)."""
-  n = len(devices())
+  """Copies every leaf to every device: (...) -> (devices here, ...)."""
+  n = len(jax.local_devices())
 
   def copy(x):
     x = np.asarray(x)
@@ -66,11 +127,14 @@ def unreplicate(tree: Tree) -> Tree:
 
 
 def shard(tree: Tree) -> Tree:
-  """Splits the first axis over the n devices: (B, ...) -> (n, B/n, ...)."""
-  n = len(devices())
+  """Splits the first axis over the n devices: (B, ...) -> (n, B/n, ...).
+
+  Of several hosts each has all of (B, ...), and gets its devices' part.
+  """
+  n, here = len(devices()), _here()
   return jax.tree.map(
-      lambda x: _place(np.asarray(x).reshape(n, len(x) // n, *x.shape[1:])),
-      tree)
+      lambda x: _place(np.asarray(x).reshape(
+          n, len(x) // n, *x.shape[1:])[here]), tree)
 
 
 def pad_to(x: np.ndarray, count: int) -> np.ndarray:

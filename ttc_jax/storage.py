@@ -7,11 +7,13 @@ gives; nothing is read from a store but data.
 
   Disk    files; any folder that processes share
   Bucket  objects of Google Cloud Storage, gs://, through fsspec and gcsfs
+  Shared  one of these, for hosts that do the same at the same time
 """
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -33,8 +35,20 @@ class Store:
 
   Attributes:
     address: of the place, as messages show it.
+    writes: whether this process is the one that writes.
   """
   address: str
+  writes = True
+
+  @property
+  def direct(self) -> "Store":
+    """The store without other hosts."""
+    return self
+
+  def agreed(self, question: str, answer: Callable[[], bool]) -> bool:
+    """Returns the answer; of several hosts, the first one's."""
+    del question
+    return answer()
 
   def exists(self) -> bool:
     """Tells whether there is anything at the place."""
@@ -303,6 +317,102 @@ class Bucket(Store):
   def _delete(self, path):
     with contextlib.suppress(FileNotFoundError):
       self._fs.rm(path, recursive=True)
+
+
+class Shared(Store):
+  """A store for hosts that run the same program in step.
+
+  The first host reads and writes; all get its answers, so that they decide
+  alike. What is read is compared by name: hosts that went apart, by other data
+  say, learn it before they wait for each other for ever.
+
+  Args:
+    leads: whether this is the first host.
+    tell: gives the first host's bytes to all; all hosts call it together.
+  """
+
+  def __init__(self, store: Store, leads: bool, tell: Callable[[bytes], bytes]):
+    self._store, self.writes, self._tell = store, leads, tell
+    self.address = store.address
+
+  @property
+  def direct(self):
+    return self._store
+
+  def agreed(self, question, answer):
+    return self._ask(question, lambda: b"1" if answer() else b"") == b"1"
+
+  def exists(self):
+    return self.agreed("exists", self._store.exists)
+
+  def place(self, name):
+    return self._store.place(name)
+
+  def read(self, name):
+    return self._ask(f"read {name}", lambda: self._store.read(name))
+
+  def names(self, folder):
+    return json.loads(self._ask(
+        f"names in {folder}",
+        lambda: json.dumps(self._store.names(folder)).encode()))
+
+  def create(self, name, content):
+    return self.agreed(
+        f"create {name}", lambda: self._store.create(name, content))
+
+  def write(self, name, content):
+    if self.writes:
+      self._store.write(name, content)
+
+  def delete(self, name):
+    if self.writes:
+      self._store.delete(name)
+
+  @contextlib.contextmanager
+  def write_folder(self, name):
+    if self.writes:
+      with self._store.write_folder(name) as folder:
+        yield folder
+    else:
+      with tempfile.TemporaryDirectory() as scratch:
+        yield scratch
+
+  @contextlib.contextmanager
+  def read_folder(self, name):
+    def content():
+      try:
+        with self._store.read_folder(name) as folder:
+          return _zipped(folder)
+      except FileNotFoundError:
+        return None
+    found = self._ask(f"folder {name}", content)
+    if found is None:
+      raise FileNotFoundError(self.place(name))
+    with tempfile.TemporaryDirectory() as scratch:
+      _unzip(found, scratch)
+      yield scratch
+
+  def _ask(self, question, answer: Callable[[], bytes | None]) -> Any:
+    """The first host's answer, on all hosts."""
+    error, found = None, None
+    if self.writes:
+      try:
+        found = answer()
+      except (OSError, UserError, ValueError) as failed:
+        error = failed
+    head = {"question": question, "none": found is None,
+            "error": str(error) if error else ""}
+    told = self._tell(json.dumps(head).encode() + b"\n" + (found or b""))
+    line, _, content = told.partition(b"\n")
+    head = json.loads(line)
+    if head["question"] != question:
+      raise UserError(
+          f"the hosts do not do the same: the first asks '{head['question']}', "
+          f"this one '{question}'; start them with the same command, data, "
+          "weights and versions")
+    if head["error"]:
+      raise error or UserError(f"the first host failed: {head['error']}")
+    return None if head["none"] else content
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -228,13 +228,15 @@ class StageRun:
         self._check_finite(epoch, losses)
         progress = self._record(inputs, frozen, epoch + 1, losses, progress)
         self._report(progress.records[-1])
-        last, asked = epoch + 1 == self.epochs, interrupt.asked()
-        if (last or asked
-            or time.perf_counter() - last_save >= config.save_seconds):
+        last = epoch + 1 == self.epochs
+        asked, due = parallel.any_host(
+            interrupt.asked(),
+            time.perf_counter() - last_save >= config.save_seconds)
+        if last or asked or due:
           self.store.save(_saved(epoch + 1, buffers, progress, last))
           last_save = time.perf_counter()
       if asked:  # a request that came after the look waits for the next save
-        interrupt.check()
+        interrupt.stop()
     return progress
 
   def _report(self, record):

@@ -61,7 +61,8 @@ def _objects(data: str) -> tuple[Mapping[str, Mapping[str, Any]], str]:
   fs, path = _opened(data)
   with _explained(data):
     found = fs.find(path, detail=True)
-  named = {name[len(path):].removeprefix("/"): info for name, info in found.items()
+  named = {name[len(path):].removeprefix("/"): info
+           for name, info in found.items()
            if not name.endswith("/")}
   if not named:
     raise errors.UserError(f"data={data} holds nothing: give an address of a "
