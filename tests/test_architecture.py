@@ -13,7 +13,7 @@ LEVELS = {
     "vtab/rows": 1, "vtab/facts": 1,
     "config_file": 2, "cli": 3,
     "compilation": 2, "tasks": 2, "backbones": 2, "optim": 2, "presets": 2,
-    "storage": 2, "claims": 3, "runs/workdir": 4,
+    "stores": 2, "claims": 3, "runs/workdir": 4,
     "weights": 3, "taps": 3, "vtab": 3, "model": 4, "checkpoint": 4,
     "step": 5, "cost": 5, "evaluate": 5, "importance": 5,
     "bundles": 6, "methods": 6,

@@ -7,16 +7,16 @@ import time
 
 import pytest
 
-from tests import stores
-from ttc_jax import claims
+from tests import made_stores
+from ttc_jax import claims, stores
 from ttc_jax.claims import Claims
 from ttc_jax.errors import Busy
 from ttc_jax.runs.workdir import WorkDir
 
 
-@pytest.fixture(params=stores.KINDS)
+@pytest.fixture(params=made_stores.KINDS)
 def again(request, tmp_path):
-  with stores.opened(request.param, tmp_path) as open_again:
+  with made_stores.opened(request.param, tmp_path) as open_again:
     yield open_again
 
 
@@ -85,7 +85,7 @@ def test_a_holder_that_is_alive_keeps_its_claim_for_many_leases(again):
 
 def test_an_end_that_tells_nobody_costs_no_lease_on_the_same_host(tmp_path):
   """The holder is a process that ended without a release, as by SIGKILL."""
-  store = stores.storage.open_store(tmp_path)
+  store = stores.open_store(tmp_path)
   child = multiprocessing.get_context("spawn").Process(
       target=_claim_and_end, args=(str(tmp_path),))
   child.start()
@@ -98,13 +98,13 @@ def test_an_end_that_tells_nobody_costs_no_lease_on_the_same_host(tmp_path):
 
 def _claim_and_end(path):
   import os
-  Claims(stores.storage.open_store(path)).hold("a").__enter__()
+  Claims(stores.open_store(path)).hold("a").__enter__()
   os._exit(9)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"released": 1}'])
 def test_a_damaged_claim_is_waited_out(content, tmp_path):
-  store = stores.storage.open_store(tmp_path)
+  store = stores.open_store(tmp_path)
   store.write("claims/a/7", content)
   waiting = Claims(store, seconds=0.05)
   with pytest.raises(Busy):
@@ -205,6 +205,6 @@ def test_work_is_done_once_on_a_bad_line(stale, workers):
 def open_workdir(contents, seed, stale, lease):
   place = WorkDir.__new__(WorkDir)
   place.__init__("unused", lease)
-  place.store = stores.Faulty(contents, seed, stale)
+  place.store = made_stores.Faulty(contents, seed, stale)
   place.claims = Claims(place.store, lease)
   return place

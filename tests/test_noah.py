@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import DEPTH, WIDTH, features, random_adapter
 from tests.test_train import kill_after, make_job, run
-from ttc_jax import checkpoint, methods, parallel, storage, train, trees
+from ttc_jax import checkpoint, methods, parallel, stores, train, trees
 from ttc_jax.errors import UserError
 from ttc_jax.methods import adapter as adapter_lib
 from ttc_jax.methods import lora, noah, vpt_deep, vpt_shallow
@@ -294,7 +294,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 def test_a_damaged_search_starts_anew(tmp_path):
   """The notes of a stage, where the search keeps its scores."""
-  stages = checkpoint.Stages(storage.open_store(tmp_path))
+  stages = checkpoint.Stages(stores.open_store(tmp_path))
   path = tmp_path / "stages" / "a-notes.json"
   with stages.open("a") as store:
     assert store.notes() == {}

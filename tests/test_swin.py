@@ -14,7 +14,7 @@ from ttc_jax import (
   importance,
   methods,
   parallel,
-  storage,
+  stores,
   train,
   trees,
 )
@@ -337,7 +337,7 @@ def steps(name, config, module, tmp_path):
   base = random_params(module)
   return base, data, method, train.run(
       job, parallel.replicate(base),
-      checkpoint.Stages(storage.open_store(tmp_path)))
+      checkpoint.Stages(stores.open_store(tmp_path)))
 
 
 @pytest.mark.parametrize("name", METHODS)

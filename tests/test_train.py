@@ -15,7 +15,7 @@ from ttc_jax import (
   optim,
   parallel,
   step,
-  storage,
+  stores,
   train,
   trees,
 )
@@ -70,7 +70,7 @@ def kill_after(stage, epoch, job, params, directory):
 
 def run(job, params, directory):
   outcome = train.run(job, parallel.replicate(params["backbone"]),
-                      checkpoint.Stages(storage.open_store(directory)))
+                      checkpoint.Stages(stores.open_store(directory)))
   params = dict(outcome.state.params)
   params["head"] = model_lib.trim_head(params["head"], job.classes)
   return outcome, trees.flatten(parallel.unreplicate(params))
@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
   with pytest.raises(RunError, match="lower config.lr") as error:
     run(job, params, tmp_path)
   kept, = (tmp_path / "stages").iterdir()
-  with checkpoint.Stages(storage.open_store(tmp_path)).open(
+  with checkpoint.Stages(stores.open_store(tmp_path)).open(
       kept.name) as store:
     saved = store.load()
   assert f"the state after epoch {saved.epoch} is kept in" in str(error.value)
@@ -503,7 +503,7 @@ def test_tasks_of_any_number_of_classes_share_every_compilation(
     job = make_job(config, model, split, identity={"classes": classes},
                    classes=classes, settings=dict(batch_size=12))
     train.run(job, parallel.replicate(params["backbone"]),
-              checkpoint.Stages(storage.open_store(tmp_path)))
+              checkpoint.Stages(stores.open_store(tmp_path)))
     pmapped = [name for name in seen if "_fun" in name]
     if classes == 4:
       assert len(pmapped) >= 2

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import safetensors
 
-from ttc_jax import checkpoint, cli, files, normalisation, storage
+from ttc_jax import checkpoint, cli, files, normalisation, stores
 from ttc_jax.checkpoint import Flat, explain_disk_errors
 from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images
@@ -111,7 +111,7 @@ def save(path: str, bundle: Bundle) -> None:
       shutil.rmtree(written, ignore_errors=True)
 
 
-def put(store: storage.Store, name: str, bundle: Bundle) -> int:
+def put(store: stores.Store, name: str, bundle: Bundle) -> int:
   """Writes a bundle to a store; returns its bytes.
 
   Args:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from ttc_jax import trees
 from ttc_jax.claims import Claim, Claims
 from ttc_jax.errors import Busy, UserError, printable
-from ttc_jax.storage import Store
+from ttc_jax.stores import Store
 
 Flat = dict[str, np.ndarray]
 

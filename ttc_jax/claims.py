@@ -22,7 +22,7 @@ import uuid
 from absl import logging
 
 from ttc_jax.errors import Busy, UserError
-from ttc_jax.storage import Store
+from ttc_jax.stores import Store
 
 LEASE_SECONDS = 60.0
 FOLDER = "claims"

@@ -15,7 +15,7 @@ from ttc_jax import (
   files,
   importance,
   parallel,
-  storage,
+  stores,
   tasks,
   train,
 )
@@ -225,7 +225,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
     outcome = train.run(job._replace(report=bar.update), base.params,
-                        checkpoint.Stages(storage.open_store(scratch)))
+                        checkpoint.Stages(stores.open_store(scratch)))
   bundle = row.make_bundle(job, base, names, outcome,
                            {"task": "fit", "group": "Other"})
   found = Fitted(bundle, base, outcome.history, _per_block(scores, base))

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from ttc_jax import storage
+from ttc_jax import stores
 from ttc_jax.claims import LEASE_SECONDS, Claim, Claims
 from ttc_jax.errors import UserError, printable
 
@@ -105,7 +105,7 @@ class WorkDir:
 
   def __init__(self, path: str | os.PathLike[str],
                lease_seconds: float = LEASE_SECONDS):
-    self.store = storage.open_store(path)
+    self.store = stores.open_store(path)
     self.claims = Claims(self.store, lease_seconds)
     self._rows: dict[str, Row] = {}  # they never change
 
@@ -123,7 +123,7 @@ class WorkDir:
 
   def bundle_name(self, run: str) -> str:
     """Name of a run's bundle in the store: a folder, in a bucket one file."""
-    local = isinstance(self.store, storage.Disk)
+    local = isinstance(self.store.direct, stores.Disk)
     return f"runs/{run}/bundle{'' if local else '.safetensors'}"
 
   # --- The directory ----------------------------------------------------------
@@ -294,7 +294,7 @@ class WorkDir:
   @property
   def curve_seconds(self) -> float:
     """Least time between two writes of a curve: a bucket takes one a second."""
-    return 0.0 if isinstance(self.store, storage.Disk) else 10.0
+    return 0.0 if isinstance(self.store.direct, stores.Disk) else 10.0
 
   def curve(self, run: str) -> list[dict[str, Any]]:
     """Reads a run's learning curve: a record for each epoch, perhaps none."""

@@ -7,10 +7,10 @@ import time
 from unittest import mock
 
 from tests import gcs_emulator
-from ttc_jax import storage
+from ttc_jax import stores
 
 
-class Faulty(storage.Bucket):
+class Faulty(stores.Bucket):
   """Objects in a dictionary that processes (threads) share, behind a bad line.
 
   A call is late, or its answer is lost after it was done (or before), or a
@@ -69,12 +69,12 @@ class Faulty(storage.Bucket):
 def opened(kind, folder):
   """Gives a function that opens the same store again and again."""
   if kind == "disk":
-    yield lambda: storage.open_store(folder / "store")
+    yield lambda: stores.open_store(folder / "store")
   elif kind == "no links":  # as on FAT
     with mock.patch.object(os, "link", side_effect=OSError(1, "no links")):
-      yield lambda: storage.open_store(folder / "store")
+      yield lambda: stores.open_store(folder / "store")
   elif kind == "memory":
-    yield lambda: storage.Bucket(f"memory://{folder}")
+    yield lambda: stores.Bucket(f"memory://{folder}")
   elif kind == "faulty":
     contents, seeds = {}, iter(range(1000))
     lock = threading.Lock()
@@ -86,7 +86,7 @@ def opened(kind, folder):
   else:
     with gcs_emulator.running() as (_, environment):
       with mock.patch.dict(os.environ, environment):
-        yield lambda: storage.open_store("gs://b/some where")
+        yield lambda: stores.open_store("gs://b/some where")
 
 
 KINDS = ("disk", "no links", "memory", "faulty", "gs")

@@ -4,15 +4,15 @@ import threading
 
 import pytest
 
-from tests import stores
-from ttc_jax import storage
+from tests import made_stores
+from ttc_jax import stores
 from ttc_jax.errors import UserError
 
 
-@pytest.fixture(params=stores.KINDS)
+@pytest.fixture(params=made_stores.KINDS)
 def again(request, tmp_path):
   """Opens the same store, as another process would."""
-  with stores.opened(request.param, tmp_path) as open_again:
+  with made_stores.opened(request.param, tmp_path) as open_again:
     yield open_again
 
 
@@ -66,7 +66,7 @@ def test_a_folder_appears_whole_or_not_at_all(again):
 
 
 def test_a_damaged_zip_is_a_value_error(tmp_path):
-  with stores.opened("memory", tmp_path) as again:
+  with made_stores.opened("memory", tmp_path) as again:
     with again().write_folder("s") as folder:
       with open(os.path.join(folder, "f"), "w") as file:
         file.write("x" * 100)
@@ -84,12 +84,12 @@ def test_a_damaged_zip_is_a_value_error(tmp_path):
     "memory://x"])
 def test_other_addresses_are_one_sentence(address):
   with pytest.raises(UserError, match="a work directory is a path or gs://"):
-    storage.open_store(address)
+    stores.open_store(address)
 
 
 def test_a_bucket_that_cannot_be_reached_is_one_sentence(
     tmp_path, monkeypatch):
-  with stores.opened("memory", tmp_path) as again:
+  with made_stores.opened("memory", tmp_path) as again:
     store = again()
     store.pause = 0.0
     calls = []
@@ -104,7 +104,7 @@ def test_a_bucket_that_cannot_be_reached_is_one_sentence(
 
 
 def test_a_refusal_is_not_asked_again(tmp_path, monkeypatch):
-  with stores.opened("memory", tmp_path) as again:
+  with made_stores.opened("memory", tmp_path) as again:
     store, calls = again(), []
 
     def refuse(path):
