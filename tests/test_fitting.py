@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 import ttc_jax
-from ttc_jax import backbones, importance, parallel, predict, weights
+from ttc_jax import backbones, importance, predict, weights
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -84,7 +84,7 @@ def test_channels_are_the_top_of_the_scores_of_the_aligned_model(
   pixels = ttc_jax.tasks.images.prepare_all(images, 32, "bicubic")
   want = importance.score(
       "taylor", Model(module, "half"),
-      parallel.replicate(aligned._loaded.params), {}, pixels, numbers, ("fc2",))
+      aligned._tuned.params, {}, pixels, numbers, ("fc2",))
   k = len(result.channels["fc2"][0])
   for block in range(3):
     np.testing.assert_allclose(result.scores["fc2"][block],

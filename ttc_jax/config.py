@@ -16,13 +16,14 @@ from ttc_jax.errors import UserError, check_known
 
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 # Keys that all runs share.
 SHARED = ("tasks", "data", "few_shot", "variants", "experiment",
           "matmul_precision", "cache", "cache_gib", "plots",
           "compilation_cache", "keep_stages")
 # Keys that all tasks of a variant share.
-OF_A_BASE = ("backbone", "weights", "gelu", "window", "dtype", "image_size",
-             "resample")
+OF_A_BASE = ("backbone", "weights", "gelu", "window", "dtype", "frozen_dtype",
+             "image_size", "resample")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -75,6 +76,9 @@ def default() -> ml_collections.ConfigDict:
   c.gelu = ""                 # exact, tanh, quick; empty: what the weights say
   c.window = 0                # of a Swin, tokens a side; 0: what they say
   c.dtype = "float32"         # or "bfloat16": of the computation
+  # Or "bfloat16", "int8": in which frozen kernels are kept, see
+  # ttc_jax/storage.py.
+  c.frozen_dtype = "float32"
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.
   c.matmul_precision = ""
@@ -293,6 +297,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("protocol", config.protocol, PROTOCOLS)
   check_known("optimiser", config.optimiser, OPTIMISERS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
+  check_known("frozen_dtype", config.frozen_dtype, FROZEN_DTYPES)
   check_known("resample", re.sub(r"/[1-9]\d{0,3}$", "", config.resample),
               ("bicubic", "bilinear"))
   check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))

@@ -5,11 +5,9 @@ import tempfile
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from ttc_jax import (
   bundles,
-  evaluate,
   export,
   files,
   importance,
@@ -19,7 +17,7 @@ from ttc_jax import (
 )
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
-from ttc_jax.predict.loaded import attach
+from ttc_jax.predict import Tuned, attach
 from ttc_jax.runs import inputs, row
 from ttc_jax.runs.progress import Progress
 from ttc_jax.tasks import images as images_lib
@@ -86,9 +84,9 @@ class Fitted:
     self.classes: tuple[str, ...] = tuple(bundle.meta["classes"])
     self.channels = _channels(bundle, base)
     # Unmerged: the numbers of training.
-    self._loaded = self._attach(merge=False)
-    self._params = parallel.replicate(self._loaded.params)
-    self._buffers = parallel.replicate(self._loaded.buffers)
+    loaded = self._attach(merge=False)
+    self._tuned = Tuned(loaded.model, parallel.replicate(loaded.params),
+                        parallel.replicate(loaded.buffers), self.meta)
 
   def __repr__(self) -> str:
     counts = ", ".join(f"{part} {self.meta[f'{part}_params']:,}"
@@ -100,8 +98,10 @@ class Fitted:
     pretrained = parallel.unreplicate(self._base.params)
     return attach("fit", self._bundle, self._base.backbone, pretrained, merge)
 
-  def predict(self, images: Any) -> np.ndarray:
-    """Returns probabilities (N, C).
+  def logits(self, images: Any) -> np.ndarray:
+    """Returns logits (N, C), float32, before the softmax.
+
+    Column i is the class `classes[i]`.
 
     Args:
       images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
@@ -110,13 +110,11 @@ class Fitted:
     Raises:
       UserError: an image that cannot be read.
     """
-    pixels = images_lib.prepare_all(
-        images, self.meta["image_size"], self.meta["resample"])
-    if not len(pixels):
-      return np.zeros((0, len(self.classes)), np.float32)
-    logits = evaluate.logits(
-        self._loaded.model, self._params, self._buffers, pixels)
-    return scipy.special.softmax(logits, axis=-1)
+    return self._tuned.logits(images)
+
+  def predict(self, images: Any) -> np.ndarray:
+    """Returns probabilities (N, C), the softmax of `logits`."""
+    return self._tuned.predict(images)
 
   def classify(self, images: Any) -> list[str]:
     """Returns the likeliest class of each image; images as of `predict`."""
@@ -133,10 +131,7 @@ class Fitted:
 
   def features(self, images: Any) -> np.ndarray:
     """Returns features (N, D) of the tuned backbone, before the head."""
-    pixels = images_lib.prepare_all(
-        images, self.meta["image_size"], self.meta["resample"])
-    return evaluate.features(
-        self._loaded.model, self._params, self._buffers, pixels)
+    return self._tuned.features(images)
 
   def save(self, path: str) -> str:
     """Writes a bundle: one file if `path` ends in .safetensors, else a folder.
