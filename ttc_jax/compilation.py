@@ -57,8 +57,22 @@ def start(cache: str) -> None:
     _seen["started"] = 1
     jax.monitoring.register_event_listener(_on_event)
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
+  if folder := keep(cache):
+    warnings.showwarning = _mending(folder, warnings.showwarning)
+
+
+def keep(cache: str) -> str | None:
+  """Lets JAX keep compiled programs in a folder; arguments as of `start`.
+
+  It sets JAX's own `jax_compilation_cache_dir`, and that small programs are
+  kept too, for the whole process. Nothing else is changed.
+
+  Returns:
+    The folder; None if nothing was changed: JAX has a folder, there shall be
+    none, or it cannot be written.
+  """
   if cache == "none" or jax.config.values["jax_compilation_cache_dir"]:
-    return
+    return None
   folder = os.path.join(files.cache_folder("programs", cache), _host())
   try:
     os.makedirs(folder, exist_ok=True)
@@ -66,12 +80,12 @@ def start(cache: str) -> None:
   except OSError as error:
     logging.warning("compiled programs are not kept: %s: %s", folder,
                     error.strerror)
-    return
+    return None
   jax.config.update("jax_compilation_cache_dir", folder)
-  warnings.showwarning = _mending(folder, warnings.showwarning)
   # Small programs too: together they take as long as a large one.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  return folder
 
 
 def _mending(folder, show):

@@ -1,6 +1,9 @@
 """Tuning from Python: `ttc_jax.fit`, without flags and work directories."""
 from collections.abc import Mapping, Sequence
+import contextlib
+import functools
 import os
+import shutil
 import tempfile
 from typing import Any
 
@@ -8,17 +11,18 @@ import numpy as np
 
 from ttc_jax import (
   bundles,
+  compilation,
   export,
   files,
-  importance,
   parallel,
   tasks,
   train,
 )
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
+from ttc_jax.methods import ALIGN, TUNE_HEAD
 from ttc_jax.predict import Tuned, attach
-from ttc_jax.runs import inputs, row
+from ttc_jax.runs import inputs, plan, row
 from ttc_jax.runs.progress import Progress
 from ttc_jax.tasks import images as images_lib
 
@@ -40,26 +44,36 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
     channels are drawn as 1.
     """
     from ttc_jax import plots  # an extra
-    figure, axes = plots.plt.subplots(
+    figure, axes = plots.subplots(
         max(1, len(self)), 1, squeeze=False, figsize=(9, 3.2 * len(self) + .3))
+    figure.set_layout_engine("constrained")
     for ax, (site, blocks) in zip(axes[:, 0], self.items(), strict=False):
-      ax.imshow(np.stack([self._line(site, i, x) for i, x in blocks.items()]),
-                aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
-                interpolation="nearest")
+      image = ax.imshow(
+          np.stack([self._line(site, i, x) for i, x in blocks.items()]),
+          aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
+          interpolation="nearest")
       ax.set_yticks(range(len(blocks)), [str(i) for i in blocks])
       ax.set_ylabel("block")
-      ax.set_xlabel(f"channel at {site}")
+      ax.set_xlabel("channel")
       ax.grid(visible=False)
-    plots.plt.close(figure)  # else a notebook draws it twice
+      selected = all(map(_is_selection, blocks.values()))
+      ax.set_title(f"{'Selected channels' if selected else 'Scores'} at {site}")
+      figure.colorbar(image, ax=ax, label="1: selected" if selected else
+                      "score / largest of the block")
     return figure
 
   def _line(self, site, block, x):
     """One row of the picture, (D,) in [-1, 1]."""
     line = np.zeros(self._widths[site][block])
-    if np.issubdtype(x.dtype, np.integer):
+    if _is_selection(x):
       line[x] = 1
       return line
     return x / max(float(np.abs(x).max()), 1e-30)
+
+
+def _is_selection(x):
+  """Whether an array has indices of channels, and no score of each."""
+  return np.issubdtype(x.dtype, np.integer)
 
 
 class Fitted:
@@ -169,7 +183,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
         val: tuple[Any, Sequence[Any]] | None = None,
         classes: Sequence[str] | None = None, seed: int = 0,
         progress: bool = True, **settings: Any) -> Fitted:
-  """Tunes a pretrained backbone on labelled images; writes nothing.
+  """Tunes a pretrained backbone on labelled images.
 
     result = ttc_jax.fit(paths, labels, weights="ViT-B_16.npz")
     result.accuracy(other_paths, other_labels)
@@ -195,6 +209,13 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     **settings: any key of the configuration: epochs, lr, batch_size, k, ...
       Of sections a dict: lora=dict(rank=4).
 
+  Calls of one process share what they begin with: after method="layernorm",
+  method="ttc" with the same images, settings and seed starts at its stage 2.
+  Until the process ends, such stages lie in a temporary folder. Compiled
+  programs are kept in `compilation_cache`, a folder under ~/.cache by default
+  ("none": nowhere), by JAX's own setting, which then holds for the process.
+  Nothing else is written.
+
   Returns:
     The tuned model.
 
@@ -204,6 +225,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     RunError: training diverged.
   """
   config = _config(method, backbone, weights, image_size, seed, settings)
+  compilation.keep(config.compilation_cache)
   base = inputs.load_base(config)
   config = inputs.resolved(config, base)
   task = _task(images, labels, config)
@@ -217,10 +239,12 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   with (tempfile.TemporaryDirectory() as scratch,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
+    _take_stages(job, scratch)
     outcome = train.run(job._replace(report=bar.update), base.params, scratch)
+    _keep_stages(job, scratch)
   bundle = row.make_bundle(job, base, names, outcome,
                            {"task": "fit", "group": "Other"})
-  found = Fitted(bundle, base, outcome.history, _per_block(scores, base))
+  found = Fitted(bundle, base, outcome.history, _per_block(scores))
   for test in task.tests if task else ():
     found.tests[test] = found.accuracy(*task.split(test))
   return found
@@ -305,20 +329,50 @@ def _job(config, base, classes, train_split, val_split, seed):
   scores: dict[str, Any] = {}
   method = inputs.load_method(config, base)
   method = method._replace(stages=tuple(
-      stage._replace(prepare=_recording(stage.prepare, method.options, scores))
-      if stage.prepare and "score" in method.options else stage
-      for stage in method.stages))
+      stage._replace(prepare=_recording(stage.prepare, scores))
+      if stage.prepare else stage for stage in method.stages))
   digests = [x.digest for x in (train_split, val_split) if x]
   holdout = None
   if any(stage.holdout for stage in method.stages):
     holdout = (train_split, val_split) if val_split else _held_out(
         train_split, seed)
   return train.Job(
-      identity={"fit": digests, "classes": list(classes), "seed": seed},
+      identity={"fit": digests, "classes": list(classes), "seed": seed,
+                "config": plan.common_keys(config),
+                "weights": base.source.sha256, "fields": base.backbone.fields,
+                "devices": len(parallel.devices())},
       config=config,
       model=inputs.trained_model(config, base),
       method=method, train=train_split, val=val_split, holdout=holdout,
       classes=len(classes), seed=seed, report=lambda *_: None), scores
+
+
+@functools.cache
+def _shared_stages():
+  """The folder of this process's finished stages; it goes with the process."""
+  return tempfile.TemporaryDirectory(prefix="ttc_jax-stages-")
+
+
+def _shareable(job):
+  """Names of the states of stages with which several methods begin."""
+  keys = train.stage_keys(job)
+  return [key for key, stage in zip(keys, job.method.stages, strict=True)
+          if stage in (ALIGN, TUNE_HEAD)]
+
+
+def _take_stages(job, scratch):
+  """Copies what earlier calls have finished."""
+  for key in _shareable(job):
+    if os.path.isdir(kept := os.path.join(_shared_stages().name, key)):
+      shutil.copytree(kept, os.path.join(scratch, key))
+
+
+def _keep_stages(job, scratch):
+  """Moves what later calls can begin with; the scratch folder is left."""
+  for key in _shareable(job):
+    kept = os.path.join(_shared_stages().name, key)
+    with contextlib.suppress(OSError):  # another thread has kept it
+      os.rename(os.path.join(scratch, key), kept)
 
 
 def _held_out(split, seed):
@@ -329,28 +383,16 @@ def _held_out(split, seed):
                for rows in parts)
 
 
-def _recording(prepare, options, into):
-  """`prepare` that also keeps the scores of its sites."""
-  def recorded(context):
-    adapter, buffers = prepare(context)
-    sites = tuple(buffers)
-    layers = context.model.backbone.sites
-    scored = tuple(s for s in sites if s in layers)
-    if scored and options["score"] in importance.SCORES:
-      into.update(importance.score(
-          options["score"], context.model, context.params, context.buffers,
-          context.images, context.labels, scored, context.seed))
-    return adapter, buffers
-  return recorded
+def _recording(prepare, into):
+  """`prepare` whose scores are kept."""
+  return lambda context: prepare(context._replace(keep=into.update))
 
 
-def _per_block(scores, base):
-  layers = base.backbone.sites
-  return PerBlock(
-      {site: {i: np.asarray(x) for i, x in enumerate(blocks)}
-       for site, blocks in scores.items()},
-      {site: {i: layer.width for i, layer in enumerate(layers[site])}
-       for site in scores})
+def _per_block(scores):
+  values = {site: {i: np.asarray(x) for i, x in enumerate(blocks)}
+            for site, blocks in scores.items()}
+  return PerBlock(values, {site: {i: len(x) for i, x in blocks.items()}
+                           for site, blocks in values.items()})
 
 
 def _channels(bundle, base):

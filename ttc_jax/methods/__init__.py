@@ -42,6 +42,7 @@ class Context(NamedTuple):
     directory: path of the stage's saved states; files of the stage's own may
       be kept beside it, with this path as the prefix of their names.
     log: takes records for the learning curve.
+    keep: takes the scores by which channels are selected, see `importance`.
   """
   model: Model
   params: trees.Tree
@@ -52,6 +53,7 @@ class Context(NamedTuple):
   val: Split | None = None
   directory: str = ""
   log: Callable[[dict[str, Any]], None] = lambda record: None
+  keep: Callable[[dict[str, Any]], None] = lambda scores: None
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage
