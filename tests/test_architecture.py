@@ -21,6 +21,7 @@ LEVELS = {
     "train": 7, "report": 7, "predict/loaded": 7, "measures": 8, "runs": 9,
     "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,
     "experiments": 11, "fitting": 12, "hub": 12, "evidence": 12,
+    "launch": 12,
     "bench/pytorch": 3, "main": 13,
 }
 

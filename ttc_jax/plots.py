@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Of our figures alone: matplotlib's own settings stay as they are.
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "ttc_jax",  # the same rows give the same bytes
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
