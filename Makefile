@@ -29,7 +29,9 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
 
-test-all: test test-slow
+# All tests, and which lines of the package none of them ran.
+test-all: .venv/dev
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
 
 .venv: .venv/installed
 
@@ -50,4 +52,4 @@ test-all: test test-slow
 	@touch $@
 
 clean:
-	rm -rf .venv build/docs
+	rm -rf .venv build/docs .coverage

@@ -13,13 +13,15 @@ LEVELS = {
     "vtab/rows": 1, "vtab/facts": 1,
     "config_file": 2, "cli": 3,
     "compilation": 2, "tasks": 2, "backbones": 2, "optim": 2, "presets": 2,
-    "stores": 2, "claims": 3, "runs/workdir": 4,
-    "weights": 3, "taps": 3, "vtab": 3, "model": 4, "checkpoint": 4,
+    "stores": 2, "hosts": 3, "claims": 3, "runs/workdir": 4,
+    "weights": 3, "taps": 3, "storage": 3, "vtab": 3,
+    "model": 4, "checkpoint": 4,
     "step": 5, "cost": 5, "evaluate": 5, "importance": 5,
     "bundles": 6, "methods": 6,
     "train": 7, "report": 7, "predict/loaded": 7, "measures": 8, "runs": 9,
     "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,
     "experiments": 11, "fitting": 12, "hub": 12, "evidence": 12,
+    "launch": 12,
     "bench/pytorch": 3, "main": 13,
 }
 

@@ -96,3 +96,27 @@ def test_export_knows_the_home_folder(tmp_path, monkeypatch):
   done = run_command("export", "--bundle=~/none", "--to=timm")
   assert done.returncode == 2
   assert f"bundle '{tmp_path}/none' does not exist" in done.stderr
+
+
+# --- What --help costs --------------------------------------------------------
+
+HEAVY = ("jax", "orbax", "tensorflow", "tensorflow_datasets", "sklearn",
+         "scipy", "matplotlib", "torch")
+
+
+@pytest.mark.parametrize("module, arguments", [
+    ("ttc_jax.main", ["--help"]), ("ttc_jax", ["--help"]),
+    ("ttc_jax", ["train", "--help"])])
+def test_help_imports_nothing_heavy(module, arguments):
+  """By a process that lists what it has imported at its end."""
+  code = f"""
+import atexit, runpy, sys
+sys.argv[1:] = {arguments}
+atexit.register(lambda: print(
+    [name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
+                        capture_output=True)
+  assert done.returncode == 0 and done.stderr.strip() == "[]", done.stderr
+  assert "--config" in done.stdout or "COMMAND" in done.stdout

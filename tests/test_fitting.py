@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 import ttc_jax
-from ttc_jax import backbones, importance, parallel, predict, weights
+from ttc_jax import backbones, importance, predict, train, weights
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -84,7 +84,7 @@ def test_channels_are_the_top_of_the_scores_of_the_aligned_model(
   pixels = ttc_jax.tasks.images.prepare_all(images, 32, "bicubic")
   want = importance.score(
       "taylor", Model(module, "half"),
-      parallel.replicate(aligned._loaded.params), {}, pixels, numbers, ("fc2",))
+      aligned._tuned.params, {}, pixels, numbers, ("fc2",))
   k = len(result.channels["fc2"][0])
   for block in range(3):
     np.testing.assert_allclose(result.scores["fc2"][block],
@@ -102,6 +102,9 @@ def test_methods_without_channels_have_none(source):
 def test_plots_are_pictures(result, tmp_path):
   for what in (result.scores, result.channels):
     figure = what.plot()
+    panel, bar = figure.axes
+    assert panel.get_title() in ("Scores at fc2", "Selected channels at fc2")
+    assert bar.get_ylabel()
     figure.savefig(tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
       assert picture.size[0] > 300
@@ -175,6 +178,78 @@ def test_mistakes_are_one_sentence(source, change, message):
   arguments |= change
   with pytest.raises(UserError, match=message):
     ttc_jax.fit(arguments.pop("images"), arguments.pop("labels"), **arguments)
+
+
+def test_calls_that_begin_alike_share_their_first_stage(source, monkeypatch):
+  trained = []
+  epoch = train.StageRun._epoch
+  monkeypatch.setattr(train.StageRun, "_epoch", lambda self, *args: (
+      trained.append(self.stage.name), epoch(self, *args))[1])
+  images, labels = pictures(40, seed=3)
+  settings = SMALL | dict(weights=source, k=4)
+  alone = ttc_jax.fit(images, labels, seed=5, **settings)
+  assert trained == ["align", "align", "adapt", "adapt"]
+  norm = ttc_jax.fit(images, labels, seed=5, method="layernorm", **settings)
+  assert len(trained) == 4 and norm.history == alone.history[:2]
+  again = ttc_jax.fit(images, labels, seed=5, **settings)
+  assert trained[4:] == ["adapt", "adapt"]
+  np.testing.assert_array_equal(again.logits(images), alone.logits(images))
+  for change in (dict(seed=6), dict(seed=5, lr=2e-2),
+                 dict(seed=5, drop_path=0.1),
+                 dict(seed=5, frozen_dtype="int8")):
+    del trained[:]
+    ttc_jax.fit(images, labels, method="layernorm", **settings | change)
+    assert trained == ["align", "align"], change
+
+
+def test_the_score_is_computed_once(source, monkeypatch):
+  calls = []
+  score = importance.score
+  monkeypatch.setattr(importance, "score", lambda *args: (
+      calls.append(args[0]), score(*args))[1])
+  found = ttc_jax.fit(*pictures(), weights=source, **SMALL)
+  assert calls == ["taylor"] and found.scores["fc2"][0].shape == (32,)
+  found = ttc_jax.fit(*pictures(), weights=source, method="sct", k=4, **SMALL)
+  assert calls == ["taylor", "class_l2"]
+  np.testing.assert_array_equal(
+      found.channels["attention"][1],
+      importance.top_k(found.scores["attention"][1], 4))
+
+
+def test_programs_are_kept_where_the_command_line_keeps_them(source, tmp_path):
+  """Also in a process where JAX has compiled before; "none": nowhere."""
+  code = f"""
+import os, warnings, jax, numpy as np
+jax.jit(lambda x: x + 1)(1.0)
+from ttc_jax.backbones import vit
+vit.SIZES["ti"] = (32, 3, 2, 64)
+import ttc_jax
+show = warnings.showwarning
+def fit(cache, count):  # another number compiles again
+  images = np.zeros((count, 32, 32, 3), np.uint8)
+  ttc_jax.fit(images, np.arange(count) % 2, weights={source!r}, epochs=1,
+              method="linear", image_size=32, progress=False,
+              compilation_cache=cache)
+fit("none", 4)
+assert not jax.config.values["jax_compilation_cache_dir"]
+fit("programs", 8)
+assert warnings.showwarning is show
+"""
+  env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path,
+                 env=env | {"PYTHONPATH": os.getcwd()})
+  assert any(files for _, _, files in os.walk(tmp_path / "programs"))
+
+
+def test_logits_are_before_the_softmax_in_the_order_of_the_classes(result):
+  images, _ = pictures(6)
+  logits = result.logits(images)
+  assert logits.shape == (6, 2) and logits.dtype == np.float32
+  np.testing.assert_allclose(
+      result.predict(images), np.exp(logits) / np.exp(logits).sum(
+          1, keepdims=True), rtol=1e-5)
+  assert result.classify(images) == [
+      result.classes[i] for i in logits.argmax(1)]
 
 
 def test_nothing_is_written_and_no_global_is_changed(source, tmp_path,

@@ -99,20 +99,38 @@ def test_a_dot_is_a_cell_and_a_published_one_is_hollow(interval):
       score.interval if interval else score.deviation)
 
 
-@pytest.mark.parametrize("given, want", [
-    ("", "agg"), ("TkAgg", "agg"),
-    ("module://matplotlib_inline.backend_inline", "inline")])
-def test_only_a_notebook_keeps_its_backend(given, want):
-  if want == "inline":
+_GLOBALS = """
+import matplotlib
+before = dict(matplotlib.rcParams)
+from ttc_jax import plots
+figure, axes = plots.subplots(figsize=(2, 2))
+assert not axes.spines["top"].get_visible()
+plots.save(figure, "picture")
+changed = {k for k, v in matplotlib.rcParams.items() if v != before[k]}
+assert changed <= ({"backend"} if inline else set()), changed
+print(type(figure.canvas).__name__)
+"""
+
+
+@pytest.mark.parametrize("given", [
+    "", "TkAgg", "module://matplotlib_inline.backend_inline"])
+def test_matplotlib_s_settings_stay_as_they_are(given, tmp_path):
+  """In a notebook, figures are of the notebook's own backend."""
+  inline = "inline" in given
+  if inline:
     pytest.importorskip("matplotlib_inline")
   done = subprocess.run(
-      [sys.executable, "-c", "from ttc_jax import plots; import matplotlib; "
-       "print(matplotlib.get_backend())"], text=True, capture_output=True,
-      env=os.environ | {"MPLBACKEND": given})
-  assert done.stdout.strip().lower().endswith(want), done.stderr
+      [sys.executable, "-c", f"inline = {inline}\n{_GLOBALS}"], text=True,
+      capture_output=True, cwd=tmp_path, env=os.environ | {
+          "MPLBACKEND": given, "PYTHONPATH": os.getcwd()})
+  assert done.stdout.startswith("FigureCanvas"), done.stderr
+  assert len(os.listdir(tmp_path)) == 2
 
 
-def test_figures_are_closed_and_can_be_saved(tmp_path):
+def test_figures_are_closed_and_can_be_saved(tmp_path, monkeypatch):
+  pytest.importorskip("matplotlib_inline")
+  monkeypatch.setenv("MPLBACKEND", "inline")
+  from matplotlib import pyplot
   figure = plots.accuracy_against_parameters(rows())
-  assert not plots.plt.get_fignums()
+  assert not pyplot.get_fignums()
   assert plots.save(figure, str(tmp_path / "a"))

@@ -220,6 +220,52 @@ def test_merged_and_unmerged_by_name(pets, base):
     model.merge("pet")
 
 
+def test_one_is_in_use_by_name(pets, base, tmp_path):
+  other = str(tmp_path / "cars")
+  bundles.save(other, made_bundles.make(
+      base["vit_ti8"], "lora", seed=1, classes=("a", "b")))
+  model, images = serve.load(base["vit_ti8"]), pictures()
+  for call in (model.merge, model.unmerge, lambda: model.predict(images)):
+    with pytest.raises(UserError, match="no task is in use: name one, or call"):
+      call()
+  model.add("pets", pets)
+  model.add("cars", other)
+  assert model.in_use == "pets"  # the first
+  logits = model.logits(images, "cars")
+  assert logits.shape == (5, 2) and logits.dtype == np.float32
+  np.testing.assert_array_equal(model.logits(images), model.logits(
+      images, task="pets"))
+  model.use("cars")
+  np.testing.assert_array_equal(model.logits(images), logits)
+  np.testing.assert_allclose(model.predict(images), scipy.special.softmax(
+      logits, -1), rtol=1e-6)
+  assert model.classify(images) == model.classify(images, "cars")
+  model.merge()
+  assert "alone" in model._tasks["cars"].group
+  assert "alone" not in model._tasks["pets"].group
+  np.testing.assert_allclose(model.logits(images), logits, atol=1e-4)
+  model.unmerge()
+  np.testing.assert_array_equal(model.logits(images), logits)
+  with pytest.raises(UserError, match="unknown task 'car': did you mean cars"):
+    model.use("car")
+  model.remove("cars")
+  assert model.in_use is None and [*model.tasks] == ["pets"]
+  model.use("pets")
+  assert model.predict(images).shape == (5, 3)
+
+
+def test_logits_of_a_loaded_bundle_are_in_the_order_of_its_classes(pets):
+  tuned, images = predict.load(pets), pictures()
+  alone = predict.on_base(pets)
+  want = alone.model.logits(alone.params, images, alone.buffers)
+  np.testing.assert_allclose(tuned.logits(images), want, rtol=1e-5, atol=1e-5)
+  assert tuned.classes == tuple(tuned.meta["classes"])
+  np.testing.assert_allclose(
+      tuned.predict(images), scipy.special.softmax(want, -1), rtol=1e-4)
+  assert tuned.features(images).shape == (5, 32)
+  assert tuned.logits([]).shape == (0, 3)
+
+
 def test_images_that_are_none(pets, base):
   tuned, size = predict.load(pets), made_bundles.SIZE
   assert tuned.predict(np.zeros((0, size, size, 3), np.uint8)).shape == (0, 3)

@@ -27,6 +27,7 @@ import safetensors
 
 from ttc_jax import checkpoint, cli, files, normalisation, stores
 from ttc_jax.checkpoint import Flat, explain_disk_errors
+from ttc_jax.config import FROZEN_DTYPES
 from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images
 from ttc_jax.weights import containers, formats, sources
@@ -82,8 +83,10 @@ _NEEDED: dict[str, tuple[Any, Any]] = {
 # Keys that may be missing; the model card shows them.
 _OPTIONAL: dict[str, Any] = {
     "group": str, "protocol": str, "stages": list, "versions": dict,
+    "frozen_dtype": str,
     "module_params": int, "norm_params": int, "head_params": int,
     "test_top1": (int, float), "val_top1": (int, float)}
+_HOLDS = {"frozen_dtype": lambda v: v in FROZEN_DTYPES}
 
 
 def temporary(path: str) -> str:
@@ -274,9 +277,9 @@ def _load_file(path):
 
 def _check(path: str, bundle: Bundle) -> None:
   meta = bundle.meta
-  given = {k: kind for k, kind in _OPTIONAL.items() if meta.get(k) is not None}
-  for key, (kind, holds) in (
-      _NEEDED | {k: (kind, None) for k, kind in given.items()}).items():
+  given = {k: (kind, _HOLDS.get(k)) for k, kind in _OPTIONAL.items()
+           if meta.get(k) is not None}
+  for key, (kind, holds) in (_NEEDED | given).items():
     value = meta.get(key)
     if (not isinstance(value, kind) or isinstance(value, bool)
         or holds and not holds(value)):
@@ -312,9 +315,9 @@ def describe(bundle: Bundle) -> dict[str, Any]:
   adapters = sorted({name.split("/")[1] for name in bundle.tuned
                      if name.startswith("adapter/")})
   keys = ("task", "method", "variant", "k", "backbone", "image_size",
-          "normalisation", "resample", "dtype", "weights_sha256",
-          "weights_source", "protocol", "seed", "test_top1", "val_top1",
-          "module_params", "norm_params", "head_params", "versions")
+          "normalisation", "resample", "dtype", "frozen_dtype",
+          "weights_sha256", "weights_source", "protocol", "seed", "test_top1",
+          "val_top1", "module_params", "norm_params", "head_params", "versions")
   return {key: meta[key] for key in keys if meta.get(key) is not None} | {
       "sites": adapters, "classes": meta["classes"], **sizes(bundle)}
 

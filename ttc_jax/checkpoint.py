@@ -229,10 +229,13 @@ def _checkpointer():
   alone = ocp.options.MultiprocessingOptions(
       primary_host=here, active_processes={here},
       barrier_sync_key_prefix=f"alone_{here}")
+  # Its signals that a folder was made are the same for all processes.
+  at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
   return ocp.Checkpointer(ocp.CompositeCheckpointHandler(
       arrays=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
       meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-      composite_options=ocp.CompositeOptions(multiprocessing_options=alone)),
+      composite_options=ocp.CompositeOptions(
+          multiprocessing_options=alone, async_options=at_once)),
       multiprocessing_options=alone)
 
 

@@ -59,11 +59,25 @@ def start(cache: str) -> None:
     _seen["started"] = 1
     jax.monitoring.register_event_listener(_on_event)
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
+  if folder := keep(cache):
+    warnings.showwarning = _mending(folder, warnings.showwarning)
+
+
+def keep(cache: str) -> str | None:
+  """Lets JAX keep compiled programs in a folder; arguments as of `start`.
+
+  It sets JAX's own `jax_compilation_cache_dir`, and that small programs are
+  kept too, for the whole process. Nothing else is changed.
+
+  Returns:
+    The folder; None if it is in a bucket, or nothing was changed: JAX has a
+    folder, there shall be none, or it cannot be written.
+  """
   if cache == "none" or jax.config.values["jax_compilation_cache_dir"]:
-    return
+    return None
   if "://" in cache:
     _keep_in(f"{_address(cache)}/{_host()}")
-    return
+    return None
   folder = os.path.join(files.cache_folder("programs", cache), _host())
   try:
     os.makedirs(folder, exist_ok=True)
@@ -71,9 +85,9 @@ def start(cache: str) -> None:
   except OSError as error:
     logging.warning("compiled programs are not kept: %s: %s", folder,
                     error.strerror)
-    return
+    return None
   _keep_in(folder)
-  warnings.showwarning = _mending(folder, warnings.showwarning)
+  return folder
 
 
 def _address(cache):

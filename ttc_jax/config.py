@@ -16,13 +16,15 @@ from ttc_jax.errors import UserError, check_known
 
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
+FROZEN_DTYPES = ("float32", "bfloat16", "int8")
 # Keys that all runs share.
+HOSTS = ("runs", "batch", "alone")
 SHARED = ("tasks", "data", "few_shot", "variants", "experiment",
           "matmul_precision", "cache", "cache_gib", "plots",
-          "compilation_cache", "keep_stages")
+          "compilation_cache", "keep_stages", "hosts", "lease_seconds")
 # Keys that all tasks of a variant share.
-OF_A_BASE = ("backbone", "weights", "gelu", "window", "dtype", "image_size",
-             "resample")
+OF_A_BASE = ("backbone", "weights", "gelu", "window", "dtype", "frozen_dtype",
+             "image_size", "resample")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -68,6 +70,10 @@ def default() -> ml_collections.ConfigDict:
   # one is the lowest or the highest.
   c.grid_steps = 0
 
+  # Several hosts: "runs", each takes runs of its own; "batch", all train one
+  # run, a batch over all devices; "alone", each as if there were no other.
+  c.hosts = "runs"
+
   # The backbone and its arithmetic.
 
   c.backbone = ""             # e.g. "vit_b16"; empty: what the weights say
@@ -75,6 +81,9 @@ def default() -> ml_collections.ConfigDict:
   c.gelu = ""                 # exact, tanh, quick; empty: what the weights say
   c.window = 0                # of a Swin, tokens a side; 0: what they say
   c.dtype = "float32"         # or "bfloat16": of the computation
+  # Or "bfloat16", "int8": in which frozen kernels are kept, see
+  # ttc_jax/storage.py.
+  c.frozen_dtype = "float32"
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.
   c.matmul_precision = ""
@@ -293,8 +302,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   """
   _check_present("", config, _default_once())
   check_known("protocol", config.protocol, PROTOCOLS)
+  check_known("hosts", config.hosts, HOSTS)
   check_known("optimiser", config.optimiser, OPTIMISERS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
+  check_known("frozen_dtype", config.frozen_dtype, FROZEN_DTYPES)
   check_known("resample", re.sub(r"/[1-9]\d{0,3}$", "", config.resample),
               ("bicubic", "bilinear"))
   check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))

@@ -35,8 +35,11 @@ def step_bytes(program: Any) -> int | None:
   """Returns the bytes that a compiled program needs on one device.
 
   The sum of its inputs, outputs and temporary buffers, without outputs that
-  reuse an input. None if the platform gives no memory analysis.
+  reuse an input. None if the platform gives no memory analysis, or the program
+  spans hosts.
   """
+  if not hasattr(program, "memory_analysis"):  # see `step.compiled_epoch_fn`
+    return None
   memory = program.memory_analysis()
   return memory and (
       memory.argument_size_in_bytes + memory.output_size_in_bytes

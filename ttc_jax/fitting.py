@@ -1,19 +1,20 @@
 """Tuning from Python: `ttc_jax.fit`, without flags and work directories."""
 from collections.abc import Mapping, Sequence
+import contextlib
+import functools
 import os
+import shutil
 import tempfile
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from ttc_jax import (
   bundles,
   checkpoint,
-  evaluate,
+  compilation,
   export,
   files,
-  importance,
   parallel,
   stores,
   tasks,
@@ -21,8 +22,9 @@ from ttc_jax import (
 )
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError
-from ttc_jax.predict.loaded import attach
-from ttc_jax.runs import inputs, row
+from ttc_jax.methods import ALIGN, TUNE_HEAD
+from ttc_jax.predict import Tuned, attach
+from ttc_jax.runs import inputs, plan, row
 from ttc_jax.runs.progress import Progress
 from ttc_jax.tasks import images as images_lib
 
@@ -44,26 +46,36 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
     channels are drawn as 1.
     """
     from ttc_jax import plots  # an extra
-    figure, axes = plots.plt.subplots(
+    figure, axes = plots.subplots(
         max(1, len(self)), 1, squeeze=False, figsize=(9, 3.2 * len(self) + .3))
+    figure.set_layout_engine("constrained")
     for ax, (site, blocks) in zip(axes[:, 0], self.items(), strict=False):
-      ax.imshow(np.stack([self._line(site, i, x) for i, x in blocks.items()]),
-                aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
-                interpolation="nearest")
+      image = ax.imshow(
+          np.stack([self._line(site, i, x) for i, x in blocks.items()]),
+          aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
+          interpolation="nearest")
       ax.set_yticks(range(len(blocks)), [str(i) for i in blocks])
       ax.set_ylabel("block")
-      ax.set_xlabel(f"channel at {site}")
+      ax.set_xlabel("channel")
       ax.grid(visible=False)
-    plots.plt.close(figure)  # else a notebook draws it twice
+      selected = all(map(_is_selection, blocks.values()))
+      ax.set_title(f"{'Selected channels' if selected else 'Scores'} at {site}")
+      figure.colorbar(image, ax=ax, label="1: selected" if selected else
+                      "score / largest of the block")
     return figure
 
   def _line(self, site, block, x):
     """One row of the picture, (D,) in [-1, 1]."""
     line = np.zeros(self._widths[site][block])
-    if np.issubdtype(x.dtype, np.integer):
+    if _is_selection(x):
       line[x] = 1
       return line
     return x / max(float(np.abs(x).max()), 1e-30)
+
+
+def _is_selection(x):
+  """Whether an array has indices of channels, and no score of each."""
+  return np.issubdtype(x.dtype, np.integer)
 
 
 class Fitted:
@@ -88,9 +100,9 @@ class Fitted:
     self.classes: tuple[str, ...] = tuple(bundle.meta["classes"])
     self.channels = _channels(bundle, base)
     # Unmerged: the numbers of training.
-    self._loaded = self._attach(merge=False)
-    self._params = parallel.replicate(self._loaded.params)
-    self._buffers = parallel.replicate(self._loaded.buffers)
+    loaded = self._attach(merge=False)
+    self._tuned = Tuned(loaded.model, parallel.replicate(loaded.params),
+                        parallel.replicate(loaded.buffers), self.meta)
 
   def __repr__(self) -> str:
     counts = ", ".join(f"{part} {self.meta[f'{part}_params']:,}"
@@ -102,8 +114,10 @@ class Fitted:
     pretrained = parallel.unreplicate(self._base.params)
     return attach("fit", self._bundle, self._base.backbone, pretrained, merge)
 
-  def predict(self, images: Any) -> np.ndarray:
-    """Returns probabilities (N, C).
+  def logits(self, images: Any) -> np.ndarray:
+    """Returns logits (N, C), float32, before the softmax.
+
+    Column i is the class `classes[i]`.
 
     Args:
       images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
@@ -112,13 +126,11 @@ class Fitted:
     Raises:
       UserError: an image that cannot be read.
     """
-    pixels = images_lib.prepare_all(
-        images, self.meta["image_size"], self.meta["resample"])
-    if not len(pixels):
-      return np.zeros((0, len(self.classes)), np.float32)
-    logits = evaluate.logits(
-        self._loaded.model, self._params, self._buffers, pixels)
-    return scipy.special.softmax(logits, axis=-1)
+    return self._tuned.logits(images)
+
+  def predict(self, images: Any) -> np.ndarray:
+    """Returns probabilities (N, C), the softmax of `logits`."""
+    return self._tuned.predict(images)
 
   def classify(self, images: Any) -> list[str]:
     """Returns the likeliest class of each image; images as of `predict`."""
@@ -135,10 +147,7 @@ class Fitted:
 
   def features(self, images: Any) -> np.ndarray:
     """Returns features (N, D) of the tuned backbone, before the head."""
-    pixels = images_lib.prepare_all(
-        images, self.meta["image_size"], self.meta["resample"])
-    return evaluate.features(
-        self._loaded.model, self._params, self._buffers, pixels)
+    return self._tuned.features(images)
 
   def save(self, path: str) -> str:
     """Writes a bundle: one file if `path` ends in .safetensors, else a folder.
@@ -176,7 +185,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
         val: tuple[Any, Sequence[Any]] | None = None,
         classes: Sequence[str] | None = None, seed: int = 0,
         progress: bool = True, **settings: Any) -> Fitted:
-  """Tunes a pretrained backbone on labelled images; writes nothing.
+  """Tunes a pretrained backbone on labelled images.
 
     result = ttc_jax.fit(paths, labels, weights="ViT-B_16.npz")
     result.accuracy(other_paths, other_labels)
@@ -202,6 +211,13 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     **settings: any key of the configuration: epochs, lr, batch_size, k, ...
       Of sections a dict: lora=dict(rank=4).
 
+  Calls of one process share what they begin with: after method="layernorm",
+  method="ttc" with the same images, settings and seed starts at its stage 2.
+  Until the process ends, such stages lie in a temporary folder. Compiled
+  programs are kept in `compilation_cache`, a folder under ~/.cache by default
+  ("none": nowhere), by JAX's own setting, which then holds for the process.
+  Nothing else is written.
+
   Returns:
     The tuned model.
 
@@ -211,6 +227,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     RunError: training diverged.
   """
   config = _config(method, backbone, weights, image_size, seed, settings)
+  compilation.keep(config.compilation_cache)
   base = inputs.load_base(config)
   config = inputs.resolved(config, base)
   task = _task(images, labels, config)
@@ -224,11 +241,13 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   with (tempfile.TemporaryDirectory() as scratch,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
+    _take_stages(job, scratch)
     outcome = train.run(job._replace(report=bar.update), base.params,
                         checkpoint.Stages(stores.open_store(scratch)))
+    _keep_stages(job, scratch)
   bundle = row.make_bundle(job, base, names, outcome,
                            {"task": "fit", "group": "Other"})
-  found = Fitted(bundle, base, outcome.history, _per_block(scores, base))
+  found = Fitted(bundle, base, outcome.history, _per_block(scores))
   for test in task.tests if task else ():
     found.tests[test] = found.accuracy(*task.split(test))
   return found
@@ -313,20 +332,50 @@ def _job(config, base, classes, train_split, val_split, seed):
   scores: dict[str, Any] = {}
   method = inputs.load_method(config, base)
   method = method._replace(stages=tuple(
-      stage._replace(prepare=_recording(stage.prepare, method.options, scores))
-      if stage.prepare and "score" in method.options else stage
-      for stage in method.stages))
+      stage._replace(prepare=_recording(stage.prepare, scores))
+      if stage.prepare else stage for stage in method.stages))
   digests = [x.digest for x in (train_split, val_split) if x]
   holdout = None
   if any(stage.holdout for stage in method.stages):
     holdout = (train_split, val_split) if val_split else _held_out(
         train_split, seed)
   return train.Job(
-      identity={"fit": digests, "classes": list(classes), "seed": seed},
+      identity={"fit": digests, "classes": list(classes), "seed": seed,
+                "config": plan.common_keys(config),
+                "weights": base.source.sha256, "fields": base.backbone.fields,
+                "devices": len(parallel.devices())},
       config=config,
       model=inputs.trained_model(config, base),
       method=method, train=train_split, val=val_split, holdout=holdout,
       classes=len(classes), seed=seed, report=lambda *_: None), scores
+
+
+@functools.cache
+def _shared_stages():
+  """The folder of this process's finished stages; it goes with the process."""
+  return tempfile.TemporaryDirectory(prefix="ttc_jax-stages-")
+
+
+def _shareable(job):
+  """Names of the states of stages with which several methods begin."""
+  keys = train.stage_keys(job)
+  return [key for key, stage in zip(keys, job.method.stages, strict=True)
+          if stage in (ALIGN, TUNE_HEAD)]
+
+
+def _take_stages(job, scratch):
+  """Copies what earlier calls have finished."""
+  for key in _shareable(job):
+    if os.path.isdir(kept := os.path.join(_shared_stages().name, key)):
+      shutil.copytree(kept, os.path.join(scratch, "stages", key))
+
+
+def _keep_stages(job, scratch):
+  """Moves what later calls can begin with; the scratch folder is left."""
+  for key in _shareable(job):
+    kept = os.path.join(_shared_stages().name, key)
+    with contextlib.suppress(OSError):  # another thread has kept it
+      os.rename(os.path.join(scratch, "stages", key), kept)
 
 
 def _held_out(split, seed):
@@ -337,28 +386,16 @@ def _held_out(split, seed):
                for rows in parts)
 
 
-def _recording(prepare, options, into):
-  """`prepare` that also keeps the scores of its sites."""
-  def recorded(context):
-    adapter, buffers = prepare(context)
-    sites = tuple(buffers)
-    layers = context.model.backbone.sites
-    scored = tuple(s for s in sites if s in layers)
-    if scored and options["score"] in importance.SCORES:
-      into.update(importance.score(
-          options["score"], context.model, context.params, context.buffers,
-          context.images, context.labels, scored, context.seed))
-    return adapter, buffers
-  return recorded
+def _recording(prepare, into):
+  """`prepare` whose scores are kept."""
+  return lambda context: prepare(context._replace(keep=into.update))
 
 
-def _per_block(scores, base):
-  layers = base.backbone.sites
-  return PerBlock(
-      {site: {i: np.asarray(x) for i, x in enumerate(blocks)}
-       for site, blocks in scores.items()},
-      {site: {i: layer.width for i, layer in enumerate(layers[site])}
-       for site in scores})
+def _per_block(scores):
+  values = {site: {i: np.asarray(x) for i, x in enumerate(blocks)}
+            for site, blocks in scores.items()}
+  return PerBlock(values, {site: {i: len(x) for i, x in blocks.items()}
+                           for site, blocks in values.items()})
 
 
 def _channels(bundle, base):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttc_jax import parallel, taps, trees
+from ttc_jax import parallel, storage, taps, trees
 from ttc_jax.errors import RunError, check_known
 from ttc_jax.model import Model
 
@@ -123,7 +123,8 @@ def kernel_paths(model: Model, site: str) -> list[str]:
 
 
 def _kernels(model, params, sites):
-  flat = trees.flatten(params["backbone"])
+  """The sites' kernels, float32 however they are kept."""
+  flat = trees.flatten(storage.restore(params["backbone"]))
   return {s: [flat[p] for p in kernel_paths(model, s)] for s in sites}
 
 

@@ -4,39 +4,22 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/vtab.py:\
 task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 """
-from collections.abc import Iterable
-import functools
-import json
-import os
-import sys
-
 from absl import flags
 
-from ttc_jax import checkpoint, cli, compilation, interrupt, report, tasks
-from ttc_jax.errors import UserError, printable
-from ttc_jax.report import grid
-from ttc_jax.runs.session import Session
-from ttc_jax.tasks import summary
+from ttc_jax import cli
+from ttc_jax.errors import UserError
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where results go; default: a folder of checkpoints/runs "
     "named after the configuration")
-_IN_DETAIL = 3  # tasks that are described in several lines each
-
-
-def default_workdir(config, config_file: str) -> str:
-  """Returns a folder of checkpoints/runs named after the configuration.
-
-  Experiments that differ in their variants alone have the same one.
-  """
-  stem = os.path.splitext(os.path.basename(config_file))[0]
-  named = json.loads(config.to_json_best_effort())
-  if config.experiment:
-    for key in ("experiment", "variants", "measures"):
-      named.pop(key)
-  key = checkpoint.digest(named)[:8]
-  return os.path.join("checkpoints", "runs", f"{stem}-{key}")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several hosts, where JAX "
+    "does not know the cluster")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "how many processes there are, with --coordinator")
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "which of them this is, from 0")
 
 
 def main(argv: list[str]) -> int:
@@ -44,65 +27,10 @@ def main(argv: list[str]) -> int:
   if argv[1:]:
     raise UserError(f"unexpected argument {argv[1]!r}; after --config=FILE: "
                     "there must be no blanks")
-  config = _CONFIG.value
-  if config.plots:
-    from ttc_jax import plots  # noqa: F401  an extra; missed before long work
-  workdir = _WORKDIR.value or default_workdir(config, cli.config_filename())
-  interrupt.listen()
-  session = Session(config, workdir, functools.partial(print, flush=True))
-  if session.base.normalisation and not config.normalisation:
-    print(printable(f"normalisation: {session.base.normalisation}, as the "
-                    f"weights {session.base.source.name} say"))
-  for task, why in session.missing.items():
-    print(printable(f"skipped: {task}: {why}"), file=sys.stderr)
-  for line in describe(session.tasks.values()):
-    print(line)
-  session.run_all()
-  if config.experiment:
-    _conclude_experiment(session)
-  else:
-    _conclude(session)
-  print(compilation.count())
-  for name, why in [*session.missing.items(), *session.failed.items()]:
-    print(printable(f"failed: {name}: {why}"), file=sys.stderr)
-  return 1 if session.missing or session.failed else 0
-
-
-def describe(loaded: Iterable[tasks.Task]) -> list[str]:
-  """Returns what each task holds: in one line each, where they are many."""
-  loaded = list(loaded)
-  if len(loaded) > _IN_DETAIL:
-    return [summary.line(task) for task in loaded]
-  return [line for task in loaded for line in summary.lines(task)]
-
-
-def _conclude_experiment(session: Session) -> None:
-  """Writes the tables and pictures of an experiment, prints the tables."""
-  from ttc_jax import experiments
-  name, config = session.config.experiment, session.config
-  shown = experiments.show(name, experiments.Results(
-      experiments.title(name), session.rows(),
-      [*session.tasks, *session.missing], session.workdir,
-      (config, session.base)))
-  for one in shown:
-    if isinstance(one, experiments.Grid):
-      print(f"\n{grid.text(one)}", end="")
-  print()
-  for path in experiments.write(name, shown, session.workdir):
-    print(f"written: {printable(path)}")
-
-
-def _conclude(session: Session) -> None:
-  """Writes and prints the tables."""
-  workdir, rows = session.workdir, session.rows()
-  if rows:
-    text = report.summary(rows, [*session.tasks, *session.missing])
-    if session.config.plots:
-      from ttc_jax import plots
-      for file in plots.write(rows, workdir) or ["none: no final run yet"]:
-        print(f"plot: {file}")
-    workdir.write_table(text)
-    print(f"\n{text}\nRows, bundles and curves: {printable(str(workdir))}")
+  from ttc_jax import launch  # JAX and all else, which --help does not need
+  return launch.run(
+      _CONFIG.value, cli.config_filename(), _WORKDIR.value,
+      (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value))
 
 
 if __name__ == "__main__":

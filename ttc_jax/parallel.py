@@ -51,9 +51,10 @@ def pmap(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
   Args:
     donate: positions of arguments whose memory the results may reuse.
   """
-  # Across hosts pmap takes all devices, and no list of them.
-  mine = {} if spans_hosts() else {"devices": devices()}
-  return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate, **mine)
+  return jax.pmap(
+      fn, axis_name=AXIS, donate_argnums=donate,
+      # Across hosts pmap takes all devices, and no list of them.
+      devices=None if spans_hosts() else devices())
 
 
 def pmean(tree: Tree) -> Tree:

@@ -15,20 +15,34 @@ try:
 except ImportError as e:
   raise UserError("plots need matplotlib: pip install -e '.[plots]', or "
                   "leave config.plots off") from e
-# Jupyter names its own backend here, which shows figures below a cell.
-if "inline" not in os.environ.get("MPLBACKEND", ""):
-  matplotlib.use("Agg")
-# pyplot reads the backend when it is imported.
-from matplotlib import pyplot as plt
 from matplotlib import ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-matplotlib.rcParams.update({
+# Of our figures alone: matplotlib's own settings stay as they are.
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "ttc_jax",  # the same rows give the same bytes
     "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
-# Functions close what they return: a notebook would draw it a second time.
+    "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
 _MARKERS = "osD^vP*X"
+
+
+def subplots(*args: int, figsize: tuple[float, float],
+             **options: Any) -> tuple[Figure, Any]:
+  """Returns (figure, axes) in our style, arguments as of pyplot's `subplots`.
+
+  The figure has no window. In Jupyter, which names its own backend in
+  MPLBACKEND, it is shown below a cell that returns it.
+  """
+  with matplotlib.rc_context(_STYLE):
+    if "inline" not in os.environ.get("MPLBACKEND", ""):
+      figure = Figure(figsize=figsize)
+      FigureCanvasAgg(figure)
+      return figure, figure.subplots(*args, **options)
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(*args, figsize=figsize, **options)
+    pyplot.close(figure)  # else a notebook would draw it a second time
+    return figure, axes
 
 
 def write(rows: Sequence[report.Row], workdir: WorkDir) -> list[str]:
@@ -55,7 +69,7 @@ def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:
   Both are means over tasks; the head is included; error bars are the standard
   deviation over seeds.
   """
-  figure, axes = plt.subplots(figsize=(7, 4.5))
+  figure, axes = subplots(figsize=(7, 4.5))
   for i, variant in enumerate(dict.fromkeys(r["variant"] for r in rows)):
     mine = [r for r in rows if r["variant"] == variant]
     scores = report.by_seed(rows, variant)
@@ -76,7 +90,6 @@ def accuracy_against_parameters(rows: Sequence[report.Row]) -> Figure:
                   if tasks > 1 else "test top-1 (%)")
   axes.legend(fontsize=8, frameon=False, loc="center left",
               bbox_to_anchor=(1, 0.5))
-  plt.close(figure)
   return figure
 
 
@@ -90,7 +103,7 @@ def by_task(table: tables.Table, interval: bool = False) -> Figure:
   """
   places = {x.name: i for i, x in enumerate(table.lines) if x.kind == "run"}
   across = range(len(table.columns))
-  figure, axes = plt.subplots(figsize=(max(7, 0.55 * len(across) + 3), 5))
+  figure, axes = subplots(figsize=(max(7, 0.55 * len(across) + 3), 5))
   for line in table.lines:
     place = places.get((*line.beside, line.name)[0])
     if place is not None:
@@ -112,7 +125,6 @@ def by_task(table: tables.Table, interval: bool = False) -> Figure:
   axes.set_ylabel("top-1 (%)")
   axes.legend(fontsize=8, frameon=False, loc="center left",
               bbox_to_anchor=(1, 0.5))
-  plt.close(figure)
   return figure
 
 
@@ -130,6 +142,11 @@ def label(name: str) -> str:
   return " " * name.startswith("_") + printable(name).replace("$", r"\$")
 
 
+def colour(share: float) -> tuple[float, ...]:
+  """Returns the colour (R, G, B, A) of a share in [0, 1]."""
+  return matplotlib.colormaps["viridis"](share)
+
+
 def _mark(i, hollow=False):
   """Returns colour and marker of the i-th series."""
   return {"color": f"C{i % 10}", "marker": _MARKERS[i // 10 % len(_MARKERS)],
@@ -142,7 +159,7 @@ def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   Args:
     curves: {run: records of the search}.
   """
-  figure, axes = plt.subplots(figsize=(7, 4.5))
+  figure, axes = subplots(figsize=(7, 4.5))
   for i, (run, records) in enumerate(curves.items()):
     at = [r["epoch"] for r in records]
     axes.plot(at, [r["val_top1"] for r in records], color=f"C{i % 10}",
@@ -154,7 +171,6 @@ def search(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
   axes.set_ylabel("val200 top-1 (%): best so far, and the mean (dashed)")
   if len(curves) <= 10:
     axes.legend(fontsize=7, frameon=False)
-  plt.close(figure)
   return figure
 
 
@@ -164,12 +180,11 @@ def _search(workdir, row):
 
 
 def save(figure: Figure, stem: str) -> list[str]:
-  """Writes STEM.png and STEM.svg, closes the figure; returns the paths."""
+  """Writes STEM.png and STEM.svg; returns the paths."""
   paths = [f"{stem}.png", f"{stem}.svg"]
   for path in paths:
-    with files.replacing(path) as temporary:
+    with files.replacing(path) as temporary, matplotlib.rc_context(_STYLE):
       figure.savefig(temporary, format=path[-3:], dpi=150,
                      bbox_inches="tight",
                      metadata={"Date": None} if path[-3:] == "svg" else None)
-  plt.close(figure)
   return paths

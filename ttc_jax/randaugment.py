@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 OPERATIONS = 2
 _GREY = 128.0
-_LUMA = jnp.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow's "L"
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow's "L"
 Op = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 

@@ -7,6 +7,8 @@ This is a library; there is no server process.
   model.add("cars", "cars.safetensors")
   model.predict(images, task="pets")               # (N, C) probabilities
   model.predict(images, task=["pets", "cars"])     # one task an image
+  model.use("cars")                                # of calls that name none
+  model.merge("cars"), model.unmerge("cars"), model.remove("pets")
 
 A batch of many tasks passes the backbone once: each image has tuned leaves of
 its own (`jax.vmap`), the frozen kernels are shared, so their products are as
@@ -32,6 +34,7 @@ import numpy as np
 import scipy.special
 
 from ttc_jax import bundles, checkpoint, evaluate, parallel, predict, trees
+from ttc_jax.config import FROZEN_DTYPES
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, pad_head
 from ttc_jax.tasks import images as images_lib
@@ -78,15 +81,24 @@ class ModelServer:
   """A backbone and the tasks that were added to it.
 
   Threads may share it: a call uses the tasks of the moment when it begins.
+  Those should name their tasks, since `use` is the same for all threads.
 
   Attributes:
     base: source and hash of the base weights.
     batch_size: images of a pass, at most.
+    frozen_dtype: in which frozen kernels are kept; None: as each bundle says.
+    in_use: the task of calls that name none: that of `use`, by default the
+      first one that was added; None if there is none, or it was removed.
   """
 
-  def __init__(self, source: str, batch_size: int = 64):
+  def __init__(self, source: str, batch_size: int = 64,
+               frozen_dtype: str | None = None):
     if batch_size < 1:
       raise UserError(f"batch_size is {batch_size}; give 1 or more")
+    if frozen_dtype is not None:
+      check_known("frozen_dtype", frozen_dtype, FROZEN_DTYPES)
+    self.frozen_dtype = frozen_dtype
+    self.in_use: str | None = None
     self.base = open_source(source)
     self.batch_size = batch_size
     self._lock = threading.RLock()
@@ -125,24 +137,51 @@ class ModelServer:
         raise UserError(f"a task is already called {name!r}; give another name "
                         "or replace=True")
       self._put(name, bundle, saved, merge)
+      if not self._tasks.keys() - {name}:
+        self.in_use = name
 
-  def merge(self, name: str) -> None:
-    """Folds a task's adapter into copies of the kernels, as `add` can.
-
-    Where that is not exact, nothing changes. UserError if there is no task of
-    that name.
-    """
-    self._put_again(name, merge=True)
-
-  def unmerge(self, name: str) -> None:
-    """Takes a task's adapter out of the kernels again: the bits of the bundle.
+  def use(self, name: str) -> None:
+    """Makes a task that of all calls that name none.
 
     UserError if there is no task of that name.
     """
+    with self._lock:
+      self.in_use = check_known("task", name, self._tasks)
+
+  def merge(self, name: str | None = None) -> None:
+    """Folds a task's adapter into copies of the kernels, as `add` can.
+
+    Where that is not exact, nothing changes.
+
+    Args:
+      name: of the task; None: that in use.
+
+    Raises:
+      UserError: there is no task of that name.
+    """
+    self._put_again(name, merge=True)
+
+  def unmerge(self, name: str | None = None) -> None:
+    """Takes a task's adapter out of the kernels again: the bits of the bundle.
+
+    Args:
+      name: of the task; None: that in use.
+
+    Raises:
+      UserError: there is no task of that name.
+    """
     self._put_again(name, merge=False)
+
+  def _named(self, task):
+    """The task, that in use for None."""
+    task = self.in_use if task is None else task
+    if task is None:
+      raise UserError("no task is in use: name one, or call use(NAME)")
+    return task
 
   def _put_again(self, name, merge):
     with self._lock:
+      name = self._named(name)
       check_known("task", name, self._tasks)
       task = self._tasks[name]
       self._put(name, task.bundle, task.saved, merge)
@@ -172,26 +211,38 @@ class ModelServer:
       check_known("task", name, self._tasks)
       self._tasks = {n: t for n, t in self._tasks.items() if n != name}
       self._groups = None
+      if self.in_use == name:
+        self.in_use = None
 
-  def predict(self, images: Sequence[Any],
-              task: str | Sequence[str]) -> np.ndarray | list[np.ndarray]:
-    """Returns probabilities of images.
+  def predict(self, images: Sequence[Any], task: str | Sequence[str] | None
+              = None) -> np.ndarray | list[np.ndarray]:
+    """Returns probabilities of images: the softmax of `logits`.
+
+    Example:
+      pets, cars = model.predict(["a.jpg", "b.jpg"], task=["pets", "cars"])
+    """
+    found = self.logits(images, task)
+    if isinstance(found, list):
+      return [scipy.special.softmax(one) for one in found]
+    return scipy.special.softmax(found, axis=-1)
+
+  def logits(self, images: Sequence[Any], task: str | Sequence[str] | None
+             = None) -> np.ndarray | list[np.ndarray]:
+    """Returns logits of images, float32.
 
     Args:
       images: uint8 (N, S, S, 3), or a sequence of uint8 arrays (H, W, 3), PIL
         images and paths, which are resized as in the task's training.
-      task: one name for all images, or one for each.
+      task: one name for all images, or one for each; None: the task in use.
 
     Returns:
-      (N, C), classes as in `tasks`; for a sequence of names a list of N arrays
-      (C_i,).
-
-    Example:
-      pets, cars = model.predict(["a.jpg", "b.jpg"], task=["pets", "cars"])
+      (N, C), classes in the order of `tasks`; for a sequence of names a list
+      of N arrays (C_i,).
 
     Raises:
       UserError: unknown task; images that cannot be read.
     """
+    task = self._named(task)
     if isinstance(images, (str, bytes, os.PathLike)):
       raise UserError(f"images are {images!r}; expected a sequence of them")
     tasks, groups = self._snapshot()
@@ -211,14 +262,14 @@ class ModelServer:
         rows = np.asarray([group.rows[names[i]] for i in at], np.int32)
         for i, logits in zip(
             at, self._logits(group, rows, pixels), strict=True):
-          out[i] = scipy.special.softmax(
-              logits[:len(tasks[names[i]].meta["classes"])])
+          out[i] = logits[:len(tasks[names[i]].meta["classes"])]
     if isinstance(task, str):
       classes = len(tasks[task].meta["classes"])
       return np.asarray(out, np.float32).reshape(-1, classes)
     return out
 
-  def classify(self, images: Sequence[Any], task: str | Sequence[str],
+  def classify(self, images: Sequence[Any],
+               task: str | Sequence[str] | None = None,
                top: int = 1) -> list[list[tuple[str, float]]]:
     """Returns the `top` likeliest classes of each image.
 
@@ -228,6 +279,7 @@ class ModelServer:
     Returns:
       A list [(class, probability), ...] for each image, the likeliest first.
     """
+    task = self._named(task)
     task = task if isinstance(task, str) else list(task)
     names = [task] * len(images) if isinstance(task, str) else task
     classes = self.tasks
@@ -245,16 +297,18 @@ class ModelServer:
 
   def _base(self, bundle, meta):
     """Loads the backbone of a bundle unless it is loaded; -> its key."""
-    key = json.dumps([meta[k] for k in (
-        "backbone", "image_size", "fields", "dtype")], sort_keys=True)
+    kept = predict.base.frozen_dtype(meta, self.frozen_dtype)
+    key = json.dumps([kept, *(meta[k] for k in (
+        "backbone", "image_size", "fields", "dtype"))], sort_keys=True)
     if key not in self._bases:
-      module, params = predict.base.load(bundle, meta, self.base)
+      module, params = predict.base.load(bundle, meta, self.base, kept)
       host = {n: np.asarray(x) for n, x in trees.flatten(params).items()}
       devices = {}
       # Backbones of two image sizes differ in the positions alone.
       for name, x in host.items():
         for _, other, there in self._bases.values():
-          if name in other and np.array_equal(other[name], x):
+          if (name in other and other[name].dtype == x.dtype
+              and np.array_equal(other[name], x)):
             host[name], devices[name] = other[name], there[name]
             break
         else:
@@ -271,7 +325,8 @@ class ModelServer:
     return evaluate.over(program, (rows, images), batch_size)
 
 
-def load(base: str, batch_size: int = 64) -> ModelServer:
+def load(base: str, batch_size: int = 64,
+         frozen_dtype: str | None = None) -> ModelServer:
   """Returns a server without tasks.
 
   It reads the weights when the first bundle names their backbone.
@@ -280,6 +335,9 @@ def load(base: str, batch_size: int = 64) -> ModelServer:
     base: source of the weights that the bundles were tuned on.
     batch_size: largest number of images of a pass. A pass of many tasks holds
       the tuned leaves of each of its images.
+    frozen_dtype: in which frozen kernels are kept, float32, bfloat16 or int8,
+      see `ttc_jax.storage`; None: as each bundle was tuned, so that bundles of
+      two dtypes hold two copies of the kernels.
 
   Example:
     model = serve.load("ViT-B_16.npz")
@@ -289,7 +347,7 @@ def load(base: str, batch_size: int = 64) -> ModelServer:
   Raises:
     UserError: the weights do not exist or cannot be read.
   """
-  return ModelServer(base, batch_size)
+  return ModelServer(base, batch_size, frozen_dtype)
 
 
 def _likeness(base, meta, tuned, buffers):

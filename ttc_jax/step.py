@@ -128,8 +128,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
   """Returns `update_fn(learner, fixed, batch, key) -> (learner, loss)`.
 
   It is one optimiser step on one device; gradients are averaged over devices.
-  Only tuned leaves are carried: XLA removes the unused gradients of frozen
-  leaves.
+  Only tuned leaves are carried and differentiated.
   """
   loss_fn = make_loss_fn(model, plan)
 
@@ -144,9 +143,12 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
     if model.sample is not None:
       fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
     key = jax.random.fold_in(key, parallel.device_index())
-    loss, grads = jax.value_and_grad(loss_fn)(params, fixed, batch, key)
-    updates, opt_state = tx.update(
-        parallel.pmean(grads), learner.opt_state, params)
+    loss, grads = jax.value_and_grad(lambda tuned: loss_fn(
+        trees.join(tuned, fixed.frozen), fixed, batch, key))(learner.tuned)
+    # In place of the gradients that frozen leaves lack: any array, it is
+    # replaced by zeros.
+    grads = trees.join(parallel.pmean(grads), fixed.frozen)
+    updates, opt_state = tx.update(grads, learner.opt_state, params)
     if "adapter" in updates:  # not where the head alone is trained
       updates["adapter"] = jax.tree.map(
           lambda u: hyper.adapter_lr * u, updates["adapter"])
@@ -208,7 +210,13 @@ _COMPILED: dict[tuple, Any] = {}
 
 def compiled_epoch_fn(model: Model, rules: trees.Rules, plan: Plan,
                       args: tuple) -> tuple[Any, float]:
-  """Returns (the compiled epoch, seconds spent on compiling it; 0 if known)."""
+  """Returns (the compiled epoch, seconds spent on compiling it; 0 if known).
+
+  Across hosts it is compiled by its first call: only then does pmap make global
+  arrays of each host's part.
+  """
+  if parallel.spans_hosts():
+    return make_epoch_fn(model, rules, plan), 0.0
   avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
   key = (model, rules, plan, str(avals))
   if key in _COMPILED:

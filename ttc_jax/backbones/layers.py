@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
+SCALE = "kernel_scale"  # beside an int8 kernel, see `ttc_jax.storage`
 
 
 class Site(NamedTuple):
@@ -103,6 +104,25 @@ def at_block(tap: Tap, block: int) -> Callable[..., jax.Array]:
   return lambda site, y, x: tap(site, block, y, x)
 
 
+def _product(x, kernel, dtype):
+  """x @ kernel, of a kernel that may be kept in fewer bits than the dtype."""
+  narrow = kernel.dtype in (jnp.int8, jnp.bfloat16) and kernel.dtype != dtype
+  return (_widened if narrow else _cast)(x, kernel, dtype)
+
+
+def _cast(x, kernel, dtype):
+  return x @ kernel.astype(dtype)
+
+
+# XLA would widen all kernels at the start of a program and so need the memory
+# of float32 beside that of the kernels: the barrier makes it wait for x. And
+# the backward pass widens a kernel again, instead of keeping the wide one.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _widened(x, kernel, dtype):
+  x, kernel = jax.lax.optimization_barrier((x, kernel))
+  return _cast(x, kernel, dtype)
+
+
 class Dense(nn.Module):
   """y = (x @ kernel) * mask + bias.
 
@@ -124,7 +144,10 @@ class Dense(nn.Module):
         out_axis=range(self.contract, len(self.shape)))
     kernel = self.param("kernel", init, self.shape)
     kernel = kernel.reshape(math.prod(inputs), math.prod(outputs))
-    y = x @ kernel.astype(self.dtype)
+    y = _product(x, kernel, self.dtype)
+    if kernel.dtype == jnp.int8:
+      scale: jax.Array = self.get_variable("params", SCALE)
+      y = (y * scale.reshape(-1)).astype(self.dtype)
     if mask is not None:
       # The mask scales row i of the kernel, not the bias (Eq. 10).
       y = y * mask.astype(self.dtype)

@@ -24,6 +24,8 @@ _SIZE = flags.DEFINE_integer("size", 56, "of the images, pixels a side")
 _BATCH = flags.DEFINE_integer("batch", 64, "images a step, on all devices")
 _STEPS = flags.DEFINE_integer("steps", 8, "of an epoch, in one dispatch")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16")
+_FROZEN = flags.DEFINE_string(
+    "frozen_dtype", "float32", "of frozen kernels: float32, bfloat16, int8")
 _GELU = flags.DEFINE_string("gelu", "exact", "exact or tanh")
 _AGAINST = flags.DEFINE_string(
     "against", "", "torch: also times eager PyTorch doing the stage-2 step")
@@ -36,6 +38,7 @@ _COLUMNS = (  # title, key, unit, decimals
     ("min ms", "min_seconds", 1e-3, 1),
     ("compile s", "compile_seconds", 1, 1),
     ("temp MiB", "temp_bytes", 2 ** 20, 1),
+    ("args MiB", "argument_bytes", 2 ** 20, 1),
     ("GFLOP compiled", "flops_compiled", 1e9, 2),
     ("GFLOP needed", "flops_needed", 1e9, 2),
     ("% of ceiling", "share_of_ceiling", 1e-2, 1),
@@ -61,8 +64,8 @@ def _heading(result):
   s, m, turns = (result[k] for k in ("settings", "machine", "ceiling_by_turn"))
   return [
       f"{s['backbone']} at {s['image_size']} px, batch {s['batch_size']}, "
-      f"{s['dtype']}, {s['gelu']} GELU, K = {s['k']}; {m['devices']} x "
-      f"{m['kind']}, {m['cores']} cores",
+      f"{s['dtype']}, kernels in {s['frozen_dtype']}, {s['gelu']} GELU, "
+      f"K = {s['k']}; {m['devices']} x {m['kind']}, {m['cores']} cores",
       f"ceiling: {result['ceiling'] / 1e9:.1f} GFLOP/s, the best matrix "
       f"product; {min(turns) / 1e9:.1f} to {max(turns) / 1e9:.1f} from turn to "
       "turn"]
@@ -81,7 +84,8 @@ def main(argv: list[str]) -> None:
     check_known("--against", _AGAINST.value, ("torch",))
   config = programs.settings(
       backbone=_BACKBONE.value, image_size=_SIZE.value,
-      batch_size=_BATCH.value, dtype=_DTYPE.value, gelu=_GELU.value)
+      batch_size=_BATCH.value, dtype=_DTYPE.value,
+      frozen_dtype=_FROZEN.value, gelu=_GELU.value)
   result = timing.measure(config, _AGAINST.value, _STEPS.value, _SECONDS.value)
   print(table(result))
   if _JSON.value:

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import backbones, methods, optim, parallel, step, trees
+from ttc_jax import (
+  backbones,
+  methods,
+  optim,
+  parallel,
+  step,
+  storage,
+  trees,
+)
 from ttc_jax import config as config_lib
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.model import Model, init_head
@@ -24,15 +32,18 @@ class Program(NamedTuple):
     run: runs all steps once and waits for the result.
     work: FLOPs that a step needs, see `flops_needed`.
     steps: training steps, or 1, of a run.
-    compile_seconds, temp_bytes, flops: of the compiled program on all
-      devices; None where nothing is compiled or the backend does not say. XLA
-      counts the FLOPs of a loop's body once: they are those of a step.
+    compile_seconds, temp_bytes, argument_bytes, flops: of the compiled program
+      on all devices; None where nothing is compiled or the backend does not
+      say. The arguments are the weights, the images, and of a stage the
+      optimiser's state. XLA counts the FLOPs of a loop's body once: they are
+      those of a step.
   """
   run: Callable[[], Any]
   work: float
   steps: int = 1
   compile_seconds: float | None = None
   temp_bytes: int | None = None
+  argument_bytes: int | None = None
   flops: float | None = None
 
 
@@ -41,7 +52,7 @@ def settings(**values: Any) -> Any:
 
   Args:
     **values: of the configuration's keys: backbone, image_size, batch_size,
-      dtype and gelu.
+      dtype, frozen_dtype and gelu.
 
   Raises:
     UserError: a value that does not fit.
@@ -98,7 +109,8 @@ def of_backbone(backbone: Any, config: Any,
   adapted = model._replace(handlers=method.handlers)
   work = {name: batch * flops
           for name, flops in flops_needed(backbone, config.k, CLASSES).items()}
-  base = backbones.init(backbone)
+  base = storage.store(
+      backbones.init(backbone), backbone, config.frozen_dtype)
   return {
       "forward": forward(model, base, batch, work["forward"]),
       "stage 1": epoch(model, align, base, batch, steps, work["stage 1"]),
@@ -163,7 +175,8 @@ def compiled(fn: Any, args: tuple) -> tuple[Callable, tuple]:
   """Compiles a pmapped function.
 
   Returns:
-    The program, and (seconds, temp_bytes, flops) as in `Program`.
+    The program, and (seconds, temp_bytes, argument_bytes, flops) as in
+    `Program`.
   """
   begin = time.perf_counter()
   program = fn.lower(*args).compile()
@@ -172,6 +185,7 @@ def compiled(fn: Any, args: tuple) -> tuple[Callable, tuple]:
   devices = len(parallel.devices())
   return program, (
       seconds, memory and memory.temp_size_in_bytes * devices,
+      memory and memory.argument_size_in_bytes * devices,
       cost and cost.get("flops") and cost["flops"] * devices)
 
 

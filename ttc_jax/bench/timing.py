@@ -96,7 +96,9 @@ def _row(name, program, turns, batch, ceilings):
   return {"name": name, "images_per_second": batch / median,
           "median_seconds": median, "min_seconds": min(runs),
           "runs": len(runs), "compile_seconds": program.compile_seconds,
-          "temp_bytes": program.temp_bytes, "flops_compiled": program.flops,
+          "temp_bytes": program.temp_bytes,
+          "argument_bytes": program.argument_bytes,
+          "flops_compiled": program.flops,
           "flops_needed": program.work,
           "share_of_ceiling": statistics.median(shares)}
 

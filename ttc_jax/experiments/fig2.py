@@ -32,7 +32,7 @@ def _picture(results):
   from ttc_jax import plots  # an extra
   tasks = [t for t in results.tasks
            if results.measured("separation", "layernorm", t)]
-  figure, axes = plots.plt.subplots(
+  figure, axes = plots.subplots(
       len(LINES), max(1, len(tasks)), squeeze=False,
       figsize=(3 * max(1, len(tasks)), 3 * len(LINES)))
   numbers = []

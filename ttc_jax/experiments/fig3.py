@@ -75,7 +75,7 @@ def _picture(results):
   places = sorted({(site, int(block)) for found in runs.values()
                    for site, blocks in found["sites"].items()
                    for block in blocks})
-  figure, axes = plots.plt.subplots(
+  figure, axes = plots.subplots(
       len(places), 1, squeeze=False, sharex=True,
       figsize=(8, len(places) * (0.3 + 0.12 * len(runs))))
   numbers = []

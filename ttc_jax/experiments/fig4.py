@@ -21,7 +21,7 @@ def draw(results: Results) -> list[Grid | Picture]:
       [[v, *map(cell, values)] for v, values in found.items()],
       ["Mean over 500 test images; ±: standard deviation over seeds. "
        "layernorm has half of the epochs of the others.", results.setting])
-  figure, axes = plots.plt.subplots(figsize=(7, 3.5))
+  figure, axes = plots.subplots(figsize=(7, 3.5))
   wide = 0.8 / len(VARIANTS)
   for i, (variant, values) in enumerate(found.items()):
     axes.bar(np.arange(len(values)) + i * wide,

@@ -15,7 +15,7 @@ def draw(results: Results) -> list[Grid | Picture]:
   """Returns the picture: gamma above, beta below, a column per task."""
   from ttc_jax import plots  # an extra
   tasks = [t for t in results.tasks if results.measured("norms", "ttc", t)]
-  figure, axes = plots.plt.subplots(
+  figure, axes = plots.subplots(
       2, max(1, len(tasks)), squeeze=False, sharex=True,
       figsize=(4 * max(1, len(tasks)), 5))
   numbers = []

@@ -70,7 +70,7 @@ def _scatter(results):
   if not drawn:
     return []
   tasks = [*dict.fromkeys(task for _, task, _ in drawn)]
-  figure, axes = plots.plt.subplots(
+  figure, axes = plots.subplots(
       2, len(tasks), squeeze=False, figsize=(3.2 * len(tasks), 6))
   numbers = []
   for variant, task, found in drawn:
@@ -78,7 +78,7 @@ def _scatter(results):
     depth = len(found["true"])
     for block, (p, t) in enumerate(zip(found["predicted"], found["true"],
                                        strict=True)):
-      ax.scatter(p, t, s=5, color=plots.plt.get_cmap("viridis")(block / depth))
+      ax.scatter(p, t, s=5, color=plots.colour(block / depth))
       numbers += [[variant, task, str(block), f"{a:.5g}", f"{b:.5g}"]
                   for a, b in zip(p, t, strict=True)]
     ax.set_title(f"{plots.label(task)}, {_WHEN[variant]}", fontsize=8)

@@ -28,7 +28,7 @@ VARIANTS = {
 def draw(results: Results) -> list[Grid | Picture]:
   """Returns the table of all, and a panel for each task: accuracy by K."""
   from ttc_jax import plots  # an extra
-  figure, axes = plots.plt.subplots(
+  figure, axes = plots.subplots(
       2, max(1, len(results.tasks)), squeeze=False, sharex=True,
       figsize=(3.5 * max(1, len(results.tasks)), 6))
   numbers = []

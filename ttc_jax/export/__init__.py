@@ -16,7 +16,15 @@ import uuid
 import jax
 import jax.numpy as jnp
 
-from ttc_jax import bundles, cost, files, normalisation, predict, trees
+from ttc_jax import (
+  bundles,
+  cost,
+  files,
+  normalisation,
+  predict,
+  storage,
+  trees,
+)
 from ttc_jax.errors import UserError
 from ttc_jax.export import card
 from ttc_jax.predict import LoadedModel
@@ -71,10 +79,13 @@ def load(bundle: str, weights: str | None = None) -> LoadedModel:
 
 
 def in_float32(model: LoadedModel) -> LoadedModel:
-  """Returns the model with computation in float32."""
+  """Returns the model with kernels and computation in float32."""
   backbone: Any = model.model.backbone
   backbone = backbone.clone(dtype=jnp.float32)
-  return model._replace(model=model.model._replace(backbone=backbone))
+  params = model.params | {
+      "backbone": storage.restore(model.params["backbone"])}
+  return model._replace(
+      model=model.model._replace(backbone=backbone), params=params)
 
 
 def check_libraries(target: Target) -> None:

@@ -133,6 +133,7 @@ def _training(meta):
       batch_size="batch size", epochs="epochs a stage",
       warmup_epochs="warm-up epochs", drop_path="drop path",
       label_smoothing="label smoothing", dtype="computed in",
+      frozen_dtype="frozen kernels kept in",
       matmul_precision="matrix products", device="device",
       weights="base weights", weights_sha256="sha256 of the base weights")
   rows["stages"] = ", ".join(map(str, meta.get("stages", ()))) or "one"
@@ -182,6 +183,9 @@ def _limits(meta, target):
       "The licences of the base weights and of the data apply."]
   if meta.get("dtype", "float32") != "float32":
     lines.append(f"Trained and tested in {meta['dtype']}, exported in float32.")
+  if meta.get("frozen_dtype", "float32") != "float32":
+    lines.append(f"Trained and tested with kernels kept in "
+                 f"{meta['frozen_dtype']}; exported with the same values.")
   lines += target.limits
   if meta.get("protocol") == "val":
     lines.append("The test set was not used: the accuracy is that of val.")

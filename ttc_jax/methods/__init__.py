@@ -52,6 +52,7 @@ class Context(NamedTuple):
     notes: where what was found so far is kept, for a stage that takes long to
       prepare; None keeps nothing.
     log: takes records for the learning curve.
+    keep: takes the scores by which channels are selected, see `importance`.
   """
   model: Model
   params: trees.Tree
@@ -62,6 +63,7 @@ class Context(NamedTuple):
   val: Split | None = None
   notes: Notes | None = None
   log: Callable[[dict[str, Any]], None] = lambda record: None
+  keep: Callable[[dict[str, Any]], None] = lambda scores: None
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage

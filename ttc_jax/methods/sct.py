@@ -51,6 +51,7 @@ def prepare(context: Context, *, sites: tuple[str, ...], score: str, k: int,
   scores = importance.score(
       score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
+  context.keep(scores)
   scores = {s: scores[at] for s, at in zip(sites, scored, strict=True)}
   last = {s: list(enumerate(scores[s]))[-blocks:] for s in sites}
   adapter = {s: {str(i): {"kernel": np.zeros((k, k), np.float32),

@@ -98,6 +98,7 @@ def select_channels(
   scores = importance.score(
       score, context.model, context.params, context.buffers,
       context.images, context.labels, scored, context.seed)
+  context.keep(scores)
   adapter: trees.Tree = {}
   buffers: trees.Tree = {}
   for site, at in zip(sites, scored, strict=True):

@@ -2,6 +2,7 @@
 
   tuned = ttc_jax.predict.load("WORKDIR/runs/RUN/bundle")
   probabilities = tuned.predict(images)        # uint8 (N, S, S, 3) -> (N, C)
+  logits = tuned.logits(images)                # before the softmax
 
   base.py       the base weights of a bundle: which file, the right one, loaded
   loaded.py     a bundle on its base: checked, merged where that is exact
@@ -35,8 +36,15 @@ class Tuned(NamedTuple):
   buffers: trees.Tree
   meta: dict[str, Any]
 
-  def predict(self, images: Any) -> np.ndarray:
-    """Returns probabilities (N, C).
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Names of the classes, in the order of the columns of `logits`."""
+    return tuple(self.meta["classes"])
+
+  def logits(self, images: Any) -> np.ndarray:
+    """Returns logits (N, C), float32, before the softmax.
+
+    Column i is the class `classes[i]`.
 
     Args:
       images: a sequence of paths, PIL images and uint8 arrays (H, W, 3) of any
@@ -46,16 +54,28 @@ class Tuned(NamedTuple):
       UserError: images of another type or shape.
       DataError: an image file that cannot be read.
     """
-    images = images_lib.prepare_all(
+    pixels = self._prepared(images)
+    if not len(pixels):
+      return np.zeros((0, len(self.classes)), np.float32)
+    return evaluate.logits(self.model, self.params, self.buffers, pixels)
+
+  def predict(self, images: Any) -> np.ndarray:
+    """Returns probabilities (N, C), the softmax of `logits`."""
+    return scipy.special.softmax(self.logits(images), axis=-1)
+
+  def features(self, images: Any) -> np.ndarray:
+    """Returns features (N, D) of the tuned backbone, before the head; images
+    as of `logits`."""
+    return evaluate.features(self.model, self.params, self.buffers,
+                             self._prepared(images))
+
+  def _prepared(self, images):
+    return images_lib.prepare_all(
         images, self.meta["image_size"], self.meta["resample"])
-    if not len(images):
-      return np.zeros((0, len(self.meta["classes"])), np.float32)
-    logits = evaluate.logits(self.model, self.params, self.buffers, images)
-    return scipy.special.softmax(logits, axis=-1)
 
 
-def load(bundle: str, weights: str | None = None,
-         merge: bool = True) -> Tuned:
+def load(bundle: str, weights: str | None = None, merge: bool = True,
+         frozen_dtype: str | None = None) -> Tuned:
   """Puts a bundle on its base weights, on every device.
 
   Args:
@@ -64,6 +84,8 @@ def load(bundle: str, weights: str | None = None,
       found them. What a bundle names is never fetched.
     merge: folds the adapter into the backbone where that is exact, so that
       inference costs what it did before tuning.
+    frozen_dtype: in which frozen kernels are kept: float32, bfloat16 or int8,
+      see `ttc_jax.storage`; None: as when the bundle was tuned.
 
   Example:
     tuned = predict.load("WORKDIR/runs/RUN/bundle")
@@ -73,16 +95,16 @@ def load(bundle: str, weights: str | None = None,
   Raises:
     UserError: no such bundle, or other base weights than the run's.
   """
-  loaded = on_base(bundle, weights, merge)
+  loaded = on_base(bundle, weights, merge, frozen_dtype)
   return Tuned(loaded.model, parallel.replicate(loaded.params),
                parallel.replicate(loaded.buffers), loaded.meta)
 
 
-def on_base(bundle: str, weights: str | None = None,
-            merge: bool = True) -> LoadedModel:
+def on_base(bundle: str, weights: str | None = None, merge: bool = True,
+            frozen_dtype: str | None = None) -> LoadedModel:
   """`load`, with the parameters on the host."""
   saved = bundles.load(bundle)
   found = (base.check(bundle, saved.meta, open_source(weights)) if weights
            else base.named(bundle, saved.meta))
-  module, params = base.load(bundle, saved.meta, found)
+  module, params = base.load(bundle, saved.meta, found, frozen_dtype)
   return attach(bundle, saved, module, params, merge)

@@ -165,7 +165,8 @@ def main(argv: list[str]) -> int:
   if _JSON.value and _CSV.value:
     raise UserError("give --json or --csv, not both")
   paths = image_paths(argv[1:])
-  tuned = predict.load(_BUNDLE.value, _WEIGHTS.value)
+  tuned = predict.load(
+      _BUNDLE.value, _WEIGHTS.value, frozen_dtype=_FROZEN.value)
   write = (write_json if _JSON.value else write_csv if _CSV.value
            else write_text)
   failed = [a for a in write(answers(tuned, paths, _TOP.value)) if a.error]
@@ -178,6 +179,9 @@ if __name__ == "__main__":
   _WEIGHTS = flags.DEFINE_string(
       "weights", None, "the base weights; by default the local file that the "
       "bundle names")
+  _FROZEN = flags.DEFINE_string(
+      "frozen_dtype", None, "of frozen kernels: float32, bfloat16 or int8; by "
+      "default as in training")
   _TOP = flags.DEFINE_integer("top", 1, "classes an image", lower_bound=1)
   _JSON = flags.DEFINE_bool("json", False, "print a list of objects")
   _CSV = flags.DEFINE_bool("csv", False, "print a table for spreadsheets")

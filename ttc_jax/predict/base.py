@@ -8,8 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ttc_jax import backbones, bundles, trees, weights
-from ttc_jax.errors import UserError, printable
+from ttc_jax import backbones, bundles, storage, trees, weights
+from ttc_jax.config import FROZEN_DTYPES
+from ttc_jax.errors import UserError, check_known, printable
 from ttc_jax.weights import Source, sources
 
 Meta = dict[str, Any]
@@ -70,9 +71,24 @@ def check(bundle: str, meta: Meta, base: Source) -> Source:
   return base
 
 
-def load(bundle: str, meta: Meta, base: Source) -> tuple[Any, trees.Tree]:
+def frozen_dtype(meta: Meta, wanted: str | None) -> str:
+  """Returns in which dtype frozen kernels are kept: by default that of tuning.
+
+  Raises:
+    UserError: `wanted` is no such dtype.
+  """
+  if wanted is not None:
+    return check_known("frozen_dtype", wanted, FROZEN_DTYPES)
+  return meta.get("frozen_dtype", "float32")
+
+
+def load(bundle: str, meta: Meta, base: Source,
+         kept: str | None = None) -> tuple[Any, trees.Tree]:
   """Returns the backbone that a bundle was tuned on, and its pretrained
   parameters.
+
+  Args:
+    kept: see `frozen_dtype`.
 
   Raises:
     UserError: the weights are of another backbone; or the bundle describes a
@@ -81,7 +97,8 @@ def load(bundle: str, meta: Meta, base: Source) -> tuple[Any, trees.Tree]:
   fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
   size = meta["image_size"]
   _check_size(bundle, meta, backbones.make(meta["backbone"], size, **fields))
-  return weights.load(meta["backbone"], base, size, **fields)
+  module, params = weights.load(meta["backbone"], base, size, **fields)
+  return module, storage.store(params, module, frozen_dtype(meta, kept))
 
 
 def _check_size(bundle, meta, module):

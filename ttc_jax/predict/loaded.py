@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttc_jax import bundles, checkpoint, methods, taps, trees
+from ttc_jax import bundles, checkpoint, methods, storage, taps, trees
+from ttc_jax.backbones.layers import SCALE
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
 
@@ -34,7 +35,8 @@ def attach(bundle: str, saved: bundles.Bundle, module: Any,
   Args:
     bundle: its path, for messages.
     module, params: the base, as `base.load` returns it.
-    merge: folds the adapter into the backbone where that is exact.
+    merge: folds the adapter into the backbone where that is exact. Kernels
+      that it changes become float32, see `storage`.
 
   Raises:
     UserError: the bundle's arrays are not those of its method there.
@@ -48,7 +50,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: Any,
   model = Model(module, meta["normalisation"], method.handlers)
   _check_fit(bundle, saved, model, params, buffers)
   if merge and method.merge:
-    backbone = method.merge(params, buffers, module)
+    backbone = storage.merge(method.merge, params, buffers, module)
     params = params | {"backbone": backbone, "adapter": {}}
     model, buffers = model._replace(handlers=()), {}
   return LoadedModel(model, params, buffers, meta, method.cannot_merge)
@@ -70,7 +72,8 @@ def _check_backbone(bundle, saved, method, bare):
   meta = saved.meta
   tuned, _ = trees.split(
       bare, trees.label(bare, methods.tuned_rules(method)), "tune")
-  want = {name: np.shape(x) for name, x in trees.flatten(tuned).items()}
+  want = {name: np.shape(x) for name, x in trees.flatten(tuned).items()
+          if not name.endswith(f"/{SCALE}")}  # of int8, which is never tuned
   have = {name: x.shape for name, x in saved.tuned.items()
           if not name.startswith(("adapter/", "head/"))}
   for name in sorted(want.keys() | have.keys()):

@@ -17,8 +17,10 @@ SCORE = {"val": "val_top1", "final": "test_top1"}
 
 # The facts of a variant that its task, seed and tuned setting do not change.
 _OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
-                 "image_size", "normalisation", "dtype", "matmul_precision",
-                 "epochs", "optimiser", "batch_size", "limit", "few_shot")
+                 "image_size", "normalisation", "dtype", "frozen_dtype",
+                 "matmul_precision", "epochs", "optimiser", "batch_size",
+                 "limit", "few_shot")
+_BEFORE = {"frozen_dtype": "float32"}  # facts that older rows do not state
 _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
            "weight_decay", "val_top1", "test_top1", "module_params",
            "norm_params", "head_params", "backbone", "image_size", "weights",
@@ -97,7 +99,8 @@ def _apart(placed):
     for what, keys in ((None, _OF_A_VARIANT), (task, ("data_digest",))):
       facts.setdefault((variant, what), {}).setdefault(workdir, set()).add(
           # Older rows have no limit, which is a limit of 0.
-          json.dumps([row.get(key) or None for key in keys], sort_keys=True))
+          json.dumps([row.get(key) or _BEFORE.get(key) for key in keys],
+                     sort_keys=True))
   return ({key[0] for key, where in homes.items() if len(where) > 1} |
           {key[0] for key, by_workdir in facts.items()
            if len(set(map(frozenset, by_workdir.values()))) > 1})

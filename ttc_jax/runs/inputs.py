@@ -12,6 +12,7 @@ from ttc_jax import (
   methods,
   normalisation,
   parallel,
+  storage,
   tasks,
   trees,
   weights,
@@ -29,7 +30,7 @@ class Base(NamedTuple):
   Attributes:
     name: of the backbone, e.g. "vit_b16".
     backbone: the Linen module.
-    params: on every device.
+    params: on every device, kernels kept as `config.frozen_dtype` says.
     source: of the weights, located and hashed.
     normalisation: that the weights were trained with; "" where they do not
       say.
@@ -93,6 +94,7 @@ def load_base(config) -> Base:
   source = weights.open_source(config.weights)
   name = _name(config.backbone, source)
   module, params = weights.load(name, source, config.image_size, **fields)
+  params = storage.store(params, module, config.frozen_dtype)
   return Base(name, module, parallel.replicate(params), source,
               _normalisation(source))
 
@@ -182,8 +184,28 @@ def load_tasks(config) -> tuple[dict[str, tasks.Task], dict[str, str]]:
 
 
 def load_method(config, base: Base) -> methods.Method:
-  """Returns the method of a variant, its options resolved for the backbone."""
-  return methods.load(config.method, config, base.backbone)
+  """Returns the method of a variant, its options resolved for the backbone.
+
+  Raises:
+    UserError: an option does not fit, or the method tunes kernels that are
+      kept in fewer bits.
+  """
+  method = methods.load(config.method, config, base.backbone)
+  if config.frozen_dtype != "float32":
+    _check_frozen(config, base, method)
+  return method
+
+
+def _check_frozen(config, base, method):
+  """Only float32 can be trained: a step is smaller than what int8 resolves."""
+  labels = trees.flatten(trees.label(
+      {"backbone": base.params}, methods.tuned_rules(method)))
+  for name in storage.kernels(base.backbone):
+    if labels[f"backbone/{name}"] == "tune":
+      raise UserError(
+          f"config.frozen_dtype is {config.frozen_dtype}, but {config.method} "
+          f"tunes kernels ({name}); give float32, or a method that keeps them "
+          "frozen")
 
 
 def check_runs(config, inputs: Inputs) -> None:

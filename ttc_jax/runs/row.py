@@ -28,9 +28,9 @@ from ttc_jax.runs.plan import Run
 from ttc_jax.runs.workdir import Row
 
 # Values of a row that are the run's configuration.
-_OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype", "optimiser",
-              "warmup_lr", "min_lr", "decay_all", "drop_path",
-              "label_smoothing", "lr", "weight_decay", "epochs",
+_OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype",
+              "frozen_dtype", "optimiser", "warmup_lr", "min_lr", "decay_all",
+              "drop_path", "label_smoothing", "lr", "weight_decay", "epochs",
               "warmup_epochs", "batch_size", "limit", "few_shot")
 
 
@@ -66,7 +66,8 @@ def make_bundle(job: train.Job, base: Base, classes: Sequence[str],
       "classes": list(classes), "backbone": c.backbone,
       "fields": base.backbone.fields, "image_size": c.image_size,
       "normalisation": c.normalisation, "resample": c.resample,
-      "dtype": c.dtype, "weights_sha256": base.source.sha256,
+      "dtype": c.dtype, "frozen_dtype": c.frozen_dtype,
+      "weights_sha256": base.source.sha256,
       "weights_source": base.source.address, "seed": job.seed,
       "stages": [s.name for s in job.method.stages], "versions": versions(),
       **{f"{part}_params": n for part, n in optim.counts(tuned).items()}}

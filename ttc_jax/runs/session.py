@@ -12,6 +12,7 @@ from ttc_jax import (
   bundles,
   checkpoint,
   compilation,
+  hosts,
   interrupt,
   measures,
   train,
@@ -34,7 +35,7 @@ from ttc_jax.runs.workdir import STAGES, Row, WorkDir
 
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
-         "save_seconds", "lease_seconds", "plots", "compilation_cache",
+         "save_seconds", "lease_seconds", "hosts", "plots", "compilation_cache",
          "keep_stages")
 # Likewise, where experiments share a work directory.
 _FREE_OF_EXPERIMENTS = ("experiment", "variants", "measures", "method")
@@ -66,7 +67,7 @@ class Session:
   def __init__(self, config: ml_collections.ConfigDict, workdir: str,
                say: Callable[[str], None] = print):
     self.config, self.say = config, say
-    self.workdir = WorkDir(workdir, config.lease_seconds)
+    self.workdir = WorkDir(workdir, config.lease_seconds, hosts.shared)
     self.stages = checkpoint.Stages(
         self.workdir.store, self.workdir.claims, STAGES)
     plan.check_config(config)

@@ -22,7 +22,7 @@ number of processes may read and write it at the same time, without locks: a
 run is claimed, a row is created once, every other file is replaced as a whole,
 and one that is damaged costs what it holds, with a warning.
 """
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import os
@@ -35,6 +35,7 @@ from absl import logging
 from ttc_jax import stores
 from ttc_jax.claims import LEASE_SECONDS, Claim, Claims
 from ttc_jax.errors import UserError, printable
+from ttc_jax.stores import Store
 
 Row = dict[str, Any]
 
@@ -95,6 +96,7 @@ class WorkDir:
     path: a path, or gs://BUCKET/PATH.
     lease_seconds: after which another process takes over the run of a host
       that has gone silent.
+    share: see `hosts.shared`.
 
   Raises:
     UserError: the place cannot be a work directory.
@@ -104,8 +106,9 @@ class WorkDir:
   """
 
   def __init__(self, path: str | os.PathLike[str],
-               lease_seconds: float = LEASE_SECONDS):
-    self.store = stores.open_store(path)
+               lease_seconds: float = LEASE_SECONDS,
+               share: Callable[[Store], Store] = lambda store: store):
+    self.store = share(stores.open_store(path))
     self.claims = Claims(self.store, lease_seconds)
     self._rows: dict[str, Row] = {}  # they never change
 
