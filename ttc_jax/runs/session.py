@@ -271,6 +271,7 @@ def _json(config):
 def _line(row: Row) -> str:
   accuracy = (f"test {row['test_top1']:.1f} %" if row["val_top1"] is None
               else f"val {row['val_top1']:.1f} %")
+  key = "l2" if row["l2"] else "lr"
   return printable(
       f"{row['task']}  {row['variant']}  seed {row['seed']}  "
-      f"lr {row['lr']:g}  {accuracy}  {row['seconds_train']:.0f} s")
+      f"{key} {row[key]:g}  {accuracy}  {row['seconds_train']:.0f} s")
