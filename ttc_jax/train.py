@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttc_jax import checkpoint, cost, evaluate, interrupt, parallel, trees
+from ttc_jax import (
+  augment,
+  checkpoint,
+  cost,
+  evaluate,
+  interrupt,
+  parallel,
+  trees,
+)
 from ttc_jax.errors import RunError
 from ttc_jax.methods import Context, Method, Stage
 from ttc_jax.model import Model, init_head, pad_head
@@ -87,7 +95,8 @@ def stage_keys(job: Job) -> list[str]:
   def key(stages):
     return checkpoint.digest([job.identity, [
         (s.name, s.rules,
-         (job.method.name, job.method.options) if s.prepare else None)
+         (job.method.name, job.method.options)
+         if s.prepare or s.solve else None)
         for s in stages]])
   stages = job.method.stages
   return [key(stages[:i + 1]) for i in range(len(stages))]
@@ -107,7 +116,8 @@ def run(job: Job, base: trees.Tree, stages: checkpoint.Stages) -> Outcome:
     Stopped: this process was asked to end; the last epoch is saved.
   """
   head = pad_head(
-      init_head(job.model.backbone.width, job.classes, job.seed))
+      init_head(job.model.backbone.width, job.classes, job.seed,
+                job.config.head_init))
   params = {"backbone": base, "adapter": {},
             "head": parallel.replicate(head)}
   state, history, total = State(params, {}), [], Clock()
@@ -191,7 +201,8 @@ class StageRun:
   def __init__(self, job: Job, index: int, store: checkpoint.StageStore):
     self.job, self.index, self.store = job, index, store
     self.stage: Stage = job.method.stages[index]
-    self.plan, self.epochs = make_plan(job.config), job.config.epochs
+    self.plan = make_plan(job.config)
+    self.epochs = 1 if self.stage.solve else job.config.epochs
 
   def run(self, state: State) -> tuple[State, list[Record], Clock]:
     """Returns (state after the stage, records of its epochs, clock)."""
@@ -203,6 +214,8 @@ class StageRun:
       self._report(record)
     if saved and saved.epoch == self.epochs:
       return state, saved.meta["records"], Clock(**saved.meta["clock"])
+    if self.stage.solve:
+      return self._solved(state, self.stage.solve)
     inputs = self._inputs(state)
     tuned, frozen = trees.split(
         inputs.params, trees.label(inputs.params, self.stage.rules), "tune")
@@ -263,7 +276,6 @@ class StageRun:
 
   def _prepared(self, state):
     """(state that the stage starts from, records that `prepare` logged)."""
-    job = self.job
     log: list[Record] = []
     if not self.stage.prepare:
       return state, log
@@ -271,12 +283,45 @@ class StageRun:
     def keep(record):
       log.append(record)
       self._report(record)
-    adapter, buffers = self.stage.prepare(Context(
-        with_handlers(job, state), state.params, state.buffers,
-        np.asarray(job.train.images), job.train.labels, job.seed,
-        job.holdout and job.holdout[1], self.store, keep))
+    adapter, buffers = self.stage.prepare(self._context(state)._replace(
+        log=keep))
     params = {**state.params, "adapter": parallel.replicate(adapter)}
     return State(params, parallel.replicate(buffers)), log
+
+  def _context(self, state) -> Context:
+    """What a stage's `prepare` or `solve` is told; images as in use: where
+    training crops at random places, their centres."""
+    job = self.job
+    images = np.asarray(job.train.images)
+    if self.plan.crop_to:
+      images = augment.centre(images, self.plan.crop_to)
+    return Context(
+        with_handlers(job, state), state.params, state.buffers, images,
+        job.train.labels, job.seed, job.holdout and job.holdout[1],
+        self.store, classes=job.classes)
+
+  # --- In place of epochs -----------------------------------------------------
+
+  def _solved(self, state, solve):
+    """Computes the stage's head; its one record has the loss that is least."""
+    job, begin = self.job, time.perf_counter()
+    head, loss = solve(self._context(state))
+    if not all(np.isfinite(x).all() for x in head.values()):
+      raise RunError(f"stage '{self.stage.name}' found a head that is not "
+                     "finite: are the features?")
+    count, seconds = len(job.train.labels), time.perf_counter() - begin
+    head = parallel.replicate(pad_head(head))
+    record = {"epoch": 1, "loss": loss, "images_per_second": count / seconds}
+    state = State({**state.params, "head": head}, state.buffers)
+    if job.val:
+      record["val_top1"] = evaluate.top1(
+          with_handlers(job, state), state.params, state.buffers,
+          job.val.images, job.val.labels)
+    self._report(record)
+    progress = Progress(Learner({"head": head}, {}), [record],
+                        Clock(seconds, images=count))
+    self.store.save(_saved(1, state.buffers, progress, True))
+    return state, progress.records, progress.clock
 
   def _inputs(self, state):
     """What the stage trains on.
@@ -306,8 +351,9 @@ class StageRun:
 
   def _start(self, tuned, frozen, saved, log):
     """The stage before the first epoch that is left."""
-    opt_state = make_init_fn(self.stage.rules, self.plan.optimiser)(
-        tuned, frozen)
+    opt_state = make_init_fn(
+        self.stage.rules, self.plan.optimiser, self.plan.clip_norm)(
+            tuned, frozen)
     # The epoch donates its inputs; the base weights must survive it.
     learner = Learner(jax.tree.map(jnp.copy, tuned), opt_state)
     if not saved:

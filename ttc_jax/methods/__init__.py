@@ -52,7 +52,11 @@ class Context(NamedTuple):
     notes: where what was found so far is kept, for a stage that takes long to
       prepare; None keeps nothing.
     log: takes records for the learning curve.
+<<<<<<< HEAD
     keep: takes the scores by which channels are selected, see `importance`.
+=======
+    classes: of the task.
+>>>>>>> h1
   """
   model: Model
   params: trees.Tree
@@ -63,13 +67,20 @@ class Context(NamedTuple):
   val: Split | None = None
   notes: Notes | None = None
   log: Callable[[dict[str, Any]], None] = lambda record: None
+<<<<<<< HEAD
   keep: Callable[[dict[str, Any]], None] = lambda scores: None
+=======
+  classes: int = 0
+>>>>>>> h1
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage
 # starts from. The adapter is trained; the buffers are further inputs of the
 # handlers that are not trained.
 Prepare = Callable[[Context], tuple[trees.Tree, trees.Tree]]
+# `(head, loss)`: what a stage computes in place of training: {"kernel": (D, C),
+# "bias": (C,)} of numpy, and the value of what it minimises.
+Solve = Callable[[Context], tuple[trees.Tree, float]]
 # `(params, buffers, backbone) -> backbone params`, numpy in and out.
 Merge = Callable[[trees.Tree, trees.Tree, nn.Module], trees.Tree]
 
@@ -84,12 +95,14 @@ class Stage(NamedTuple):
     holdout: True trains on the training split without the validation split,
       whatever the protocol.
     sample: `(buffers, key) -> buffers` of one training step, or None.
+    solve: computes the head in place of all epochs, or None.
   """
   name: str
   rules: trees.Rules
   prepare: Prepare | None = None
   holdout: bool = False
   sample: Callable[[trees.Tree, Any], trees.Tree] | None = None
+  solve: Solve | None = None
 
 
 # Runs share a stage if its name, its rules and all stages before it agree.
