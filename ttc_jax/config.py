@@ -16,13 +16,10 @@ from ttc_jax.errors import UserError, check_known
 
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
-<<<<<<< HEAD
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
-=======
 HEAD_INITS = ("normal", "zeros")
->>>>>>> h1
-# Keys that all runs share.
 HOSTS = ("runs", "batch", "alone")
+# Keys that all runs share.
 SHARED = ("tasks", "data", "few_shot", "variants", "experiment",
           "matmul_precision", "cache", "cache_gib", "plots",
           "compilation_cache", "keep_stages", "hosts", "lease_seconds")

@@ -52,11 +52,8 @@ class Context(NamedTuple):
     notes: where what was found so far is kept, for a stage that takes long to
       prepare; None keeps nothing.
     log: takes records for the learning curve.
-<<<<<<< HEAD
     keep: takes the scores by which channels are selected, see `importance`.
-=======
     classes: of the task.
->>>>>>> h1
   """
   model: Model
   params: trees.Tree
@@ -67,11 +64,8 @@ class Context(NamedTuple):
   val: Split | None = None
   notes: Notes | None = None
   log: Callable[[dict[str, Any]], None] = lambda record: None
-<<<<<<< HEAD
   keep: Callable[[dict[str, Any]], None] = lambda scores: None
-=======
   classes: int = 0
->>>>>>> h1
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage

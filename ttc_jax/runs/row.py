@@ -28,18 +28,11 @@ from ttc_jax.runs.plan import Run
 from ttc_jax.runs.workdir import Row
 
 # Values of a row that are the run's configuration.
-<<<<<<< HEAD
 _OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype",
               "frozen_dtype", "optimiser", "warmup_lr", "min_lr", "decay_all",
-              "drop_path", "label_smoothing", "lr", "weight_decay", "epochs",
-              "warmup_epochs", "batch_size", "limit", "few_shot")
-=======
-_OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype", "optimiser",
-              "warmup_lr", "min_lr", "decay_all", "drop_path",
-              "label_smoothing", "clip_norm", "head_init", "crop_from", "lr",
-              "weight_decay", "epochs", "warmup_epochs", "batch_size", "limit",
-              "few_shot")
->>>>>>> h1
+              "drop_path", "label_smoothing", "clip_norm", "head_init",
+              "crop_from", "lr", "weight_decay", "epochs", "warmup_epochs",
+              "batch_size", "limit", "few_shot")
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,

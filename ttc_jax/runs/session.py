@@ -257,14 +257,9 @@ class Session:
     task = self.inputs.task(run.task, run.config)
     base = self.inputs.base(run.config)
     with Progress(run.name, lambda records: self.workdir.write_curve(
-<<<<<<< HEAD
         run.name, records), seconds=self.workdir.curve_seconds) as bar:
-      todo = job.make_job(run, base, task, bar.update)
-=======
-        run.name, records)) as bar:
       todo = job.make_job(run, base, task, bar.update,
                           self.inputs.training(run.task, run.config))
->>>>>>> h1
       bar.expect(len(todo.method.stages) * todo.config.epochs)
       self.workdir.write_stages(run.name, train.stage_keys(todo))
       outcome = train.run(todo, base.params, self.stages)
