@@ -2,9 +2,10 @@
 # A Cloud TPU VM, or a slice of several: the same lines. Needs gcloud, a bucket
 # that the VM's service account may write, and ViT-B_16.npz in it.
 #
-#   NAME=ttc ZONE=us-west4-a TYPE=v5litepod-8 BUCKET=my-bucket bash tpu_vm.sh
+#   REPOSITORY=OWNER/ttc_jax NAME=ttc ZONE=us-west4-a TYPE=v5litepod-8 \
+#     BUCKET=my-bucket bash tpu_vm.sh
 set -euo pipefail
-: "${NAME:=ttc}" "${ZONE:?}" "${TYPE:?as v5litepod-8}" "${BUCKET:?}"
+: "${REPOSITORY:?on GitHub}" "${NAME:=ttc}" "${ZONE:?}" "${TYPE:?as v5litepod-8}" "${BUCKET:?}"
 : "${HOSTS:=runs}"  # batch: one run over the whole slice
 
 gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" \
@@ -15,8 +16,8 @@ on_all() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
     --command="$1"
 }
-on_all 'python3 -m venv ttc && ttc/bin/pip install --quiet "jax[tpu]<0.13" \
-  "ttc_jax[hub] @ git+https://github.com/ttc-jax/ttc_jax"'
+on_all "python3 -m venv ttc && ttc/bin/pip install --quiet 'jax[tpu]<0.13' \
+  'ttc_jax[hub] @ git+https://github.com/$REPOSITORY'"
 on_all "ttc/bin/python -m ttc_jax.main --workdir=gs://$BUCKET/runs/table1 \
   --config=compare:task=vtab,backbone=vit_b16,size=224,epochs=50,\
 data=gs://$BUCKET/vtab,weights=gs://$BUCKET/ViT-B_16.npz \
