@@ -118,7 +118,7 @@ def assert_rows(result, names):
     theirs = row["name"].endswith("torch")
     for key, value in row.items():
       none = theirs and key in ("compile_seconds", "temp_bytes",
-                                "flops_compiled")
+                                "argument_bytes", "flops_compiled")
       assert value is None if none else key == "name" or value > 0, (row, key)
 
 

@@ -60,8 +60,9 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
       ax.grid(visible=False)
       selected = all(map(_is_selection, blocks.values()))
       ax.set_title(f"{'Selected channels' if selected else 'Scores'} at {site}")
-      figure.colorbar(image, ax=ax, label="1: selected" if selected else
-                      "score / largest of the block")
+      bar = figure.colorbar(image, ax=ax, label="1: selected" if selected
+                            else "score / largest of the block")
+      bar.ax.set_ylim(0 if selected else -1, 1)
     return figure
 
   def _line(self, site, block, x):
