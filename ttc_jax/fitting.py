@@ -135,7 +135,7 @@ class Fitted:
 
   def classify(self, images: Any) -> list[str]:
     """Returns the likeliest class of each image; images as of `predict`."""
-    return [self.classes[i] for i in self.predict(images).argmax(-1)]
+    return self._tuned.classify(images)
 
   def accuracy(self, images: Any, labels: Sequence[Any]) -> float:
     """Returns the top-1 accuracy in percent.
