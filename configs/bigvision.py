@@ -91,7 +91,8 @@ def _by_recipe(arg, values):
   a_step = 1 / (images // arg.batch)  # of an epoch
   share = 1 if "epochs" in values else 1 / 2  # of the steps, for a stage
   epochs = max(1, round(share * arg.steps * a_step))
+  warmup = min(arg.warmup, arg.steps / 5)  # as 100 of 500
   return {**values, "optimiser": "sgd", "weight_decay": 0.0, "clip_norm": 1.0,
           "head_init": "zeros", "batch_size": arg.batch, "epochs": epochs,
-          "warmup_epochs": share * arg.warmup * a_step, "eval_every": epochs,
-          "grid": dict(lr=RATES)}
+          "warmup_epochs": min(share * warmup * a_step, epochs / 2),
+          "eval_every": epochs, "grid": dict(lr=RATES)}

@@ -15,6 +15,7 @@ from ttc_jax import (
   optim,
   parallel,
   step,
+  stores,
   train,
   trees,
 )
@@ -178,7 +179,7 @@ def test_what_selects_channels_sees_the_centres(
   large = np.pad(split.images, ((0, 0), (2, 2), (2, 2), (0, 0)))
   settings = dict(crop_from=12, image_size=8)
   job = make_job(config, model, Split(large, split.labels), "ttc", settings)
-  with checkpoint.StageStore(str(tmp_path / "stage")) as store:
+  with checkpoint.Stages(stores.open_store(tmp_path)).open("a") as store:
     run = train.StageRun(job, 1, store)
     context = run._context(train.State(params, {}))
   np.testing.assert_array_equal(context.images, split.images)
