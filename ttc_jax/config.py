@@ -116,6 +116,9 @@ def default() -> ml_collections.ConfigDict:
   c.epochs = 50               # of each stage
   c.warmup_epochs = config_dict.placeholder(float)  # None: a tenth
   c.batch_size = 64           # images a step, on all devices together
+  # Parts of a step's batch, one after the other: the same update up to rounding
+  # and to what is drawn at random, from the memory of one part.
+  c.accumulate = 1
   c.lr = 1e-3                 # learning rate, at its highest
   c.warmup_lr = 0.0           # at the start: from here a line to lr
   c.min_lr = 0.0              # at the end: from lr half a cosine to here
@@ -311,7 +314,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))
   check_known("matmul_precision", config.matmul_precision,
               ("", "high", "highest"))
-  for key in ("epochs", "batch_size", "image_size", "eval_every"):
+  for key in ("epochs", "batch_size", "accumulate", "image_size",
+              "eval_every"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
   smallest_crop: float
   decay_all: bool
   optimiser: str
+  accumulate: int = 1
   recipe: augment.Recipe = augment.Recipe()
 
   @property
@@ -130,7 +131,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
   It is one optimiser step on one device; gradients are averaged over devices.
   Only tuned leaves are carried and differentiated.
   """
-  loss_fn = make_loss_fn(model, plan)
+  gradient_fn = _make_gradient_fn(make_loss_fn(model, plan), plan.accumulate)
 
   def update_fn(learner, fixed, batch, key):
     hyper = fixed.hyper
@@ -143,8 +144,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
     if model.sample is not None:
       fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
     key = jax.random.fold_in(key, parallel.device_index())
-    loss, grads = jax.value_and_grad(lambda tuned: loss_fn(
-        trees.join(tuned, fixed.frozen), fixed, batch, key))(learner.tuned)
+    loss, grads = gradient_fn(learner.tuned, fixed, batch, key)
     # In place of the gradients that frozen leaves lack: any array, it is
     # replaced by zeros.
     grads = trees.join(parallel.pmean(grads), fixed.frozen)
@@ -157,6 +157,31 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
     tuned, _ = trees.split(params, labels, "tune")
     return Learner(tuned, opt_state), parallel.pmean(loss)
   return update_fn
+
+
+def _make_gradient_fn(loss_fn, parts):
+  """Returns `(tuned, fixed, batch, key) -> (loss, gradients)` of a batch.
+
+  Of several parts of the batch, one after the other, the means: the same
+  numbers up to rounding, with the activations of one part in memory. Each part
+  draws its own random numbers.
+  """
+  def gradient_fn(tuned, fixed, batch, key):
+    return jax.value_and_grad(lambda tuned: loss_fn(
+        trees.join(tuned, fixed.frozen), fixed, batch, key))(tuned)
+
+  def over_parts(tuned, fixed, batch, key):
+    batch = jax.tree.map(
+        lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), batch)
+
+    def add(total, part):
+      i, batch = part
+      found = gradient_fn(tuned, fixed, batch, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, found), None
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, tuned)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
+    return jax.tree.map(lambda x: x / parts, total)
+  return gradient_fn if parts == 1 else over_parts
 
 
 @functools.cache
