@@ -199,6 +199,10 @@ def default() -> ml_collections.ConfigDict:
   c.plots = False             # accuracy against parameters, beside the table
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
   c.cache_gib = 8.0           # larger splits are decoded as they stream
+  # Training sets up to this size are on every device; larger ones are read
+  # chunk by chunk, in the same order.
+  c.in_memory_gib = 4.0
+  c.workers = 0               # threads that read then; 0: one for each core
   c.compilation_cache = ""    # empty: ~/.cache/ttc_jax/programs; or "none"
   c.lock()
   for section in (c.variants, c.per_task):
@@ -319,8 +323,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
-              "limit", "window", "cache_gib", "adapter_lr", "grid_steps",
-              "few_shot"):
+              "limit", "window", "cache_gib", "in_memory_gib", "workers",
+              "adapter_lr", "grid_steps", "few_shot"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs
