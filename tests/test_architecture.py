@@ -16,7 +16,7 @@ LEVELS = {
     "stores": 2, "hosts": 3, "claims": 3, "runs/workdir": 4,
     "weights": 3, "taps": 3, "storage": 3, "vtab": 3,
     "model": 4, "checkpoint": 4,
-    "step": 5, "cost": 5, "evaluate": 5, "importance": 5,
+    "step": 5, "feed": 5, "cost": 5, "evaluate": 5, "importance": 5,
     "bundles": 6, "methods": 6,
     "train": 7, "report": 7, "predict/loaded": 7, "measures": 8, "runs": 9,
     "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,

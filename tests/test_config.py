@@ -176,6 +176,16 @@ def test_a_run_is_named_by_its_values_not_by_where_they_came_from(vit):
   assert plain != name(0.5, {"dtd": dict(scale=0.5)})
 
 
+def test_accumulate_is_part_of_a_run_only_where_it_is_not_1():
+  c = config_lib.default()
+  assert "accumulate" not in jobs.common_keys(c)
+  c.accumulate = 4
+  assert jobs.common_keys(c)["accumulate"] == 4
+  c.accumulate = 0
+  with pytest.raises(UserError, match="config.accumulate is 0; give 1 or more"):
+    config_lib.check(c)
+
+
 def test_few_shot_decides_a_run_and_none_is_no_key():
   c = config_lib.default()
   assert "few_shot" not in jobs.common_keys(c)

@@ -278,6 +278,8 @@ def test_few_images_shrink_the_batch(source):
   found = ttc_jax.fit(*pictures(6), weights=source, method="linear",
                       **SMALL | dict(batch_size=64))
   assert len(found.history) == 2
+  with pytest.raises(UserError, match="16 images does not divide into accum"):
+    ttc_jax.fit(*pictures(40), weights=source, **SMALL | dict(accumulate=3))
 
 
 def test_importing_is_quick_and_shows_a_small_api():

@@ -51,16 +51,20 @@ def curve(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count, in_memory_gib", [(2, 4.0), (4, 4.0), (2, 0.0)])
 def test_a_batch_over_hosts_is_a_batch_over_devices(
-    count, data, weights, tmp_path):  # noqa: F811
-  """The same losses, scores and accuracy; one host writes and speaks."""
+    count, in_memory_gib, data, weights, tmp_path):  # noqa: F811
+  """The same losses, scores and accuracy; one host writes and speaks.
+
+  The pod's training set streams where none fits in memory, the other's not.
+  """
   def args(name):
     return arguments(data, weights, tmp_path / "images", tmp_path / name,
                      epochs=3)
   alone = start_command("main", *args("alone"), before=devices(count))
   finish([alone])
-  said = finish(start(count, args("pod"), hosts="batch"))
+  said = finish(start(count, args("pod"), hosts="batch",
+                      in_memory_gib=in_memory_gib))
   assert "colours" in said[0] and "colours" not in "".join(said[1:])
   (row, losses, bundle), (other, theirs, other_bundle) = (
       curve(tmp_path / name) for name in ("alone", "pod"))

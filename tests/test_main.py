@@ -635,6 +635,7 @@ def test_pixels_are_normalised_as_the_weights_or_the_user_say(
     (dict(weights="nowhere.npz"), "nowhere.npz"),
     (dict(batch_size=64), "has 32 training images; lower it"),
     (dict(batch_size=15), "does not divide among the 2 devices"),
+    (dict(accumulate=3), "give a multiple of 6"),
     (dict(normalisation="imagnet"), "did you mean imagenet"),
     (dict(data="nowhere"), "nowhere"),
     (dict(dtype="fp16"), "unknown dtype 'fp16'"),

@@ -126,8 +126,9 @@ def test_a_clock_that_jumps_changes_nothing(
   assert all((got[k] == want[k]).all() for k in want)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
-    config, model, params, split):
+    config, model, params, split, accumulate):
   """Against optax on one device, written without the product's train code."""
   rules = (optim.NORM, optim.HEAD, optim.FREEZE)
   labels = trees.label(params, rules)
@@ -135,7 +136,8 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   images, y = split.images[:16], split.labels[:16]
   opt_state = step.make_init_fn(rules, "adamw")(
       parallel.replicate(tuned), parallel.replicate(frozen))
-  update_fn = parallel.pmap(step.make_update_fn(model, rules, PLAN))
+  update_fn = parallel.pmap(step.make_update_fn(
+      model, rules, PLAN._replace(accumulate=accumulate)))
   learner, loss = update_fn(
       step.Learner(parallel.replicate(tuned), opt_state),
       parallel.replicate(step.Fixed(frozen, {}, make_hyper())),
@@ -155,6 +157,30 @@ def test_a_step_on_two_devices_is_adamw_on_the_whole_batch(
   assert flat.keys() == want.keys()
   for name, value in flat.items():
     np.testing.assert_allclose(value, want[name], atol=2e-5, err_msg=name)
+
+
+def test_parts_of_a_batch_give_the_update_of_the_whole(model, params, split):
+  """One step of SGD, which is linear in the gradients, in float32."""
+  rules = ((r".*", "tune"),)
+  params = params | {"head": model_lib.pad_head(params["head"])}
+  opt_state = optim.make_tx(trees.label(params, rules), lambda _: 0.0, 0.0,
+                            False, "sgd").init(params)
+  frozen = jax.tree.map(lambda _: None, params)
+  moved = {}
+  for parts in (1, 4):
+    plan = PLAN._replace(optimiser="sgd", accumulate=parts)
+    step_fn = parallel.pmap(step.make_update_fn(model, rules, plan))
+    moved[parts] = step_fn(
+        parallel.replicate(step.Learner(params, opt_state)),
+        parallel.replicate(step.Fixed(frozen, {}, make_hyper())),
+        parallel.shard((split.images[:16], split.labels[:16])),
+        jnp.stack([jax.random.key(0)] * 2))
+  want, want_loss = moved[1]
+  for learner, loss in moved.values():
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    for name, x in trees.flatten(learner.tuned).items():
+      np.testing.assert_allclose(x, trees.flatten(want.tuned)[name],
+                                 atol=1e-6, err_msg=name)
 
 
 def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():

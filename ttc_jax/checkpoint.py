@@ -9,6 +9,7 @@ import contextvars
 import errno
 import hashlib
 import json
+import re
 from typing import Any, NamedTuple, TypeVarTuple, Unpack
 
 from absl import logging
@@ -58,7 +59,7 @@ _DIGEST = "sha256_of_arrays"  # of a stage's state, beside its records
 
 
 class Saved(NamedTuple):
-  """A stage after `epoch` epochs.
+  """A stage after `epoch` epochs, and `step` steps of the next one.
 
   Attributes:
     arrays: {"tuned": Flat, "buffers": Flat, "opt_state": Flat}.
@@ -67,6 +68,12 @@ class Saved(NamedTuple):
   epoch: int
   arrays: dict[str, Flat]
   meta: dict[str, Any]
+  step: int = 0
+
+  @property
+  def name(self) -> str:
+    """Name of the state's folder: EPOCH, or EPOCH-STEP within an epoch."""
+    return f"{self.epoch}-{self.step}" if self.step else str(self.epoch)
 
 
 class Stages:
@@ -105,7 +112,8 @@ class Stages:
 
 
 class StageStore:
-  """The newest state of one stage: `NAME/EPOCH`, as orbax writes it.
+  """The newest state of one stage: `NAME/EPOCH`, as orbax writes it, or
+  `NAME/EPOCH-STEP` within an epoch.
 
   Args:
     name: of the stage's folder in the store.
@@ -128,15 +136,16 @@ class StageStore:
       return
     meta = {**saved.meta, _DIGEST: digest_parts(saved.arrays)}
     with explain_disk_errors(self.path):
-      with self._store.write_folder(f"{self._name}/{saved.epoch}") as folder:
+      with self._store.write_folder(f"{self._name}/{saved.name}") as folder:
         write_folder(folder, saved.arrays, meta)
-      for epoch in self._epochs(self._store.direct):
-        if epoch != saved.epoch:
-          self._delete(epoch)
+      for name in self._names(self._store.direct):
+        if name != saved.name:
+          self._delete(name)
 
   def latest_epoch(self) -> int | None:
-    """Returns the epoch of the newest state; None where there is none."""
-    return max(self._epochs(self._store), default=None)
+    """Returns the epochs that the newest state ends; None without a state."""
+    names = self._names(self._store)
+    return _place(names[-1])[0] if names else None
 
   def load(self) -> Saved | None:
     """Reads the newest state; deletes a damaged one with a warning.
@@ -144,15 +153,16 @@ class StageStore:
     Raises:
       UserError: the file system fails; the state may be whole.
     """
-    epoch = self.latest_epoch()
-    if epoch is None:
+    names = self._names(self._store)
+    if not names:
       return None
     try:
-      with self._store.read_folder(f"{self._name}/{epoch}") as folder:
+      with self._store.read_folder(f"{self._name}/{names[-1]}") as folder:
         arrays, meta = read_folder(folder)
       if meta.pop(_DIGEST, None) != digest_parts(arrays):
         raise ValueError("the arrays are not those that were saved")
-      return Saved(epoch, arrays, meta)
+      epoch, step = _place(names[-1])
+      return Saved(epoch, arrays, meta, step)
     except UserError:
       raise
     except (OSError, MemoryError) as e:
@@ -160,9 +170,9 @@ class StageStore:
         raise UserError(
             f"the saved state '{self.path}' cannot be read ({e}); start the "
             "same command again, or delete that folder") from e
-      self._drop(epoch, type(e).__name__)
+      self._drop(names[-1], type(e).__name__)
     except Exception as e:  # orbax and tensorstore raise many kinds
-      self._drop(epoch, type(e).__name__)
+      self._drop(names[-1], type(e).__name__)
     return None
 
   def notes(self) -> dict[str, Any]:
@@ -179,18 +189,29 @@ class StageStore:
     """Writes what a stage's preparation has found so far, JSON."""
     self._store.write(f"{self._name}-notes.json", json.dumps(notes).encode())
 
-  def _drop(self, epoch: int, why: str) -> None:
+  def _drop(self, name: str, why: str) -> None:
     logging.warning("the saved state %s is damaged (%s): its stage is run "
                     "again", printable(self.path), why)
-    self._delete(epoch)
+    self._delete(name)
 
-  def _delete(self, epoch: int) -> None:
-    for name in (str(epoch), f"{epoch}.zip"):
+  def _delete(self, state: str) -> None:
+    for name in (state, f"{state}.zip"):
       self._store.delete(f"{self._name}/{name}")
 
-  def _epochs(self, store: Store) -> list[int]:
-    names = (name.removesuffix(".zip") for name in store.names(self._name))
-    return [int(name) for name in names if name.isdecimal()]
+  def _names(self, store: Store) -> list[str]:
+    """Names of the states, the newest one last."""
+    names = {name.removesuffix(".zip") for name in store.names(self._name)}
+    return sorted((name for name in names if _STATE.fullmatch(name)),
+                  key=_place)
+
+
+_STATE = re.compile(r"\d+(-\d+)?")
+
+
+def _place(name: str) -> tuple[int, int]:
+  """(epochs, steps of the next one) of a state's name."""
+  epoch, _, step = name.partition("-")
+  return int(epoch), int(step or 0)
 
 
 def write_folder(path: str, arrays: Mapping[str, Flat],

@@ -121,6 +121,9 @@ def default() -> ml_collections.ConfigDict:
   c.epochs = 50               # of each stage
   c.warmup_epochs = config_dict.placeholder(float)  # None: a tenth
   c.batch_size = 64           # images a step, on all devices together
+  # Parts of a step's batch, one after the other: the same update up to rounding
+  # and to what is drawn at random, from the memory of one part.
+  c.accumulate = 1
   c.lr = 1e-3                 # learning rate, at its highest
   c.warmup_lr = 0.0           # at the start: from here a line to lr
   c.min_lr = 0.0              # at the end: from lr half a cosine to here
@@ -205,6 +208,10 @@ def default() -> ml_collections.ConfigDict:
   c.plots = False             # accuracy against parameters, beside the table
   c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
   c.cache_gib = 8.0           # larger splits are decoded as they stream
+  # Training sets up to this size are on every device; larger ones are read
+  # chunk by chunk, in the same order.
+  c.in_memory_gib = 4.0
+  c.workers = 0               # threads that read then; 0: one for each core
   c.compilation_cache = ""    # empty: ~/.cache/ttc_jax/programs; or "none"
   c.lock()
   for section in (c.variants, c.per_task):
@@ -321,12 +328,14 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))
   check_known("matmul_precision", config.matmul_precision,
               ("", "high", "highest"))
-  for key in ("epochs", "batch_size", "image_size", "eval_every"):
+  for key in ("epochs", "batch_size", "accumulate", "image_size",
+              "eval_every"):
     if config[key] < 1:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
-              "limit", "window", "cache_gib", "adapter_lr", "grid_steps",
-              "few_shot", "clip_norm", "crop_from", "l2"):
+              "limit", "window", "cache_gib", "in_memory_gib", "workers",
+              "adapter_lr", "grid_steps", "few_shot", "clip_norm",
+              "crop_from", "l2"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs

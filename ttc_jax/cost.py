@@ -38,7 +38,7 @@ def step_bytes(program: Any) -> int | None:
   reuse an input. None if the platform gives no memory analysis, or the program
   spans hosts.
   """
-  if not hasattr(program, "memory_analysis"):  # see `step.compiled_epoch_fn`
+  if not hasattr(program, "memory_analysis"):  # see `step.compiled`
     return None
   memory = program.memory_analysis()
   return memory and (

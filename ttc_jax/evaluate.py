@@ -7,9 +7,7 @@ import numpy as np
 
 from ttc_jax import interrupt, parallel, trees
 from ttc_jax.model import Model
-from ttc_jax.tasks.images import Stream
-
-Images = np.ndarray | Stream  # uint8 (N, S, S, 3)
+from ttc_jax.tasks.images import Images  # uint8 (N, S, S, 3)
 
 
 @functools.cache
@@ -65,8 +63,10 @@ def features(model: Model, params: trees.Tree, buffers: trees.Tree,
 
 def compile_for(model: Model, params: trees.Tree, buffers: trees.Tree,
                 images: Images, batch_size: int = 256) -> None:
-  """Runs one batch, so that a later timing includes no compilation."""
-  logits(model, params, buffers, images[:batch_size], batch_size)
+  """Runs an empty batch, so that a later timing includes no compilation."""
+  empty = np.zeros((min(batch_size, len(images)), *images.shape[1:]),
+                   images.dtype)
+  logits(model, params, buffers, empty, batch_size)
 
 
 def inputs(model: Model, params: trees.Tree, buffers: trees.Tree,

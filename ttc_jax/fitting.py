@@ -238,7 +238,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   else:
     names, train_split = _split(images, labels, classes, config, _size(config))
   val_split = _split(*val, names, config)[1] if val else None
-  config.batch_size = min(config.batch_size, _largest_batch(train_split))
+  config.batch_size = _batch_size(config, train_split)
   job, scores = _job(config, base, names, train_split, val_split, seed)
   config = job.config
   with (tempfile.TemporaryDirectory() as scratch,
@@ -308,12 +308,18 @@ def _split(images, labels, classes, config, size=0):
   return names, tasks.Split(pixels, numbers)
 
 
-def _largest_batch(split):
-  devices = len(parallel.devices())
-  if len(split.labels) < devices:
-    raise UserError(f"{len(split.labels)} images for {devices} devices; give "
-                    "at least one each")
-  return len(split.labels) // devices * devices
+def _batch_size(config, split):
+  """The configured batch size; of fewer images the largest one."""
+  devices, count = len(parallel.devices()), len(split.labels)
+  if count < devices:
+    raise UserError(f"{count} images for {devices} devices; give at least one "
+                    "each")
+  parts = devices * config.accumulate
+  size = min(config.batch_size, max(count // parts * parts, devices))
+  if size % parts:
+    raise UserError(f"a batch of {size} images does not divide into accumulate="
+                    f"{config.accumulate} parts on each of {devices} devices")
+  return size
 
 
 def _names(labels):

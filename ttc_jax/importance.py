@@ -30,12 +30,13 @@ import optax
 from ttc_jax import parallel, storage, taps, trees
 from ttc_jax.errors import RunError, check_known
 from ttc_jax.model import Model
+from ttc_jax.tasks.images import Images
 
 Scores = dict[str, list[np.ndarray]]
 
 
 def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
-          images: np.ndarray, labels: np.ndarray, sites: tuple[str, ...],
+          images: Images, labels: np.ndarray, sites: tuple[str, ...],
           seed: int = 0, batch_size: int = 64) -> Scores:
   """Returns the scores {site: [(D_out,) of each block]}, float32.
 
@@ -74,7 +75,7 @@ def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
 
 
 def map_gradient(model: Model, params: trees.Tree, buffers: trees.Tree,
-                 images: np.ndarray, labels: np.ndarray,
+                 images: Images, labels: np.ndarray,
                  sites: tuple[str, ...], batch_size: int = 64) -> Scores:
   """Returns G = dL/dM at M = 0 of y + y M: {site: [(D, D) of each block]}.
 

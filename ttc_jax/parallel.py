@@ -39,8 +39,8 @@ def devices() -> list[jax.Device]:
   return jax.devices() if spans_hosts() else jax.local_devices()
 
 
-def _here() -> list[int]:
-  """Which of `devices()` are this host's."""
+def here() -> list[int]:
+  """Returns which of `devices()` are this host's."""
   return [i for i, device in enumerate(devices())
           if device.process_index == jax.process_index()]
 
@@ -107,9 +107,10 @@ def tell(content: bytes) -> bytes:
   return told[:size].tobytes()
 
 
-def _place(x):
+def put(tree: Tree) -> Tree:
+  """Puts the rows of (devices here, ...) on this host's devices, one each."""
   mesh = Mesh(np.asarray(jax.local_devices()), (AXIS,))
-  return jax.device_put(x, NamedSharding(mesh, PartitionSpec(AXIS)))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def replicate(tree: Tree) -> Tree:
@@ -118,7 +119,7 @@ def replicate(tree: Tree) -> Tree:
 
   def copy(x):
     x = np.asarray(x)
-    return _place(np.broadcast_to(x[None], (n, *x.shape)))
+    return put(np.broadcast_to(x[None], (n, *x.shape)))
   return jax.tree.map(copy, tree)
 
 
@@ -132,10 +133,10 @@ def shard(tree: Tree) -> Tree:
 
   Of several hosts each has all of (B, ...), and gets its devices' part.
   """
-  n, here = len(devices()), _here()
+  n, mine = len(devices()), here()
   return jax.tree.map(
-      lambda x: _place(np.asarray(x).reshape(
-          n, len(x) // n, *x.shape[1:])[here]), tree)
+      lambda x: put(np.asarray(x).reshape(
+          n, len(x) // n, *x.shape[1:])[mine]), tree)
 
 
 def pad_to(x: np.ndarray, count: int) -> np.ndarray:

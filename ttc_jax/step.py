@@ -1,8 +1,9 @@
 """A batch, a step and an epoch of an optimisation, as pmapped functions.
 
 From the inside out: `make_loss_fn` (a batch), `make_update_fn` (a step),
-`make_epoch_fn` (all steps of an epoch in one dispatch). A step changes the
-`Learner` and reads what is `Fixed`.
+`make_epoch_fn` (all steps of an epoch in one dispatch) and `make_chunk_fn`
+(some of them, of a training set that streams). A step changes the `Learner` and
+reads what is `Fixed`.
 """
 from collections.abc import Callable
 import functools
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
   smallest_crop: float
   decay_all: bool
   optimiser: str
+  accumulate: int = 1
   recipe: augment.Recipe = augment.Recipe()
   clip_norm: float = 0.0
   crop_to: int = 0
@@ -139,7 +141,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
   It is one optimiser step on one device; gradients are averaged over devices.
   Only tuned leaves are carried and differentiated.
   """
-  loss_fn = make_loss_fn(model, plan)
+  gradient_fn = _make_gradient_fn(make_loss_fn(model, plan), plan.accumulate)
 
   def update_fn(learner, fixed, batch, key):
     hyper = fixed.hyper
@@ -152,8 +154,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
     if model.sample is not None:
       fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
     key = jax.random.fold_in(key, parallel.device_index())
-    loss, grads = jax.value_and_grad(lambda tuned: loss_fn(
-        trees.join(tuned, fixed.frozen), fixed, batch, key))(learner.tuned)
+    loss, grads = gradient_fn(learner.tuned, fixed, batch, key)
     # In place of the gradients that frozen leaves lack: any array, it is
     # replaced by zeros.
     grads = trees.join(parallel.pmean(grads), fixed.frozen)
@@ -168,6 +169,56 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
   return update_fn
 
 
+def _make_gradient_fn(loss_fn, parts):
+  """Returns `(tuned, fixed, batch, key) -> (loss, gradients)` of a batch.
+
+  Of several parts of the batch, one after the other, the means: the same
+  numbers up to rounding, with the activations of one part in memory. Each part
+  draws its own random numbers.
+  """
+  def gradient_fn(tuned, fixed, batch, key):
+    return jax.value_and_grad(lambda tuned: loss_fn(
+        trees.join(tuned, fixed.frozen), fixed, batch, key))(tuned)
+
+  def over_parts(tuned, fixed, batch, key):
+    batch = jax.tree.map(
+        lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), batch)
+
+    def add(total, part):
+      i, batch = part
+      found = gradient_fn(tuned, fixed, batch, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, total, found), None
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, tuned)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), batch))
+    return jax.tree.map(lambda x: x / parts, total)
+  return gradient_fn if parts == 1 else over_parts
+
+
+def shuffled(key: jax.Array, epoch: Number, count: int,
+             plan: Plan) -> tuple[jax.Array, jax.Array]:
+  """Returns an epoch's order of images and the key of its steps.
+
+  The last N mod B images of the order are left out, others in each epoch.
+
+  Args:
+    key: of the stage, as `jax.random.key_data` gives it.
+    count: N, of the training set.
+
+  Returns:
+    Rows (steps, devices, B/n), and a key that each step folds its number into.
+  """
+  shuffle_key, steps_key = _epoch_keys(key, epoch)
+  steps = count // plan.batch_size
+  order = jax.random.permutation(shuffle_key, count)[:steps * plan.batch_size]
+  return order.reshape(steps, len(parallel.devices()), -1), steps_key
+
+
+def _epoch_keys(key, epoch):
+  """(key of the order, key of the steps)."""
+  return jax.random.split(
+      jax.random.fold_in(jax.random.wrap_key_data(key), epoch))
+
+
 @functools.cache
 def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Any:
   """Returns the pmapped epoch: shuffling and all its steps in one dispatch.
@@ -175,19 +226,13 @@ def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Any:
   `epoch_fn(learner, fixed, data, key, epoch) -> (learner, losses)`: `data` is
   the whole training set (images uint8 or features, labels), on every device;
   `losses` has one value a step, NaN where a tuned leaf is not finite at the
-  end. The last N mod B images of an epoch's order are left out, others in each
-  epoch. The learner is donated.
+  end. The learner is donated.
   """
   update_fn = make_update_fn(model, rules, plan)
 
   def epoch_fn(learner, fixed, data, key, epoch):
     images, labels = data
-    key = jax.random.fold_in(jax.random.wrap_key_data(key), epoch)
-    shuffle_key, steps_key = jax.random.split(key)
-    steps = len(labels) // plan.batch_size
-    order = jax.random.permutation(shuffle_key, len(labels))
-    order = order[:steps * plan.batch_size].reshape(
-        steps, len(parallel.devices()), -1)
+    order, steps_key = shuffled(key, epoch, len(labels), plan)
     order = order[:, parallel.device_index()]
 
     def step(learner, inputs):
@@ -195,12 +240,44 @@ def make_epoch_fn(model: Model, rules: trees.Rules, plan: Plan) -> Any:
       return update_fn(learner, fixed, (images[rows], labels[rows]),
                        jax.random.fold_in(steps_key, i))
     learner, losses = jax.lax.scan(
-        step, learner, (order, jnp.arange(steps)))
-    # The last step's loss is older than its parameters.
-    finite = jnp.array(
-        [jnp.isfinite(x).all() for x in jax.tree.leaves(learner.tuned)])
-    return learner, jnp.where(finite.all(), losses, jnp.nan)
+        step, learner, (order, jnp.arange(len(order))))
+    return learner, _nan_unless_finite(losses, learner)
   return parallel.pmap(epoch_fn, donate=(0,))
+
+
+@functools.cache
+def make_chunk_fn(model: Model, rules: trees.Rules, plan: Plan) -> Any:
+  """Returns pmapped steps of an epoch, of batches that the host supplies.
+
+  `chunk_fn(learner, fixed, batches, key, at) -> (learner, losses)`: `batches`
+  is (images (K, B/n, ...), labels (K, B/n)) on each device, in the order of
+  `shuffled`; `at` is (epoch, first step, steps) as int32 (3,), so that a
+  shorter chunk at the end needs no other program. `losses` (K,) are those of
+  `make_epoch_fn`; the ones beyond the steps are 0. The learner is donated.
+  """
+  update_fn = make_update_fn(model, rules, plan)
+
+  def chunk_fn(learner, fixed, batches, key, at):
+    epoch, first, count = at
+    _, steps_key = _epoch_keys(key, epoch)
+
+    def step(i, carry):
+      learner, losses = carry
+      learner, loss = update_fn(
+          learner, fixed, jax.tree.map(lambda x: x[i], batches),
+          jax.random.fold_in(steps_key, first + i))
+      return learner, losses.at[i].set(loss)
+    learner, losses = jax.lax.fori_loop(
+        0, count, step, (learner, jnp.zeros(len(batches[1]))))
+    return learner, _nan_unless_finite(losses, learner)
+  return parallel.pmap(chunk_fn, donate=(0,))
+
+
+def _nan_unless_finite(losses, learner):
+  """The losses; the last one is older than the parameters after it."""
+  finite = jnp.array(
+      [jnp.isfinite(x).all() for x in jax.tree.leaves(learner.tuned)])
+  return jnp.where(finite.all(), losses, jnp.nan)
 
 
 @functools.cache
@@ -218,19 +295,24 @@ def make_init_fn(rules: trees.Rules, optimiser: str,
 _COMPILED: dict[tuple, Any] = {}
 
 
-def compiled_epoch_fn(model: Model, rules: trees.Rules, plan: Plan,
-                      args: tuple) -> tuple[Any, float]:
-  """Returns (the compiled epoch, seconds spent on compiling it; 0 if known).
+def compiled(make_fn: Callable, model: Model, rules: trees.Rules, plan: Plan,
+             args: tuple) -> tuple[Any, float]:
+  """Returns (a compiled function, seconds spent on compiling it; 0 if known).
 
   Across hosts it is compiled by its first call: only then does pmap make global
   arrays of each host's part.
+
+  Args:
+    make_fn: `make_epoch_fn` or `make_chunk_fn`.
+    args: of the function, or their shapes.
   """
+  fn = make_fn(model, rules, plan)
   if parallel.spans_hosts():
-    return make_epoch_fn(model, rules, plan), 0.0
+    return fn, 0.0
   avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
-  key = (model, rules, plan, str(avals))
+  key = (make_fn, model, rules, plan, str(avals))
   if key in _COMPILED:
     return _COMPILED[key], 0.0
   start = time.perf_counter()
-  _COMPILED[key] = make_epoch_fn(model, rules, plan).lower(*args).compile()
+  _COMPILED[key] = fn.lower(*args).compile()
   return _COMPILED[key], time.perf_counter() - start

@@ -4,7 +4,8 @@
 epochs of one stage, saves and resumes them. The module `step` has the compiled
 functions.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ttc_jax import (
   checkpoint,
   cost,
   evaluate,
+  feed,
   interrupt,
   parallel,
   trees,
@@ -28,10 +30,13 @@ from ttc_jax.model import Model, init_head, pad_head
 from ttc_jax.step import (
   Fixed,
   Learner,
-  compiled_epoch_fn,
+  compiled,
+  make_chunk_fn,
+  make_epoch_fn,
   make_hyper,
   make_init_fn,
   make_plan,
+  shuffled,
 )
 from ttc_jax.tasks import Split
 
@@ -140,12 +145,16 @@ class Clock(NamedTuple):
     prepare_seconds: of scores and cached features before them.
     images: trained on, epoch by epoch.
     memory_bytes: of a step on one device.
+    step_seconds, feed_seconds: of a training set that streams: what the steps
+      took, and what reading took, each were it not waiting for the other.
   """
   seconds: float = 0.0
   prepare_seconds: float = 0.0
   compile_seconds: float = 0.0
   images: int = 0
   memory_bytes: int = 0
+  step_seconds: float = 0.0
+  feed_seconds: float = 0.0
 
   def plus(self, other: "Clock") -> "Clock":
     """Returns the sums, and the larger memory."""
@@ -154,7 +163,9 @@ class Clock(NamedTuple):
         self.prepare_seconds + other.prepare_seconds,
         self.compile_seconds + other.compile_seconds,
         self.images + other.images,
-        max(self.memory_bytes, other.memory_bytes))
+        max(self.memory_bytes, other.memory_bytes),
+        self.step_seconds + other.step_seconds,
+        self.feed_seconds + other.feed_seconds)
 
 
 def with_handlers(job: Job, state: State) -> Model:
@@ -174,20 +185,25 @@ class Inputs(NamedTuple):
   A head alone trains on the backbone's features: then `model` has no backbone.
 
   Attributes:
-    data: (images or features, labels), on every device.
+    data: (images or features, labels), on every device; or what feeds them.
   """
   model: Model
   params: trees.Tree
   buffers: trees.Tree
-  data: trees.Tree
+  data: trees.Tree | feed.Feed
   val: Split | None
 
 
 class Progress(NamedTuple):
-  """What changes from epoch to epoch."""
+  """What changes from epoch to epoch.
+
+  Attributes:
+    losses: of the steps of the epoch that has begun.
+  """
   learner: Learner
   records: list[Record]
   clock: Clock
+  losses: np.ndarray = np.zeros(0, np.float32)
 
 
 class StageRun:
@@ -203,6 +219,7 @@ class StageRun:
     self.stage: Stage = job.method.stages[index]
     self.plan = make_plan(job.config)
     self.epochs = 1 if self.stage.solve else job.config.epochs
+    self._last_save = 0.0
 
   def run(self, state: State) -> tuple[State, list[Record], Clock]:
     """Returns (state after the stage, records of its epochs, clock)."""
@@ -230,27 +247,38 @@ class StageRun:
 
   def _train(self, inputs, frozen, progress, done, buffers):
     """Trains the epochs that are left, saving now and then."""
-    config, last_save = self.job.config, time.perf_counter()
     fixed, key = self._fixed(inputs, frozen)
     # Not within `held`, since it may take minutes.
     progress = self._compile(inputs, fixed, key, progress)
     interrupt.check()
+    self._last_save = time.perf_counter()
     for epoch in range(done, self.epochs):
-      with interrupt.held():  # an epoch that has begun ends, and is saved
-        progress, losses = self._epoch(inputs, fixed, key, epoch, progress)
-        self._check_finite(epoch, losses)
-        progress = self._record(inputs, frozen, epoch + 1, losses, progress)
-        self._report(progress.records[-1])
-        last = epoch + 1 == self.epochs
-        asked, due = parallel.any_host(
-            interrupt.asked(),
-            time.perf_counter() - last_save >= config.save_seconds)
-        if last or asked or due:
-          self.store.save(_saved(epoch + 1, buffers, progress, last))
-          last_save = time.perf_counter()
-      if asked:  # a request that came after the look waits for the next save
-        interrupt.stop()
+      parts = (self._chunks if isinstance(inputs.data, feed.Feed)
+               else self._epoch)(inputs, fixed, key, epoch, progress)
+      with contextlib.closing(parts):
+        ended = False
+        while not ended:
+          with interrupt.held():  # what has begun ends, and is saved
+            progress, ended = next(parts)
+            self._check_finite(epoch, progress.losses)
+            if ended:
+              progress = self._record(inputs, frozen, epoch + 1, progress)
+              self._report(progress.records[-1])
+            asked = self._save(epoch + ended, buffers, progress)
+          if asked:  # a request after the look waits for the next save
+            interrupt.stop()
     return progress
+
+  def _save(self, done, buffers, progress):
+    """Saves the state where it is due. Returns whether to stop."""
+    last = done == self.epochs
+    asked, due = parallel.any_host(
+        interrupt.asked(), time.perf_counter() - self._last_save
+        >= self.job.config.save_seconds)
+    if last or asked or due:
+      self.store.save(_saved(done, buffers, progress, last))
+      self._last_save = time.perf_counter()
+    return asked
 
   def _report(self, record):
     """Reports an epoch, or what a `prepare` logged under its own name."""
@@ -292,9 +320,9 @@ class StageRun:
     """What a stage's `prepare` or `solve` is told; images as in use: where
     training crops at random places, their centres."""
     job = self.job
-    images = np.asarray(job.train.images)
+    images = job.train.images
     if self.plan.crop_to:
-      images = augment.centre(images, self.plan.crop_to)
+      images = augment.centre(np.asarray(images), self.plan.crop_to)
     return Context(
         with_handlers(job, state), state.params, state.buffers, images,
         job.train.labels, job.seed, job.holdout and job.holdout[1],
@@ -346,8 +374,15 @@ class StageRun:
         params, buffers = {"head": params["head"]}, {}
       else:
         model = model._replace(start=start)
-    data = parallel.replicate((np.asarray(train.images), train.labels))
-    return Inputs(model, params, buffers, data, val)
+    return Inputs(model, params, buffers, self._data(train), val)
+
+  def _data(self, train):
+    """The training set on every device, or what feeds it."""
+    config = self.job.config
+    if feed.fits(train.images, config.in_memory_gib):
+      return parallel.replicate((np.asarray(train.images), train.labels))
+    return feed.Feed(
+        train.images, train.labels, config.batch_size, config.workers)
 
   def _start(self, tuned, frozen, saved, log):
     """The stage before the first epoch that is left."""
@@ -360,8 +395,9 @@ class StageRun:
       return Progress(learner, log, Clock())
     arrays = parallel.replicate(saved.arrays["opt_state"])
     opt_state = trees.map_with_names(lambda name, _: arrays[name], opt_state)
+    losses = np.asarray(saved.meta.get("losses", ()), np.float32)
     return Progress(learner._replace(opt_state=opt_state),
-                    saved.meta["records"], Clock(**saved.meta["clock"]))
+                    saved.meta["records"], Clock(**saved.meta["clock"]), losses)
 
   def _fixed(self, inputs, frozen):
     """(what every step reads, the stage's key), on every device."""
@@ -379,18 +415,29 @@ class StageRun:
     """Returns (compiled epoch, its arguments, seconds of compilation)."""
     args = (progress.learner, fixed, inputs.data, key,
             parallel.replicate(np.int32(epoch)))
-    fn, seconds = compiled_epoch_fn(
-        inputs.model, self.stage.rules, self.plan, args)
+    fn, seconds = compiled(
+        make_epoch_fn, inputs.model, self.stage.rules, self.plan, args)
     return fn, args, seconds
 
+  def _compiled_chunk(self, inputs, fixed, key, progress):
+    """Returns (compiled chunk, seconds of compilation)."""
+    args = (progress.learner, fixed, inputs.data.shapes(), key,
+            parallel.replicate((np.int32(0),) * 3))
+    return compiled(
+        make_chunk_fn, inputs.model, self.stage.rules, self.plan, args)
+
   def _compile(self, inputs, fixed, key, progress):
-    """Compiles the epoch, if it is not yet, and adds the time to the clock."""
-    *_, seconds = self._compiled(inputs, fixed, key, 0, progress)
+    """Compiles what is run, if it is not yet; adds the time to the clock."""
+    *_, seconds = (
+        self._compiled_chunk(inputs, fixed, key, progress)
+        if isinstance(inputs.data, feed.Feed)
+        else self._compiled(inputs, fixed, key, 0, progress))
     return progress._replace(
         clock=progress.clock.plus(Clock(compile_seconds=seconds)))
 
-  def _epoch(self, inputs, fixed, key, epoch, progress):
-    """Dispatches an epoch and waits for its losses."""
+  def _epoch(self, inputs, fixed, key, epoch, progress
+             ) -> Generator[tuple[Progress, bool]]:
+    """Yields (progress after the epoch, True): all of it in one dispatch."""
     fn, args, _ = self._compiled(inputs, fixed, key, epoch, progress)
     begin = time.perf_counter()
     learner, losses = fn(*args)
@@ -398,7 +445,28 @@ class StageRun:
     clock = progress.clock.plus(Clock(
         time.perf_counter() - begin, 0.0, 0.0,
         len(losses) * self.plan.batch_size, cost.step_bytes(fn) or 0))
-    return progress._replace(learner=learner, clock=clock), losses
+    yield progress._replace(learner=learner, clock=clock, losses=losses), True
+
+  def _chunks(self, inputs, fixed, key, epoch, progress
+              ) -> Generator[tuple[Progress, bool]]:
+    """Yields (progress, whether the epoch has ended) after each chunk."""
+    fn, _ = self._compiled_chunk(inputs, fixed, key, progress)
+    source, size = inputs.data, self.plan.batch_size
+    order, _ = shuffled(parallel.unreplicate(key), epoch,
+                        len(self._split.labels), self.plan)
+    chunks = source.chunks(np.asarray(order), len(progress.losses))
+    run = feed.run(fn, progress.learner, fixed, key, epoch, chunks)
+    with contextlib.closing(chunks), contextlib.closing(run):
+      begin, read = time.perf_counter(), source.seconds
+      for learner, losses, step_seconds, last in run:
+        clock = progress.clock.plus(Clock(
+            time.perf_counter() - begin, 0.0, 0.0, len(losses) * size,
+            cost.step_bytes(fn) or 0, step_seconds, source.seconds - read))
+        read = source.seconds
+        progress = Progress(learner, progress.records, clock,
+                            np.append(progress.losses, losses))
+        yield progress, last
+        begin = time.perf_counter()
 
   def _check_finite(self, epoch, losses):
     bad = losses[~np.isfinite(losses)]
@@ -412,18 +480,22 @@ class StageRun:
         f"of {self.epochs}: the loss or a parameter became {bad[0]}; lower "
         f"config.lr (now {self.job.config.lr:g}); {kept}")
 
-  def _record(self, inputs, frozen, done, losses, progress):
-    """Adds the epoch's record, with the validation accuracy where it is due."""
+  def _record(self, inputs, frozen, done, progress):
+    """Ends the epoch: adds its record, with the validation where it is due."""
     clock = progress.clock
-    record = {"epoch": done, "loss": float(losses.mean()),
+    record = {"epoch": done, "loss": float(progress.losses.mean()),
               "images_per_second": clock.images / clock.seconds}
+    if clock.feed_seconds:
+      record |= {"step_images_per_second": clock.images / clock.step_seconds,
+                 "feed_images_per_second": clock.images / clock.feed_seconds}
     due = done % self.job.config.eval_every == 0 or done == self.epochs
     if inputs.val and due:
       params = trees.join(progress.learner.tuned, frozen)
       record["val_top1"] = evaluate.top1(
           inputs.model, params, inputs.buffers, inputs.val.images,
           inputs.val.labels)
-    return progress._replace(records=[*progress.records, record])
+    return Progress(
+        progress.learner, [*progress.records, record], progress.clock)
 
 
 def _saved(done, buffers, progress, finished):
@@ -432,7 +504,8 @@ def _saved(done, buffers, progress, finished):
   arrays = {"tuned": trees.flatten(progress.learner.tuned),
             "buffers": trees.flatten(buffers), "opt_state": opt_state}
   return checkpoint.Saved(done, parallel.unreplicate(arrays), {
-      "records": progress.records, "clock": progress.clock._asdict()})
+      "records": progress.records, "clock": progress.clock._asdict(),
+      "losses": progress.losses.tolist()}, len(progress.losses))
 
 
 # --- Cached inputs ------------------------------------------------------------

@@ -26,6 +26,7 @@ from ttc_jax.model import Model
 from ttc_jax.optim import ADAPTER, FREEZE, HEAD, NORM
 from ttc_jax.taps import Handler, Shared
 from ttc_jax.tasks import Split
+from ttc_jax.tasks.images import Images
 
 
 class Notes(Protocol):
@@ -45,7 +46,7 @@ class Context(NamedTuple):
     model: with the method's handlers where `params` has an adapter.
     params: {"backbone", "adapter", "head"}, on every device.
     buffers: of the stage before, on every device.
-    images: training images, uint8 (N, S, S, 3).
+    images: training images, uint8 (N, S, S, 3); of a large set a Stream.
     labels: their classes, (N,).
     seed: of the run.
     val: the validation split, for methods that hold it out; else None.
@@ -58,7 +59,7 @@ class Context(NamedTuple):
   model: Model
   params: trees.Tree
   buffers: trees.Tree
-  images: np.ndarray
+  images: Images
   labels: np.ndarray
   seed: int
   val: Split | None = None

@@ -250,6 +250,11 @@ def _check_batch_size(config, task):
   if config.batch_size % devices:
     raise UserError(f"config.batch_size {config.batch_size} does not divide "
                     f"among the {devices} devices")
+  if config.batch_size % (devices * config.accumulate):
+    raise UserError(
+        f"config.batch_size {config.batch_size} does not divide into "
+        f"config.accumulate={config.accumulate} parts on each of {devices} "
+        f"devices; give a multiple of {devices * config.accumulate}")
   count = len(task.labels["train"])
   count = min(count, config.limit or count)
   if count < config.batch_size:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ttc_jax import checkpoint, parallel, tasks, train
+from ttc_jax import checkpoint, feed, parallel, tasks, train
 from ttc_jax.errors import DataError
 from ttc_jax.runs.inputs import Base, trained_model
 from ttc_jax.runs.plan import Run, common_keys
@@ -42,8 +42,8 @@ def make_job(run: Run, base: Base, task: tasks.Task, report: Callable,
              training: tasks.Task | None = None) -> train.Job:
   """Settles everything about a run and decodes the images that it needs.
 
-  A corrupt test image is found here, before the training, unless the test set
-  is so large that it streams.
+  A corrupt image is found here, before the training, unless its split is so
+  large that it streams.
 
   Args:
     training: the same task at the size of the training images, where that is
@@ -59,8 +59,8 @@ def make_job(run: Run, base: Base, task: tasks.Task, report: Callable,
   if final:
     for name in task.tests:
       task.split(name)
-  in_memory = {name: _in_memory(split) for name, split in splits.items()
-               if name != "val"}
+  to_train = {name: _in_memory(split, c.in_memory_gib)
+              for name, split in splits.items() if name != "val"}
   # The method's options enter with the stage that first uses them.
   identity = {
       "task": run.task, "data": run.data, "protocol": run.protocol,
@@ -70,12 +70,15 @@ def make_job(run: Run, base: Base, task: tasks.Task, report: Callable,
       identity=identity, config=c,
       model=trained_model(c, base),
       method=run.method,
-      train=in_memory["trainval" if final else "train"],
+      train=to_train["trainval" if final else "train"],
       val=None if final else splits["val"],
-      holdout=(in_memory["train"], splits["val"])
+      holdout=(to_train["train"], splits["val"])
       if any(s.holdout for s in run.method.stages) else None,
       classes=len(task.classes), seed=run.seed, report=report)
 
 
-def _in_memory(split):
+def _in_memory(split, gib):
+  """The split decoded, unless it is too large."""
+  if not feed.fits(split.images, gib):
+    return split
   return tasks.Split(np.ascontiguousarray(split.images[:]), split.labels)

@@ -15,7 +15,7 @@ from ttc_jax.vtab import rows as vtab
 # run's result.
 _PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid",
            "grid_steps", "weights", "cache", "cache_gib", "save_seconds",
-           "lease_seconds", "hosts",
+           "lease_seconds", "hosts", "in_memory_gib", "workers",
            "protocol", "plots", "compilation_cache", "eval_every",
            "keep_stages", "method", "experiment", "measures")
 

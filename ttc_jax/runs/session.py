@@ -36,7 +36,7 @@ from ttc_jax.runs.workdir import STAGES, Row, WorkDir
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
          "save_seconds", "lease_seconds", "hosts", "plots", "compilation_cache",
-         "keep_stages")
+         "keep_stages", "in_memory_gib", "workers")
 # Likewise, where experiments share a work directory.
 _FREE_OF_EXPERIMENTS = ("experiment", "variants", "measures", "method")
 # Between looks at what other processes have done: each twice the last.
