@@ -327,7 +327,6 @@ def test_a_bad_file_is_one_sentence(tmp_path, lines, config, message):
 
 def test_the_command_shows_the_line_and_refuses_in_one_sentence(tmp_path):
   work = WorkDir(tmp_path / "work")
-  work.path.mkdir()
   for one in ROWS:
     work.write_row(one)
   path = metrics(tmp_path / "bv", DTD, CONFIG)
