@@ -318,3 +318,19 @@ def test_the_card_shows_the_preprocessing_and_a_program_s_limits(tmp_path):
   card = (exported(bundle, "hf", tmp_path / "out") / "README.md").read_text()
   assert "mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]" in card
   assert "resizes with PyTorch" in card
+
+
+def test_big_vision_s_card_crops_the_centre(tmp_path, monkeypatch):
+  """A model of Big Vision's recipe: the short side, then the centre."""
+  bundle = save(tmp_path, fields={"gelu": "tanh"},
+                resample=f"bilinear/{SIZE + 8}")
+  folder = exported(bundle, "bigvision", tmp_path / "out")
+  image = np.random.default_rng(0).integers(
+      0, 256, (SIZE + 9, SIZE + 20, 3), dtype=np.uint8)
+  found = card_logits(folder, monkeypatch, image)
+  expected = predict.load(bundle, merge=False).logits([image])
+  check_close(found, expected, "bigvision's card")
+  assert f"the short side to {SIZE + 8} and the centre" in (
+      folder / "README.md").read_text()
+  with pytest.raises(UserError, match="--to=timm holds no centre crop"):
+    exported(bundle, "timm", tmp_path / "other")

@@ -40,12 +40,15 @@ class Target(NamedTuple):
     write: `(model, folder) -> None`, writes the files into an empty folder;
       raises UserError for what the format cannot hold exactly.
     code: Python lines for the model card that load the files: from a PIL
-      `image`, RGB, to `logits`. They may use {folder}, {size}, {resample},
-      {backbone}, {mean} and {std}; other braces are doubled.
+      `image`, RGB, to `logits`. They may use {folder}, {size}, {resample} of
+      PIL, {resized} of `images.resize`, {backbone}, {mean} and {std}; other
+      braces are doubled.
     merged: the format holds weights alone: an adapter has to be merged.
     extra, libraries: pip extra and modules that `write` needs.
     hub_library: `library_name` of the card on the Hugging Face Hub.
     limits: sentences for the card's section "Limits".
+    crops: the lines of code may crop the centre: the format says nothing of
+      images itself.
   """
   name: str
   write: Callable[[LoadedModel, str], None]
@@ -55,6 +58,7 @@ class Target(NamedTuple):
   libraries: tuple[str, ...] = ()
   hub_library: str = "ttc_jax"
   limits: tuple[str, ...] = ()
+  crops: bool = False
 
 
 def targets() -> dict[str, Target]:
@@ -101,7 +105,7 @@ def check(model: LoadedModel, target: Target) -> None:
   """Raises UserError if the target cannot hold the model or lacks a library.
   """
   check_libraries(target)
-  if "/" in model.meta["resample"]:
+  if "/" in model.meta["resample"] and not target.crops:
     raise UserError(
         f"--to={target.name} holds no centre crop, and this model was trained "
         f"with resample={model.meta['resample']}; use the bundle itself, "
@@ -161,8 +165,9 @@ def note(model: LoadedModel, target: Target) -> dict[str, Any]:
 def preprocessing(meta: dict[str, Any]) -> dict[str, Any]:
   """Returns how an RGB image becomes the backbone's input.
 
-  The image is resized to `size` x `size`, its aspect ratio not kept, divided
-  by 255, and (x - mean) / std, each channel.
+  The image is resized to `size` x `size`, its aspect ratio not kept (or, of a
+  `resample` with a short side, kept and the centre cropped), divided by 255,
+  and (x - mean) / std, each channel.
   """
   mean, std = normalisation.mean_and_std(meta["normalisation"])
   return {"size": meta["image_size"], "resample": meta["resample"],
@@ -175,7 +180,8 @@ def loading_code(meta: dict[str, Any], target: Target, out: str) -> str:
   # Within a string of the code.
   folder = json.dumps(os.path.basename(out), ensure_ascii=False)[1:-1]
   return target.code.format(
-      folder=folder, size=how["size"], resample=how["resample"].upper(),
+      folder=folder, size=how["size"], resized=how["resample"],
+      resample=how["resample"].upper(),
       backbone=meta["backbone"], mean=how["mean"], std=how["std"])
 
 

@@ -12,9 +12,10 @@ from ttc_jax.weights import formats
 NAME = "bigvision"
 _CODE = """
 import numpy as np, ttc_jax
+from ttc_jax.tasks import images
 module, params = ttc_jax.backbones.load(
     "{backbone}", "{folder}/model.npz", {size})
-pixels = np.asarray(image.resize(({size}, {size}), Image.Resampling.{resample}))
+pixels = images.resize(image, {size}, "{resized}")
 x = ((pixels[None] / 255 - {mean}) / {std}).astype(np.float32)
 head = np.load("{folder}/model.npz")
 logits = (module.apply({{"params": params}}, x)
@@ -37,4 +38,4 @@ def write(model: LoadedModel, folder: str) -> None:
         f"head/{n}": np.asarray(x) for n, x in model.params["head"].items()})
 
 
-TARGET = export.Target(NAME, write, _CODE, merged=True)
+TARGET = export.Target(NAME, write, _CODE, merged=True, crops=True)

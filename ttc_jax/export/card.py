@@ -168,8 +168,11 @@ def _table(rows):
 
 
 def _preprocessing(how):
+  filtered, _, short = how["resample"].partition("/")
   return (f"RGB, resized to {how['size']} x {how['size']} pixels "
-          f"({how['resample']}, antialiased, the aspect ratio not kept), then "
+          f"({filtered}, antialiased, " + (
+              f"the short side to {short} and the centre cropped" if short
+              else "the aspect ratio not kept") + "), then "
           f"(x / 255 - mean) / std with mean {how['mean']} and std "
           f"{how['std']}. `ttc_jax` lays transparency over white; the lines "
           "above drop it.")
