@@ -309,9 +309,15 @@ class StageRun:
     adapter, buffers = self.stage.prepare(Context(
         with_handlers(job, state), state.params, state.buffers,
         job.train.images, job.train.labels, job.seed,
-        job.holdout and job.holdout[1], self.store, keep))
+        job.holdout and job.holdout[1], self.store, keep, **self._at_a_time()))
     params = {**state.params, "adapter": parallel.replicate(adapter)}
     return State(params, parallel.replicate(buffers)), log
+
+  def _at_a_time(self):
+    """The `batch_size` of a Context whose batches go through in parts."""
+    parts, usual = self.plan.accumulate, Context._field_defaults["batch_size"]
+    return {} if parts == 1 else {
+        "batch_size": min(usual, self.plan.batch_size // parts)}
 
   def _inputs(self, state):
     """What the stage trains on.

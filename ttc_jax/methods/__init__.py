@@ -54,6 +54,7 @@ class Context(NamedTuple):
       prepare; None keeps nothing.
     log: takes records for the learning curve.
     keep: takes the scores by which channels are selected, see `importance`.
+    batch_size: images that go through the model at a time.
   """
   model: Model
   params: trees.Tree
@@ -65,6 +66,7 @@ class Context(NamedTuple):
   notes: Notes | None = None
   log: Callable[[dict[str, Any]], None] = lambda record: None
   keep: Callable[[dict[str, Any]], None] = lambda scores: None
+  batch_size: int = 64
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage
