@@ -8,6 +8,7 @@ import sys
 
 from absl import flags
 from absl.testing import flagsaver
+import numpy as np
 import pytest
 
 from tests.command import ROOT
@@ -17,7 +18,7 @@ from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.bench import __main__ as bench
-from ttc_jax.bench import programs, timing
+from ttc_jax.bench import memory, pipeline, programs, timing
 from ttc_jax.config import default
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -154,10 +155,38 @@ def test_torch_tunes_what_stage_2_tunes(tiny):
   assert sum(tuned.values()) == 5 * 2 * 32 + 2 * 4 * 4 + 33 * programs.CLASSES
 
 
+def test_what_streams_is_timed_alone_and_together(tiny):
+  found = pipeline.measure(tiny, 2, workers=1)
+  assert all(found[key] > 0 for key in ("feed", "step", "together"))
+  assert found["steps"] == 2
+  assert len(pipeline.text(found).splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_depth_and_batch(tiny):
+  """The formula's four small programs against a larger one, compiled."""
+  terms = memory.line(tiny, False)
+  found = memory.of_step(tiny, 6, 32, False)
+  np.testing.assert_allclose(memory.total(terms, 6, 32), found, rtol=0.15)
+
+
+def test_parts_of_a_batch_need_less_memory(tiny):
+  whole, parts = (
+      memory.of_step(tiny, 6, 64, False, n) for n in (1, 8))
+  assert parts < 0.5 * whole
+
+
+def test_the_largest_batch_is_the_last_power_of_two_that_fits():
+  terms = np.array([10.0, 2.0, 1.0, 0.5])  # at L = 4: 18 + 3 b
+  assert [memory.largest(terms, 4, limit) for limit in (
+      20, 21, 24, 66, 65.9)] == [0, 1, 2, 16, 8]
+
+
 @pytest.mark.parametrize("flag, message", [
     ("--against=tensorflow", "unknown --against 'tensorflow'"),
     ("--backbone=resnet50", "unknown backbone 'resnet50'"),
     ("--batch=3", "--batch=3 does not divide among the 2 devices"),
+    ("--memory=16GB", "give GB of devices, as 16,80, or step"),
 ])
 def test_wrong_flags_are_one_sentence(flag, message):
   with flagsaver.flagsaver(), pytest.raises(UserError, match=message):

@@ -174,6 +174,7 @@ class Layers(nn.Module):
   width: int = 6
   depth: int = 2
   dtype: type = jnp.float32
+  drop_path: float = 0.0
 
   @property
   def sites(self):

@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import CLASSES
 from tests.random_trees import random_tree
-from ttc_jax import backbones, methods, step, trees
+from ttc_jax import backbones, importance, methods, parallel, step, trees
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import resolved
@@ -29,7 +29,6 @@ def loss_and_gradient(backbone, config, method="layernorm"):
   model = Model(backbone, "half", made.handlers)
   buffers = {}
   if made.stages[-1].prepare:
-    from ttc_jax import parallel
     adapter, buffers = made.stages[-1].prepare(methods.Context(
         Model(backbone, "half"), parallel.replicate(params), {}, *batch, 0))
     params["adapter"] = random_tree(
@@ -81,3 +80,21 @@ def test_less_is_kept_for_the_backward_pass(config):
     kept[remat] = sum(x.size * x.dtype.itemsize
                       for x in jax.tree.leaves(residuals))
   assert kept[True] < 0.3 * kept[False]
+
+
+@pytest.mark.parametrize("score", ["taylor", "block"])
+def test_scores_are_the_same(score):
+  """With a gradient at all sites of a ViT that drops paths in training."""
+  rng = np.random.default_rng(0)
+  params = random_tree(
+      {"backbone": backbones.shapes(VIT), "head": jax.eval_shape(
+          lambda: init_head(VIT.width, CLASSES, 0))},
+      np.random.default_rng(1)) | {"adapter": {}}
+  images = rng.integers(0, 256, (BATCH, 32, 32, 3), dtype=np.uint8)
+  labels = rng.integers(0, CLASSES, BATCH)
+  plain, again = (importance.score(
+      score, Model(VIT.clone(drop_path=0.2, remat=remat), "half"),
+      parallel.replicate(params), {}, images, labels, ("fc2",))["fc2"]
+      for remat in (False, True))
+  for one, other in zip(plain, again, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -183,6 +183,19 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(model, params, split):
                                  atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("accumulate, images", [(1, 64), (4, 4)])
+def test_a_batch_in_parts_is_scored_in_parts(
+    config, model, params, split, tmp_path, accumulate, images):
+  def prepare(context):
+    assert context.batch_size == images
+    raise Killed
+  job = make_job(config, model, split, settings=dict(accumulate=accumulate))
+  stage = job.method.stages[-1]._replace(prepare=prepare)
+  with pytest.raises(Killed):
+    run(job._replace(method=job.method._replace(stages=(stage,))), params,
+        tmp_path)
+
+
 def test_schedule_is_optax_warmup_cosine_shifted_by_one_in_the_warmup():
   ours = optim.warmup_cosine(0.5, 20, 4)
   theirs = optax.warmup_cosine_decay_schedule(0, 0.5, 4, 20)

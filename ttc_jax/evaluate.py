@@ -33,9 +33,8 @@ def over(fn: Callable[..., Any], arrays: tuple[Images, ...],
   batch_size = parallel.round_up(batch_size)
   for start in range(0, count, batch_size):
     interrupt.check()
-    batch = [x[start:start + batch_size] for x in arrays]
-    padded = (parallel.shard(parallel.pad_to(x, batch_size)) for x in batch)
-    outputs.append((fn(*padded), len(batch[0])))
+    batch = (parallel.shard_rows(x, start, batch_size) for x in arrays)
+    outputs.append((fn(*batch), min(batch_size, count - start)))
   # Wait for the device only now, so that the host runs a batch ahead of it.
   return np.concatenate([parallel.unshard(y)[:n] for y, n in outputs])
 

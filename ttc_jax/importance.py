@@ -88,24 +88,25 @@ def map_gradient(model: Model, params: trees.Tree, buffers: trees.Tree,
 def _sum(fn, model, params, buffers, images, labels, sites, batch_size):
   """The sum of `fn` over all images and devices, on the host."""
   # A bfloat16 sum over a batch would reorder the channels.
-  model = model._replace(backbone=model.backbone.clone(dtype=jnp.float32))
+  model = model._replace(
+      backbone=model.backbone.clone(dtype=jnp.float32, drop_path=0.0))
   batch_size = parallel.round_up(min(batch_size, len(images)))
   step = _accumulate(fn, model, sites)
   total = None
   for start in range(0, len(images), batch_size):
-    x, y = (a[start:start + batch_size] for a in (images, labels))
-    weight = parallel.pad_to(np.ones(len(x), np.float32), batch_size)
-    weight[len(x):] = 0
-    batch = parallel.shard((parallel.pad_to(x, batch_size),
-                            parallel.pad_to(y, batch_size), weight))
-    part = step(params, buffers, *batch)
+    batch = (parallel.shard_rows(x, start, batch_size)
+             for x in (images, labels))
+    inside = np.arange(start, start + batch_size) < len(images)
+    part = step(params, buffers, *batch,
+                parallel.shard(inside.astype(np.float32)))
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   return parallel.unreplicate(total)
 
 
 def _sum_loss(model, params, buffers, batch, mask=None, tap=None):
   images, labels, weight = batch
-  logits = model.logits(params, images, buffers, mask=mask, extra_tap=tap)
+  logits = model.logits(
+      params, images, buffers, mask=mask, extra_tap=tap, train=True)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   return (losses * weight).sum()
 

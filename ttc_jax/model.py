@@ -30,7 +30,8 @@ class Model(NamedTuple):
 
   def features(self, params: Params, images: jax.Array, buffers: Params,
                mask: Params | None = None, key: jax.Array | None = None,
-               extra_tap: taps.Tap | None = None) -> jax.Array:
+               extra_tap: taps.Tap | None = None,
+               train: bool = False) -> jax.Array:
     """Returns features (B, D), float32.
 
     Args:
@@ -40,19 +41,21 @@ class Model(NamedTuple):
       mask: {site: [(D_out,) of each block]}, factors on rows of the kernels.
       key: given in training only; it drops paths and goes to the handlers.
       extra_tap: applied after the handlers, see `taps`.
+      train: as with a key, but nothing is random: a gradient computes the
+        blocks again where the backbone says so.
     """
     if self.backbone is None:
       return images
     tap = taps.bind(dict(self.handlers), params["adapter"], buffers, key)
     if extra_tap is not None:
       tap = taps.chain(tap, extra_tap)
-    train = key is not None
     if not self.start:
       images = normalisation.apply(images, self.normalisation)
     start = {"start": self.start} if self.start else {}
     return self.backbone.apply(
         {"params": params["backbone"]}, images, mask=mask, tap=tap,
-        train=train, rngs={"drop_path": key} if train else None, **start)
+        train=train or key is not None,
+        rngs=None if key is None else {"drop_path": key}, **start)
 
   def tokens(self, params: Params, images: jax.Array, buffers: Params,
              block: int) -> jax.Array:

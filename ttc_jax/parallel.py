@@ -139,6 +139,23 @@ def shard(tree: Tree) -> Tree:
           n, len(x) // n, *x.shape[1:])[mine]), tree)
 
 
+def shard_rows(x: Any, start: int, count: int) -> jax.Array:
+  """Returns rows start to start + count, (n, count/n, ...), as `shard` does.
+
+  Beyond the end the last row is repeated, see `pad_to`. Of several hosts each
+  reads the rows of its own devices.
+
+  Args:
+    x: an array, or what is indexed like one and decodes what is asked for.
+    count: a multiple of the number of devices.
+  """
+  if not spans_hosts():
+    return shard(pad_to(x[start:start + count], count))
+  rows = np.minimum(np.arange(start, start + count), len(x) - 1)
+  mine = rows.reshape(len(devices()), -1)[here()]
+  return put(x[mine.reshape(-1)].reshape(*mine.shape, *x.shape[1:]))
+
+
 def pad_to(x: np.ndarray, count: int) -> np.ndarray:
   """Repeats the last row until there are `count` rows.
 

@@ -326,7 +326,13 @@ class StageRun:
     return Context(
         with_handlers(job, state), state.params, state.buffers, images,
         job.train.labels, job.seed, job.holdout and job.holdout[1],
-        self.store, classes=job.classes)
+        self.store, classes=job.classes, **self._at_a_time())
+
+  def _at_a_time(self):
+    """The `batch_size` of a Context whose batches go through in parts."""
+    parts, usual = self.plan.accumulate, Context._field_defaults["batch_size"]
+    return {} if parts == 1 else {
+        "batch_size": min(usual, self.plan.batch_size // parts)}
 
   # --- In place of epochs -----------------------------------------------------
 

@@ -9,6 +9,17 @@ and what is compared is compared within a turn, so that a machine which slows
 down slows both sides.
 The share of the ceiling counts the work that is needed (`flops_needed`), not
 what the compiled program does, which is printed beside it.
+
+  python -m ttc_jax.bench --backbone=vit_ti16 --size=64 --pipeline
+
+Times a training set that streams: reading JPEGs alone, stage 2 alone, both.
+
+  python -m ttc_jax.bench --backbone=vit_l16 --size=224 --memory=16,80 \
+      --dtype=bfloat16 --frozen_dtype=bfloat16
+
+Compiles stage 2, runs nothing, and prints the largest batch of a device with so
+many GB; with --memory=step the bytes of one step of --batch images in
+--accumulate parts, with --remat or without.
 """
 import json
 from typing import Any
@@ -16,7 +27,7 @@ from typing import Any
 from absl import flags
 
 from ttc_jax import cli
-from ttc_jax.bench import programs, timing
+from ttc_jax.bench import memory, pipeline, programs, timing
 from ttc_jax.errors import UserError, check_known
 
 _BACKBONE = flags.DEFINE_string("backbone", "vit_s14", "name, as vit_s14")
@@ -29,6 +40,12 @@ _FROZEN = flags.DEFINE_string(
 _GELU = flags.DEFINE_string("gelu", "exact", "exact or tanh")
 _AGAINST = flags.DEFINE_string(
     "against", "", "torch: also times eager PyTorch doing the stage-2 step")
+_PIPELINE = flags.DEFINE_bool("pipeline", False, "time reading and training")
+_WORKERS = flags.DEFINE_integer("workers", 0, "that read; 0: one a core")
+_MEMORY = flags.DEFINE_string(
+    "memory", "", "of a device in GB, as 16,80; or step: of --batch images")
+_REMAT = flags.DEFINE_bool("remat", False, "blocks are computed again")
+_ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "parts of a batch")
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "of timing for each program")
 _JSON = flags.DEFINE_string("json", "", "file to write the numbers to")
 
@@ -86,8 +103,17 @@ def main(argv: list[str]) -> None:
       backbone=_BACKBONE.value, image_size=_SIZE.value,
       batch_size=_BATCH.value, dtype=_DTYPE.value,
       frozen_dtype=_FROZEN.value, gelu=_GELU.value)
-  result = timing.measure(config, _AGAINST.value, _STEPS.value, _SECONDS.value)
-  print(table(result))
+  if _MEMORY.value:
+    result, said = memory.report(
+        config, _MEMORY.value, _REMAT.value, _ACCUMULATE.value)
+  elif _PIPELINE.value:
+    result = pipeline.measure(config, _STEPS.value, _WORKERS.value)
+    said = pipeline.text(result)
+  else:
+    result = timing.measure(
+        config, _AGAINST.value, _STEPS.value, _SECONDS.value)
+    said = table(result)
+  print(said)
   if _JSON.value:
     try:
       with open(_JSON.value, "w", encoding="utf-8") as f:

@@ -119,7 +119,8 @@ def of_backbone(backbone: Any, config: Any,
 
 def forward(model: Model, base: trees.Tree, batch: int, work: float) -> Program:
   """The logits of a batch by the backbone parameters `base`, not adapted."""
-  params, images, _ = _inputs(model.backbone, base, batch)
+  params = _params(model.backbone, base)
+  images, _ = pictures(model.backbone, batch)
   program, measured = compiled(
       parallel.pmap(lambda params, images: model.logits(params, images, {})),
       args := (parallel.replicate(params), *parallel.shard((images,))))
@@ -131,30 +132,47 @@ def epoch(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
           steps: int, work: float) -> Program:
   """An epoch of a stage, the program that `train` runs: all steps in one
   dispatch."""
-  params, images, labels = _inputs(model.backbone, base, batch * steps)
-  buffers: trees.Tree = {}
-  if stage.prepare:
-    params["adapter"], buffers = stage.prepare(methods.Context(
-        model, params, buffers, images, labels, 0))
-  names = trees.label(params, stage.rules)
-  tuned, frozen = trees.split(params, names, "tune")
-  zero = jnp.zeros(())
-  opt_state = optim.make_tx(names, lambda step: zero, zero).init(params)
-  config = config_lib.resolved(config_lib.default())
-  config.batch_size = batch
+  plan, learner, fixed = training(model, stage, base, batch, steps)
+  images, labels = pictures(model.backbone, batch * steps)
   learner, *rest = parallel.replicate((
-      step.Learner(tuned, opt_state),
-      step.Fixed(frozen, buffers, step.make_hyper(config, steps, CLASSES)),
-      (images, labels), jax.random.key_data(jax.random.key(0)), np.int32(0)))
+      learner, fixed, (images, labels),
+      jax.random.key_data(jax.random.key(0)), np.int32(0)))
   program, measured = compiled(
-      step.make_epoch_fn(model, stage.rules, step.make_plan(config)),
-      (learner, *rest))
+      step.make_epoch_fn(model, stage.rules, plan), (learner, *rest))
 
   def run():
     nonlocal learner  # donated: the next run continues from its result
     learner, losses = program(learner, *rest)
     jax.block_until_ready(losses)
   return Program(run, work, steps, *measured)
+
+
+def training(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
+             steps: int, **settings: Any
+             ) -> tuple[step.Plan, step.Learner, step.Fixed]:
+  """Returns what a stage starts from, before it is copied to the devices.
+
+  Args:
+    base: the backbone's parameters, or their shapes: then what depends on them
+      is shapes too.
+    steps: of an epoch.
+    **settings: further keys of the configuration, as accumulate.
+  """
+  params = _params(model.backbone, base)
+  buffers: trees.Tree = {}
+  if stage.prepare:  # it draws at random: no image is read
+    params["adapter"], buffers = stage.prepare(methods.Context(
+        model, params, buffers, *pictures(model.backbone, 0), 0))
+  names = trees.label(params, stage.rules)
+  tuned, frozen = trees.split(params, names, "tune")
+  zero = jnp.zeros(())
+  init = optim.make_tx(names, lambda step: zero, zero).init
+  of_shapes = isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct)
+  opt_state = jax.eval_shape(init, params) if of_shapes else init(params)
+  config = config_lib.resolved(config_lib.default())
+  config.update(dict(batch_size=batch, **settings))
+  return (step.make_plan(config), step.Learner(tuned, opt_state),
+          step.Fixed(frozen, buffers, step.make_hyper(config, steps, CLASSES)))
 
 
 def products(dtype: Any) -> dict[str, Program]:
@@ -189,11 +207,13 @@ def compiled(fn: Any, args: tuple) -> tuple[Callable, tuple]:
       cost and cost.get("flops") and cost["flops"] * devices)
 
 
-def _inputs(backbone: Any, base: trees.Tree, images: int):
-  """-> parameters with a head, images (N, S, S, 3) uint8, labels (N,)."""
+def _params(backbone, base):
+  return {"backbone": base, "adapter": {},
+          "head": init_head(backbone.width, CLASSES, 0)}
+
+
+def pictures(backbone: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns random images (N, S, S, 3) uint8 and labels (N,)."""
   rng, size = np.random.default_rng(0), backbone.image_size
-  params = {"backbone": base, "adapter": {},
-            "head": init_head(backbone.width, CLASSES, 0)}
-  return (params,
-          rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8),
-          rng.integers(0, CLASSES, images, dtype=np.int32))
+  return (rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
+          rng.integers(0, CLASSES, count, dtype=np.int32))

@@ -55,6 +55,7 @@ class Context(NamedTuple):
     log: takes records for the learning curve.
     keep: takes the scores by which channels are selected, see `importance`.
     classes: of the task.
+    batch_size: images that go through the model at a time.
   """
   model: Model
   params: trees.Tree
@@ -67,6 +68,7 @@ class Context(NamedTuple):
   log: Callable[[dict[str, Any]], None] = lambda record: None
   keep: Callable[[dict[str, Any]], None] = lambda scores: None
   classes: int = 0
+  batch_size: int = 64
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage

@@ -50,7 +50,8 @@ def prepare(context: Context, *, sites: tuple[str, ...], score: str, k: int,
       ttc.SCORED_AT.get(s, s) for s in sites)
   scores = importance.score(
       score, context.model, context.params, context.buffers,
-      context.images, context.labels, scored, context.seed)
+      context.images, context.labels, scored, context.seed,
+      context.batch_size)
   context.keep(scores)
   scores = {s: scores[at] for s, at in zip(sites, scored, strict=True)}
   last = {s: list(enumerate(scores[s]))[-blocks:] for s in sites}

@@ -97,7 +97,8 @@ def select_channels(
             else tuple(SCORED_AT[s] for s in sites))
   scores = importance.score(
       score, context.model, context.params, context.buffers,
-      context.images, context.labels, scored, context.seed)
+      context.images, context.labels, scored, context.seed,
+      context.batch_size)
   context.keep(scores)
   adapter: trees.Tree = {}
   buffers: trees.Tree = {}
