@@ -2,6 +2,9 @@
 
   programs.py   what is timed: forward pass, training epochs, matrix products
   timing.py     times programs in turns, and compares them with the ceiling
-  pytorch.py    eager PyTorch doing the same training step
+  pytorch.py    PyTorch doing the same training step, eager and compiled
+  hardware.py   what it ran on
+  text.py       what is printed of a measurement
+  suite.py      all shapes in both types; bench.json and its table
   __main__.py   the command
 """
