@@ -22,7 +22,7 @@ LEVELS = {
     "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,
     "experiments": 11, "fitting": 12, "hub": 12, "evidence": 12,
     "launch": 12,
-    "bench/pytorch": 3, "main": 13,
+    "bench/hardware": 1, "bench/pytorch": 3, "main": 13,
 }
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from tests.command import ROOT
 from tests.torch_models import import_timm
-from ttc_jax import backbones, methods
+from ttc_jax import backbones, methods, parallel
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.bench import __main__ as bench
-from ttc_jax.bench import memory, pipeline, programs, timing
+from ttc_jax.bench import hardware, memory, pipeline, programs, suite, timing
 from ttc_jax.config import default
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -116,10 +116,11 @@ def tiny(monkeypatch):
 def assert_rows(result, names):
   assert [row["name"] for row in result["rows"]] == names
   for row in result["rows"]:
-    theirs = row["name"].endswith("torch")
+    theirs = "torch" in row["name"]
     for key, value in row.items():
-      none = theirs and key in ("compile_seconds", "temp_bytes",
-                                "argument_bytes", "flops_compiled")
+      none = theirs and key in ("temp_bytes", "argument_bytes",
+                                "flops_compiled")
+      none |= row["name"] == "stage 2, torch" and key == "compile_seconds"
       assert value is None if none else key == "name" or value > 0, (row, key)
 
 
@@ -134,6 +135,8 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
                  "--seconds=0.01", f"--json={file}", *arguments])
     bench.main([])
   result = json.loads(file.read_text())
+  if arguments and not result["left_out"]:  # there is a C++ compiler
+    names.append("stage 2, torch.compile")
   assert_rows(result, names)
   assert (result["times_as_fast"] is None) == (not arguments)
   assert result["settings"]["k"] == 4
@@ -144,9 +147,114 @@ def test_the_command_prints_a_table_and_writes_json(tiny, tmp_path, capsys):
   assert len(set(map(len, table))) == 1  # aligned
 
 
-def test_torch_tunes_what_stage_2_tunes(tiny):
+@pytest.fixture
+def pytorch():
   pytest.importorskip("torch")
   from ttc_jax.bench import pytorch
+  return pytorch
+
+
+def test_the_faster_of_pytorchs_ways_is_the_other_side(
+    tiny, pytorch, monkeypatch):
+  """Without a compiler too; the ceiling is of the faster library's product."""
+  ways = {"torch": pytorch.Way("slow", None, None),
+          "torch.compile": pytorch.Way("fast", 9.0, None)}
+  monkeypatch.setattr(pytorch, "make_ways", lambda *_: (ways, "why"))
+  monkeypatch.setattr(pytorch, "make_product", lambda *_: "torch's")
+  monkeypatch.setattr(programs, "products", lambda dtype: {
+      "product 32": programs.Program("ours", 2 * 32 ** 3)})
+  monkeypatch.setattr(programs, "of_backbone", lambda *_: {
+      "stage 2": programs.Program("stage 2", 1e6)})
+  seconds = {"slow": 4.0, "fast": 3.0, "ours": 2.0, "torch's": 1.0,
+             "stage 2": 2.0}
+  monkeypatch.setattr(timing, "timings", lambda programs, _: {
+      name: [[seconds[p.run]]] for name, p in programs.items()})
+  result = timing.measure(tiny, "torch", 2, 1)
+  assert result["faster"] == "stage 2, torch.compile"
+  assert result["times_as_fast"] == 1.5
+  assert result["left_out"] == "why"
+  assert result["ceiling"] == 2 * 64 ** 3 / 1.0
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiler_that_is_missing_leaves_eager_pytorch(
+    tiny, pytorch, monkeypatch, dtype):
+  def broken(fn):
+    def raising(*args):
+      raise RuntimeError("no C++ compiler")
+    return raising
+  monkeypatch.setattr(pytorch.torch, "compile", broken)
+  tiny.dtype = dtype
+  ways, why = pytorch.make_ways(
+      programs.make_backbone(tiny), tiny, programs.CLASSES)
+  assert [*ways] == ["torch"]
+  assert why == "RuntimeError: no C++ compiler"
+  ways["torch"].step()
+  pytorch.make_product(32, dtype)()
+
+
+def made_result(against, steps, **values):
+  """What `timing.measure` returns, of made numbers."""
+  row = {"name": "stage 2", "images_per_second": 10.0, "median_seconds": 0.1,
+         "fastest_turn_seconds": 0.09, "slowest_turn_seconds": 0.2,
+         "share_of_ceiling": 0.5}
+  return {"machine": hardware.machine(parallel.devices()),
+          "versions": timing.versions(against),
+          "settings": values | {"against": against, "steps": steps, "k": 4},
+          "rows": [row, row | {"name": "stage 2, torch"}], "left_out": "why",
+          "times_as_fast": 1.25, "times_as_fast_by_turn": [1.2, 1.3]}
+
+
+def test_the_suite_goes_on_where_it_was_ended(tmp_path):
+  path, calls = tmp_path / "bench.json", []
+  options = {"against": "", "steps": 2, "frozen_dtype": "float32",
+             "gelu": "exact"}
+
+  def measure(**values):
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    calls.append(values)
+    return made_result(**values)
+  with pytest.raises(KeyboardInterrupt):
+    suite.run(str(path), measure, options)
+  assert len(json.loads(path.read_text())["results"]) == 3
+  calls.clear()
+  count = 2 * len(suite.SHAPES)
+
+  def note(**values):
+    calls.append(values)
+    return made_result(**values)
+  text = suite.run(str(path), note, options)
+  assert len(calls) == count - 3
+  assert (tmp_path / "bench.md").read_text() == text
+  assert text.count(" 1.25 |") == count and "torch.compile: why." in text
+  assert "90.0 to 200.0" in text
+  # Everything again on another machine.
+  results = json.loads(path.read_text())["results"]
+  for result in results:
+    result["machine"]["processor"] = "another"
+  path.write_text(json.dumps({"results": results}))
+  calls.clear()
+  suite.run(str(path), note, options)
+  assert len(calls) == count
+  path.write_text("[]")
+  with pytest.raises(UserError, match="is no file of --suite"):
+    suite.run(str(path), note, options)
+
+
+def test_the_processors_instructions_are_told(tmp_path):
+  cpuinfo = tmp_path / "cpuinfo"
+  cpuinfo.write_text("model name\t: A CPU\nflags\t\t: fpu avx2 avx512f\n\n"
+                     "model name\t: Another\nflags\t\t: amx_bf16\n")
+  machine = hardware.machine(parallel.devices(), str(cpuinfo))
+  assert machine["processor"] == "A CPU"
+  assert machine["instructions"] == ["AVX2", "AVX-512"]
+  machine = hardware.machine(parallel.devices(), str(tmp_path / "none"))
+  assert machine["processor"] and machine["instructions"] == []
+
+
+def test_torch_tunes_what_stage_2_tunes(tiny, pytorch):
   model = pytorch.make_model(
       programs.make_backbone(tiny), tiny.k, programs.CLASSES)
   tuned = {n: p.numel() for n, p in model.named_parameters()

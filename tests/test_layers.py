@@ -1,4 +1,7 @@
 """The layers whose formulas were rearranged for speed, against plain ones."""
+import types
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +21,8 @@ def assert_same(fn, plain, args, tolerance=1e-5):
   expected, expected_pull = jax.vjp(plain, *args)
   assert y.dtype == expected.dtype
   g = normal(*y.shape, seed=9, dtype=y.dtype)
-  for a, b in zip((y, *pull(g)), (expected, *expected_pull(g)), strict=False):
+  for a, b in zip(*map(jax.tree.leaves, (
+      (y, pull(g)), (expected, expected_pull(g)))), strict=True):
     assert a.dtype == b.dtype
     a, b = (np.asarray(t, np.float32) for t in (a, b))
     np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
@@ -48,9 +52,42 @@ def test_layer_norm_of_a_constant_row_is_finite():
   assert np.isfinite(pull(jnp.ones((1, 8)))[0]).all()
 
 
+class Projections(nn.Module):
+  """Three layers of one x; masks on the first."""
+  dtype: jnp.dtype
+  apart: bool
+
+  @nn.compact
+  def __call__(self, x, mask):
+    dense = [layers.Dense((24, 2, 4), dtype=self.dtype, name=name)
+             for name in "abc"]
+    masks = [mask, None, None]
+    if self.apart:
+      return [d(x, m) for d, m in zip(dense, masks, strict=True)]
+    return layers.together(dense, x, masks)
+
+
+@pytest.mark.parametrize("dtype, products", [
+    (jnp.float32, 3), (jnp.bfloat16, 1)])
+def test_layers_together_equal_layers_apart(dtype, products):
+  x, mask = normal(2, 5, 24, dtype=dtype), normal(8, seed=1)
+  apart, together = (Projections(dtype, a) for a in (True, False))
+  params = apart.init(jax.random.key(0), x, mask)
+  assert jax.tree.all(jax.tree.map(
+      lambda a, b: (a == b).all(), params,
+      together.init(jax.random.key(0), x, mask)))
+
+  def result(module):
+    return lambda *a: jnp.stack(module.apply(*a))
+  assert_same(result(together), result(apart), (params, x, mask),
+              1e-6 if dtype == jnp.float32 else 1e-2)
+  text = jax.jit(result(together)).lower(params, x, mask).as_text()
+  assert text.count("stablehlo.dot_general") == products
+
+
 def plain_attention(q, k, v):
   B, N, D = q.shape
-  q, k, v = (x.reshape(B, N, 3, D // 3) for x in (q, k, v))
+  q, k, v = (x.reshape(B, -1, 3, D // 3) for x in (q, k, v))
   weights = jax.nn.softmax(
       jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(D / 3.0))
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, N, D)
@@ -59,6 +96,60 @@ def plain_attention(q, k, v):
 def test_attention_and_its_gradients():
   args = [normal(2, 5, 24, seed=i) for i in range(3)]
   assert_same(lambda *a: layers.attention(*a, 3), plain_attention, args)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+  """XLA's `dot_product_attention` in the place of cuDNN's; the calls of it."""
+  calls, real = [], jax.nn.dot_product_attention
+
+  def noted(*args, **kwargs):
+    calls.append(kwargs)
+    return real(*args, **kwargs)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", noted)
+  monkeypatch.setattr(layers, "fused", lambda dtype, width: "xla")
+  return calls
+
+
+@pytest.mark.parametrize("queries", [5, 1])
+def test_fused_attention_equals_the_formula(fused, queries):
+  args = [normal(2, n, 24, seed=i) for i, n in enumerate((queries, 5, 5))]
+  assert_same(lambda *a: layers.attention(*a, 3), plain_attention, args)
+  assert [c["implementation"] for c in fused] == ["xla"]
+
+
+def test_a_tap_that_changes_the_scores_is_heard(fused, monkeypatch):
+  """And one that records them hears them beside the fused attention."""
+  args, seen = [normal(2, 5, 24, seed=i) for i in range(3)], []
+
+  def doubled(site, y, x):
+    return 2 * y
+
+  def note(site, y, x):
+    seen.append(y)
+    return y
+  found = [layers.attention(*args, 3, tap) for tap in (doubled, note)]
+  assert len(fused) == 1
+  monkeypatch.undo()
+  for tap, y in zip((doubled, note), found, strict=True):
+    np.testing.assert_allclose(layers.attention(*args, 3, tap), y, atol=1e-6)
+  np.testing.assert_array_equal(*seen)
+
+
+@pytest.mark.parametrize("backend, capability, dtype, width, found", [
+    ("gpu", "9.0", jnp.bfloat16, 64, "cudnn"),
+    ("gpu", "12.0", jnp.bfloat16, 80, "cudnn"),
+    ("gpu", "7.5", jnp.bfloat16, 64, None),
+    ("gpu", "gfx90a", jnp.bfloat16, 64, None),
+    ("gpu", "9.0", jnp.float32, 64, None),
+    ("gpu", "9.0", jnp.bfloat16, 12, None),
+    ("tpu", "9.0", jnp.bfloat16, 64, None)])
+def test_where_attention_is_fused(
+    monkeypatch, backend, capability, dtype, width, found):
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  assert layers.fused(dtype, width) == found
 
 
 def test_attention_in_bfloat16_has_its_softmax_in_float32():

@@ -3,6 +3,7 @@ the records by which a family describes itself."""
 from collections.abc import Callable
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -136,25 +137,50 @@ class Dense(nn.Module):
   dtype: Any = jnp.float32
   use_bias: bool = True
 
-  @nn.compact
-  def __call__(self, x, mask=None):
-    inputs, outputs = self.shape[:self.contract], self.shape[self.contract:]
+  def setup(self):
+    outputs = self.shape[self.contract:]
     init = nn.initializers.xavier_uniform(
         in_axis=range(self.contract),
         out_axis=range(self.contract, len(self.shape)))
-    kernel = self.param("kernel", init, self.shape)
-    kernel = kernel.reshape(math.prod(inputs), math.prod(outputs))
-    y = _product(x, kernel, self.dtype)
-    if kernel.dtype == jnp.int8:
+    self.kernel = self.param("kernel", init, self.shape)
+    if self.use_bias:
+      self.bias = self.param("bias", nn.initializers.zeros, outputs)
+
+  def __call__(self, x, mask=None):
+    return self.finish(_product(x, self.matrix(), self.dtype), mask)
+
+  def matrix(self) -> jax.Array:
+    """Returns the kernel as (inputs, outputs)."""
+    return self.kernel.reshape(math.prod(self.shape[:self.contract]), -1)
+
+  def finish(self, y, mask):
+    """Returns the layer's result, from the product y."""
+    if self.kernel.dtype == jnp.int8:
       scale: jax.Array = self.get_variable("params", SCALE)
       y = (y * scale.reshape(-1)).astype(self.dtype)
     if mask is not None:
       # The mask scales row i of the kernel, not the bias (Eq. 10).
       y = y * mask.astype(self.dtype)
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, outputs)
-      y = y + bias.reshape(-1).astype(self.dtype)
+      y = y + self.bias.reshape(-1).astype(self.dtype)
     return y
+
+
+def together(dense: list[Dense], x: jax.Array, masks: list) -> list[jax.Array]:
+  """Returns [layer(x, mask) for each], by one product where it costs no copy.
+
+  One wide product is faster than narrow ones. The wide kernel is a copy, which
+  XLA makes once an epoch, before the loop over its steps. Where the dtype is
+  narrower than the kernels such a copy is made in any case.
+  """
+  kernels, dtype = [layer.matrix() for layer in dense], dense[0].dtype
+  if any(kernel.dtype.itemsize <= jnp.dtype(dtype).itemsize
+         for kernel in kernels):
+    return [layer(x, mask) for layer, mask in zip(dense, masks, strict=True)]
+  wide = jnp.concatenate([kernel.astype(dtype) for kernel in kernels], axis=1)
+  ends = np.cumsum([kernel.shape[1] for kernel in kernels])[:-1]
+  return [layer.finish(y, mask) for layer, y, mask in zip(
+      dense, jnp.split(x @ wide, ends, axis=-1), masks, strict=True)]
 
 
 class Mlp(nn.Module):
@@ -208,7 +234,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
 
   q (B, M, D), k and v (B, N, D) -> (B, M, D). The tap "scores" sees what goes
   into the softmax, (B, H, M, N). Queries and keys are rotated by `angles`
-  (N, D/H/2) if there are any, see `rotate`.
+  (N, D/H/2) if there are any, see `rotate`. Where no tap changes the scores,
+  a device's fused kernel takes the place of the formula, see `fused`.
 
   The heads are moved before the tokens first: left to XLA, the products on
   CPU transpose every head's keys and values, element by element.
@@ -219,12 +246,34 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
              for x in (q, k, v))
   if angles is not None:
     q, k = rotate(q, angles), rotate(k, angles)
-  scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
+  plain = scores = jnp.einsum("bhqd,bhkd->bhqk", q, k)
   if tap is not None:
     scores = tap("scores", scores, q)
+  implementation = fused(q.dtype, D // heads)
+  if implementation and scores is plain:  # which XLA then leaves out
+    y = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (q, k, v)), scale=1.0,
+        implementation=implementation)
+    return y.reshape(B, M, D)
   weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
   y = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
   return y.swapaxes(1, 2).reshape(B, M, D)
+
+
+def fused(dtype: Any, width: int) -> str | None:
+  """Returns the implementation of `jax.nn.dot_product_attention` that keeps no
+  scores in memory; None where the device has none.
+
+  cuDNN's is for 16 bits, heads of a multiple of 8 up to 128, and NVIDIA GPUs
+  from Ampere (compute capability 8.0).
+  """
+  if jnp.dtype(dtype).itemsize != 2 or width % 8 or width > 128:
+    return None
+  if jax.default_backend() != "gpu":
+    return None
+  capability = getattr(jax.local_devices()[0], "compute_capability", "")
+  number = re.fullmatch(r"(\d+)\.\d+", str(capability))  # AMD's is "gfx90a"
+  return "cudnn" if number and int(number[1]) >= 8 else None
 
 
 def grid_angles(side: int, width: int, base: float) -> np.ndarray:

@@ -116,12 +116,12 @@ class WindowAttention(nn.Module):
     x = jnp.pad(x, ((0, 0), *[(0, padded - side)] * 2, (0, 0)))
     x = jnp.roll(x, (-shift, -shift), (1, 2)).reshape(B, -1, D)
 
-    def project(site, name):
-      dense = Dense((D, H, D // H), dtype=dtype, name=name)
-      y = tap(site, dense(x, mask.get(site)), x)
-      return windows(y.reshape(B, padded, padded, D), window)
-    q, k, v = (project(site, name) for site, name in (
-        ("q", "query"), ("k", "key"), ("v", "value")))
+    dense = [Dense((D, H, D // H), dtype=dtype, name=name)
+             for name in ("query", "key", "value")]
+    ys = layers.together(dense, x, [mask.get(site) for site in "qkv"])
+    q, k, v = (
+        windows(tap(site, y, x).reshape(B, padded, padded, D), window)
+        for site, y in zip("qkv", ys, strict=True))
 
     table = self.param("relative_position_bias", nn.initializers.normal(0.02),
                        ((2 * table_window - 1) ** 2, H))

@@ -74,15 +74,20 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, queries, x, mask, tap):
     D, H = x.shape[-1], self.heads
-    heads = functools.partial(
-        Dense, (D, H, D // H), contract=1, dtype=self.dtype)
+    query, key, value = (
+        Dense((D, H, D // H), dtype=self.dtype, name=name)
+        for name in ("query", "key", "value"))
 
-    def project(site, name, x):
-      return tap(site, heads(name=name)(x, mask.get(site)), x)
+    def project(x, **dense):
+      ys = layers.together(
+          [*dense.values()], x, [mask.get(site) for site in dense])
+      return [tap(site, y, x) for site, y in zip(dense, ys, strict=True)]
 
-    q = project("q", "query", queries)
-    k = project("k", "key", x)
-    v = project("v", "value", x)
+    if queries is x:
+      q, k, v = project(x, q=query, k=key, v=value)
+    else:
+      q, = project(queries, q=query)
+      k, v = project(x, k=key, v=value)
     angles = self.angles
     if angles is not None:  # [CLS], registers and prompts are not rotated
       angles = np.pad(angles, ((x.shape[1] - len(angles), 0), (0, 0)))
@@ -118,7 +123,7 @@ class Block(nn.Module):
     x = x[:, :self.queries]
     y = Attention(vit.heads, dtype, vit.angles,
                   name="MultiHeadDotProductAttention_0")(
-                      z[:, :self.queries], z, mask, tap)
+                      z[:, :self.queries] if self.queries else z, z, mask, tap)
     x = tap("attention", add(x, y, "layer_scale_0"), x)
     z = tap("norm2", norm(name="LayerNorm_1")(x), x)
     y = layers.Mlp(vit.hidden, vit.gelu, dtype, name="MlpBlock_0")(

@@ -35,8 +35,8 @@ class Program(NamedTuple):
     compile_seconds, temp_bytes, argument_bytes, flops: of the compiled program
       on all devices; None where nothing is compiled or the backend does not
       say. The arguments are the weights, the images, and of a stage the
-      optimiser's state. XLA counts the FLOPs of a loop's body once: they are
-      those of a step.
+      optimiser's state; `temp_bytes` of PyTorch is the peak of all. XLA counts
+      the FLOPs of a loop's body once: they are those of a step.
   """
   run: Callable[[], Any]
   work: float
@@ -177,8 +177,12 @@ def training(model: Model, stage: methods.Stage, base: trees.Tree, batch: int,
 
 def products(dtype: Any) -> dict[str, Program]:
   """Square matrix products on every device, which set the ceiling."""
-  sizes = _PRODUCTS.get(jax.default_backend(), _LARGE)
-  return {f"product {size}": _product(size, dtype) for size in sizes}
+  return {f"product {size}": _product(size, dtype) for size in product_sizes()}
+
+
+def product_sizes() -> tuple[int, ...]:
+  """Returns the sizes of the matrix products of this platform."""
+  return _PRODUCTS.get(jax.default_backend(), _LARGE)
 
 
 def _product(size, dtype):

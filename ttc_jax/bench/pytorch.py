@@ -1,4 +1,5 @@
-"""What `bench --against=torch` times: eager PyTorch doing the stage-2 step.
+"""What `bench --against=torch` times: PyTorch doing the stage-2 step, eager and
+by torch.compile, and PyTorch's matrix products.
 
 A plain ViT as timm writes it: fused q, k, v, scaled_dot_product_attention,
 nn.GELU, nn.LayerNorm; for a Swin, timm's own model. As in TTC, training tunes
@@ -6,12 +7,13 @@ the norms, a K x K map on selected channels after the MLP of the adapted blocks,
 and the head.
 """
 from collections.abc import Callable
-import os
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttc_jax.backbones.swin import Swin
+from ttc_jax.bench import hardware
 from ttc_jax.errors import UserError
 
 
@@ -126,15 +128,62 @@ def make_model(backbone: Any, k: int, classes: int) -> nn.Module:
   return model
 
 
-def make_step(backbone: Any, config: Any, classes: int) -> Callable[[], None]:
+class Way(NamedTuple):
+  """A way to take a training step.
+
+  Attributes:
+    step: takes one and waits for its end.
+    compile_seconds: of the first step; None if nothing is compiled.
+    peak_bytes: of a step on the device; None on CPU, which does not say.
+  """
+  step: Callable[[], None]
+  compile_seconds: float | None
+  peak_bytes: int | None
+
+
+def make_ways(backbone: Any, config: Any,
+              classes: int) -> tuple[dict[str, Way], str]:
+  """Returns ({"torch": way, "torch.compile": way}, reason).
+
+  The reason says why torch.compile is left out, e.g. for want of a C++
+  compiler; "" if it is not.
+  """
+  eager = make_step(backbone, config, classes)
+  ways = {"torch": Way(eager, None, _peak(eager))}
+  step = make_step(backbone, config, classes, compiles=True)
+  begin = time.perf_counter()
+  try:
+    step()
+  except Exception as e:  # the compiler's, the linker's, the system's
+    return ways, reason(e)
+  seconds = time.perf_counter() - begin
+  return ways | {"torch.compile": Way(step, seconds, _peak(step))}, ""
+
+
+def _peak(step):
+  if not torch.cuda.is_available():
+    return None
+  step()  # makes the optimiser's state
+  torch.cuda.reset_peak_memory_stats()
+  step()
+  return torch.cuda.max_memory_allocated()
+
+
+def _device():
+  """The device; sets the threads to the cores that this process may use."""
+  torch.set_num_threads(hardware.cores())
+  torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA's default
+  return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_step(backbone: Any, config: Any, classes: int,
+              compiles: bool = False) -> Callable[[], None]:
   """Returns a function that takes one step and waits for it.
 
   bfloat16 is autocast, as PyTorch users do it: parameters stay float32.
   """
   torch.manual_seed(0)
-  torch.set_num_threads(os.cpu_count() or 1)
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  torch.set_float32_matmul_precision("high")  # TF32 on CUDA, as XLA's default
+  device = _device()
   model = make_model(backbone, config.k, classes).to(device)
   tx = torch.optim.AdamW(
       [p for p in model.parameters() if p.requires_grad], 1e-3)
@@ -146,13 +195,33 @@ def make_step(backbone: Any, config: Any, classes: int) -> Callable[[], None]:
       rng.integers(0, classes, config.batch_size)).to(device)
   dtype = getattr(torch, config.dtype)
 
-  def step():
+  def loss_of(images, labels):
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
       logits = model((images.float() - 127.5) / 127.5)
-    loss = F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels)
+  loss_fn = torch.compile(loss_of) if compiles else loss_of
+
+  def step():
+    loss = loss_fn(images, labels)
     tx.zero_grad()
     loss.backward()
     tx.step()
-    if device == "cuda":
-      torch.cuda.synchronize()
+    _wait(device)
   return step
+
+
+def make_product(size: int, dtype: str) -> Callable[[], None]:
+  """Returns a function that multiplies two square matrices and waits."""
+  device = _device()
+  x, y = torch.randn(2, size, size, dtype=getattr(torch, dtype), device=device)
+  into = torch.empty_like(x)
+
+  def product():
+    torch.matmul(x, y, out=into)
+    _wait(device)
+  return product
+
+
+def _wait(device):
+  if device == "cuda":
+    torch.cuda.synchronize()
