@@ -252,7 +252,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
   implementation = fused(q.dtype, D // heads)
   if implementation and scores is plain:  # which XLA then leaves out
     y = jax.nn.dot_product_attention(
-        *(x.swapaxes(1, 2) for x in (q, k, v)), scale=1.0,
+        q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), scale=1.0,
         implementation=implementation)
     return y.reshape(B, M, D)
   weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
