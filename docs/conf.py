@@ -123,8 +123,10 @@ def _inline(text):
 
 
 def skip(app, what, name, obj, skipped, options):
-  """Leaves out the fields of named tuples: their docstring explains them."""
-  return True if type(obj).__name__ == "_tuplegetter" else None
+  """Leaves out the fields of named tuples, which their docstring explains, and
+  Linen's `setup`, whose docstring is Flax's."""
+  return True if name == "setup" or type(obj).__name__ == "_tuplegetter" else (
+      None)
 
 
 def setup(app):

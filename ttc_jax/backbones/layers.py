@@ -4,7 +4,7 @@ from collections.abc import Callable
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -260,7 +260,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
   return y.swapaxes(1, 2).reshape(B, M, D)
 
 
-def fused(dtype: Any, width: int) -> str | None:
+def fused(dtype: Any, width: int) -> Literal["cudnn"] | None:
   """Returns the implementation of `jax.nn.dot_product_attention` that keeps no
   scores in memory; None where the device has none.
 
