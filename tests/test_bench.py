@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from absl.testing import flagsaver
 import numpy as np
 import pytest
 
+from tests.command import ROOT
 from tests.torch_models import import_timm
 from ttc_jax import backbones, methods
 from ttc_jax.backbones import vit as vit_lib
@@ -20,6 +22,7 @@ from ttc_jax.bench import memory, pipeline, programs, timing
 from ttc_jax.config import default
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
+from ttc_jax.vtab import rows as vtab
 
 BATCH = 8
 
@@ -116,7 +119,7 @@ def assert_rows(result, names):
     theirs = row["name"].endswith("torch")
     for key, value in row.items():
       none = theirs and key in ("compile_seconds", "temp_bytes",
-                                "flops_compiled")
+                                "argument_bytes", "flops_compiled")
       assert value is None if none else key == "name" or value > 0, (row, key)
 
 
@@ -207,10 +210,23 @@ def test_a_broken_library_is_one_sentence(tmp_path, broken, error):
   assert "pip install" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_table_1_s_cost_is_printed_alone():
+def test_the_page_of_costs_is_what_the_tool_prints():
   done = subprocess.run(
-      [sys.executable, "tools/table1_cost.py", "--backbone=vit_ti16",
-       "--size=32"], capture_output=True, text=True,
+      [sys.executable, "tools/scale.py"], capture_output=True, text=True,
       env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": ""})
   assert (done.returncode, done.stderr) == (0, "")
-  assert "million images" in done.stdout
+  page = (ROOT / "docs" / "scale.md").read_text()
+  assert done.stdout.strip() == page.partition("<!-- scale -->")[2].partition(
+      "<!-- /scale -->")[0].strip()
+
+
+def test_table_1_s_cost_by_hand():
+  """TTC on 19 tasks: two stages of 50 epochs, three rates, three seeds."""
+  tests = sum(row.test_count for row in vtab.ROWS.values())
+  trained = 19 * 2 * 50 * (3 * 800 + 3 * 1000)
+  seen = 3 * tests + 19 * (3 * 200 + 3 * 800 + 3 * 1000)
+  needed = programs.flops_needed(backbones.make("vit_b16", 224), 96, 100)
+  want = seen * needed["forward"] + trained * needed["stage 2"]
+  page = (ROOT / "docs" / "scale.md").read_text()
+  row, = re.findall(r"\n\| ttc +\|.*", page)
+  assert float(row.split("|")[4]) == pytest.approx(want / 1e18, abs=0.005)

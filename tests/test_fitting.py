@@ -290,3 +290,18 @@ def test_importing_is_quick_and_shows_a_small_api():
   done = subprocess.run([sys.executable, "-c", code], capture_output=True,
                         text=True, check=True)
   assert done.stdout.strip() == ttc_jax.__version__
+
+
+def test_a_head_that_is_solved_and_crops_of_larger_images(source):
+  """Big Vision's probe and its crops, as keys of the configuration."""
+  solved = ttc_jax.fit(*pictures(), weights=source, method="fewshot_lsr",
+                       l2=1.0, **SMALL)
+  assert [(r["stage"], r["epoch"]) for r in solved.history] == [("lsr", 1)]
+  assert solved.meta["options"] == {"l2": 1.0}
+  assert solved.accuracy(*pictures(24, seed=1)) > 90
+  cropped = ttc_jax.fit(
+      *pictures(), weights=source, method="linear", val=pictures(24, seed=1),
+      crop_from=37, head_init="zeros", optimiser="sgd", clip_norm=1.0,
+      **SMALL)
+  assert cropped.history[-1]["val_top1"] == pytest.approx(
+      cropped.accuracy(*pictures(24, seed=1)))

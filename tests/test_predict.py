@@ -114,7 +114,8 @@ def test_many_batches_give_the_same_answers(bundle, folder, monkeypatch):
 @pytest.mark.parametrize("args, words", [
     (["--json", "--csv", "x.png"], "not both"),
     ([], "at least one image or folder"),
-    (["."], "no image in the folder '.'")])
+    (["."], "no image in the folder '.'"),
+    (["--frozen_dtype=int4", os.devnull], "unknown frozen_dtype 'int4'")])
 def test_wrong_arguments_are_one_sentence(args, words, bundle, tmp_path):
   (tmp_path / "nothing").mkdir()
   done = run_command("predict", f"--bundle={bundle}", *args,

@@ -1,6 +1,7 @@
 import io
 import sys
 
+from ttc_jax.runs import progress as progress_lib
 from ttc_jax.runs.progress import Progress
 
 
@@ -19,6 +20,19 @@ def test_quiet_without_a_terminal_and_the_curve_is_written_whole(capfd):
   assert capfd.readouterr() == ("", "")
   assert [[(r["stage"], r["epoch"]) for r in curve] for curve in written] == [
       [("align", 1)], [("align", 1), ("align", 2)]]
+
+
+def test_a_log_has_a_line_a_minute(capfd, monkeypatch):
+  monkeypatch.setattr(progress_lib, "LINE_SECONDS", 0.0)
+  with Progress("pets-ttc-s0", lambda curve: None) as progress:
+    update(progress)
+  lines = capfd.readouterr().err.splitlines()
+  assert lines[-1] == ("pets-ttc-s0: align 2/2, loss 0.500, images/s 12, "
+                       "val 70.0")
+  assert len(lines) == 2
+  with Progress("quiet", lambda curve: None, show=False) as progress:
+    update(progress)
+  assert capfd.readouterr().err == ""
 
 
 class Terminal(io.StringIO):

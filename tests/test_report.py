@@ -439,6 +439,7 @@ def test_merged_work_directories_are_one_table():
     {"task": "b", "run": "b", "backbone": "vit_b16"},
     {"seed": 1, "run": "s1", "options": {"k": 3}},
     {"seed": 1, "run": "s1", "limit": 64},
+    {"seed": 1, "run": "s1", "frozen_dtype": "int8"},
     {"seed": 1, "run": "s1", "data_digest": "changed"}])
 def test_what_differs_between_work_directories_stays_apart(change):
   one = [row("a", "ttc", 0, 50.0), row("a", "linear", 0, 40.0)]
@@ -449,7 +450,8 @@ def test_what_differs_between_work_directories_stays_apart(change):
 
 
 def test_seeds_of_several_work_directories_come_together():
-  one, two = [row("a", "ttc", 0, 50.0)], [row("a", "ttc", 1, 54.0, limit=0)]
+  one, two = [row("a", "ttc", 0, 50.0)], [row(
+      "a", "ttc", 1, 54.0, limit=0, frozen_dtype="float32")]
   line, = tables.make(rows_lib.merge({"one": one, "two": two}), "final").lines
   assert line.name == "ttc" and line.scores[0].seeds == (50.0, 54.0)
 

@@ -24,7 +24,7 @@ import safetensors.numpy
 from ttc_jax import backbones, trees, weights
 from ttc_jax.backbones import vit
 from ttc_jax.errors import UserError
-from ttc_jax.weights import formats, resampling, sources
+from ttc_jax.weights import formats, released, resampling, sources
 
 D, L, H, F, P, S = 8, 2, 2, 16, 4, 16
 
@@ -1006,3 +1006,117 @@ def test_the_hub_with_file_revision_and_hash(tmp_path, monkeypatch):
   check_source(f"{source}#sha256={'0' * 64}", tmp_path, DIGEST)
   check_source("hf://owner/name/none.npz", tmp_path, "404")
   check_source("hf://owner", tmp_path, "hf://owner/name")
+
+
+# --- Parts of a file and short names ------------------------------------------
+
+def two_towers(path, tree=""):
+  """A file with an image tower, another image model and a text tower."""
+  flat, other = flat_params(), flat_params(pool="gap")
+  return save(path, {
+      **{f"{tree}img/{n}": x for n, x in flat.items()},
+      **{f"{tree}teacher/{n}": x for n, x in other.items()},
+      f"{tree}txt/head/kernel": np.zeros((2, 2), np.float32)}), flat, other
+
+
+@pytest.mark.parametrize("tree", ["", "params/", "opt/target/"])
+def test_a_part_is_the_tree_below_its_name(tmp_path, monkeypatch, tree):
+  monkeypatch.setitem(vit.SIZES, "ti", (D, L, H, F))
+  path, flat, other = two_towers(tmp_path / "two.npz", tree)
+  for part, want in (("img", flat), ("teacher", other)):
+    check_equal(fit(f"{path}:{part}"), want)
+    source = weights.open_source(f"{path}:{part}")
+    assert source == (f"{path}:{part}", f"{path}:{part}", weights.sha256(path))
+    assert (source.name, source.address) == (f"two.npz:{part}", source.path)
+    check_equal(trees.flatten(weights.load("vit_ti4", source, 16)[1]), want)
+  assert weights.describe(f"{path}:img")["file"] == f"{path}:img"
+
+
+def test_the_image_tower_is_the_file_s_where_it_is_the_only_one(tmp_path):
+  path = save(tmp_path / "siglip.npz", {
+      **{f"img/{n}": x for n, x in flat_params().items()},
+      "txt/head/kernel": np.zeros((2, 2), np.float32),
+      "t": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)})
+  for one, two in zip(fit(path).items(), fit(f"{path}:img").items(),
+                      strict=True):
+    assert one[0] == two[0]
+    np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_a_part_that_is_not_there_is_one_sentence(tmp_path):
+  path, *_ = two_towers(tmp_path / "two.npz")
+  for part, words in (("image", "part 'image'; at its top are img, teach"),
+                      ("txt", "of no known format")):
+    with pytest.raises(UserError, match=f"two.npz' .*{words}"):
+      fit(f"{path}:{part}")
+  check_source(f"{tmp_path}/none.npz:img", tmp_path, "none.npz' does not exist")
+
+
+def test_a_file_with_a_colon_is_a_file(tmp_path):
+  path = save(tmp_path / "a.npz:img", flat_params())
+  assert weights.locate(path) == path
+  check_equal(fit(path), flat_params())
+
+
+def test_a_part_of_a_remote_file(memory, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "_SCHEMES", ("memory",))
+  found = weights.locate("memory://bucket/model.npz:img", str(tmp_path))
+  path, part = sources.split_part(found)
+  assert part == "img" and holds(path)
+  assert weights.locate("memory://bucket/model.npz", str(tmp_path)) == path
+  assert weights.locate(
+      f"memory://bucket/model.npz:img#sha256={DIGEST}", str(tmp_path)) == found
+
+
+def test_short_names_stand_for_big_vision_s_addresses():
+  """Some, as models/vit.py and the others of Big Vision spell them."""
+  known = released.ADDRESSES
+  assert known["howto-i21k-B/16"] == (
+      "gs://vit_models/augreg/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-"
+      "do_0.0-sd_0.0.npz")
+  assert known["howto-i21k-Ti/16"].endswith(
+      "aug_none-wd_0.03-do_0.0-sd_0.0.npz")
+  assert known["deit3_L_384_21k"] == (
+      "gs://big_vision/zoo/deit3/bv_deit_3_large_384_21k.npz")
+  assert known["SigLIP B/16 224"] == (
+      "gs://big_vision/siglip/webli_en_b16_224_63724782.npz:img")
+  assert known["SigLIP2 B/16 224"] == (
+      "gs://big_vision/siglip2/siglip2_b16_224.npz:img")
+  assert known["SigLIP2 So400m/14 384"] == (
+      "gs://big_vision/siglip2/siglip2_so400m14_384.npz:img")
+  assert known["SigLIP2 g-opt/16 256"] == (
+      "gs://big_vision/siglip2/siglip2_g-opt16_256.npz:img")
+  assert len(known) == 7 + 12 + 8 + 9 + 15
+  assert len({*known.values()}) == len(known)
+
+
+def test_a_short_name_is_fetched_from_its_address(
+    memory, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "_SCHEMES", ("memory",))
+  monkeypatch.setitem(released.ADDRESSES, "tiny B/16",
+                      "memory://bucket/model.npz:img")
+  found = weights.open_source("tiny B/16", str(tmp_path))
+  assert found.source == "memory://bucket/model.npz:img"
+  assert found.name == "model.npz:img" and found.sha256 == DIGEST
+  check_source(f"tiny B/16#sha256={'0' * 64}", tmp_path, DIGEST)
+  # A path wins over a name.
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "tiny B").mkdir()
+  (tmp_path / "tiny B" / "16").write_bytes(b"other")
+  assert weights.locate("tiny B/16") == "tiny B/16"
+
+
+@pytest.mark.parametrize("name,words", [
+    ("howto-i21k-B/17", ("did you mean 'howto-i21k-B/16'", "does not exist")),
+    ("SigLIP2 B16 224", ("'SigLIP2 B/16 224'",)),
+    ("i1k-s16-300ep", ("positions are computed", "howto-i21k-B/16")),
+    ("SigLIP2 B/16 NaFlex", ("not supported",)),
+])
+def test_an_unknown_or_unreadable_name_is_one_sentence(tmp_path, name, words):
+  check_source(name, tmp_path, *words)
+
+
+def test_a_missing_file_is_no_misspelt_name(tmp_path):
+  with pytest.raises(UserError) as caught:
+    weights.locate("ViT-B_16.npz")
+  assert str(caught.value) == "weights file 'ViT-B_16.npz' does not exist"

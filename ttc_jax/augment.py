@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ttc_jax import normalisation, randaugment
 
@@ -43,6 +44,23 @@ def random_crop(images: jax.Array, key: jax.Array, size: int,
         image, (size, size, 3), (0, 1), scale, -offset * scale, "cubic")
   crops = jax.vmap(crop)(images.astype(jnp.float32), side, offset)
   return jnp.clip(crops, 0, 255)
+
+
+def random_window(images: jax.Array, key: jax.Array, size: int) -> jax.Array:
+  """Returns square crops (B, size, size, 3) at random places, every one as
+  likely; their pixels are those of the images (B, S, S, 3)."""
+  B, S = images.shape[:2]
+  corner = jax.random.randint(key, (B, 2), 0, S - size + 1)
+
+  def crop(image, corner):
+    return jax.lax.dynamic_slice(image, (*corner, 0), (size, size, 3))
+  return jax.vmap(crop)(images, corner)
+
+
+def centre(images: np.ndarray, size: int) -> np.ndarray:
+  """Returns the central (N, size, size, 3) of images (N, S, S, 3)."""
+  first = round((images.shape[1] - size) / 2)
+  return images[:, first:first + size, first:first + size]
 
 
 def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:

@@ -78,6 +78,7 @@ class Claims:
     self._store, self._seconds = store, seconds
     self._held: set[Claim] = set()
     self._renewing: threading.Thread | None = None
+    self._never = threading.Event()
     # {file: (content, when it was first seen)}
     self._seen: dict[str, tuple[bytes | None, float]] = {}
 
@@ -147,8 +148,7 @@ class Claims:
       self._renewing.start()
 
   def _renew(self):
-    while True:
-      time.sleep(self._seconds / 4)
+    while not self._never.wait(self._seconds / 4):
       for claim in list(self._held):
         try:
           claim.renew()

@@ -17,8 +17,9 @@ from ttc_jax.errors import UserError, check_known
 PROTOCOLS = ("val", "final", "select")
 OPTIMISERS = ("adamw", "sgd")
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")
-# Keys that all runs share.
+HEAD_INITS = ("normal", "zeros")
 HOSTS = ("runs", "batch", "alone")
+# Keys that all runs share.
 SHARED = ("tasks", "data", "few_shot", "variants", "experiment",
           "matmul_precision", "cache", "cache_gib", "plots",
           "compilation_cache", "keep_stages", "hosts", "lease_seconds")
@@ -59,13 +60,14 @@ def default() -> ml_collections.ConfigDict:
   # val: train on 800, report the 200. final: train on 1000, report the test
   # set. select: val for every setting of `grid`, then final with the best.
   c.protocol = "final"
-  # Every combination is tried; `scale` and `adapter_lr` for the methods that
-  # have them.
+  # Every combination is tried; `scale`, `adapter_lr` and `l2` for the methods
+  # that have them.
   c.grid = ml_collections.ConfigDict(dict(
       lr=(),              # values of config.lr, as 1e-3,1e-2
       weight_decay=(),    # likewise
       scale=(),           # likewise
-      adapter_lr=()))     # likewise
+      adapter_lr=(),      # likewise
+      l2=()))             # likewise
   # How many rates beyond grid.lr may be tried, at its spacing, while the best
   # one is the lowest or the highest.
   c.grid_steps = 0
@@ -103,6 +105,9 @@ def default() -> ml_collections.ConfigDict:
   c.normalisation = ""
   c.flip = False              # half of the training images, left to right
   c.smallest_crop = 1.0       # random resized crops of at least that area
+  # Training images have this size, from which crops of image_size are taken at
+  # random places; 0: they have image_size.
+  c.crop_from = 0
   # More augmentation in training, as timm's; 0: none.
   c.augment = ml_collections.ConfigDict(dict(
       jitter=0.0,         # brightness, contrast, saturation; 0.4 is usual
@@ -125,6 +130,8 @@ def default() -> ml_collections.ConfigDict:
   c.optimiser = "adamw"       # or "sgd", of momentum 0.9
   c.weight_decay = 1e-4       # adamw: decoupled; sgd: added to the gradient
   c.decay_all = False         # True: also decay norms and biases
+  c.clip_norm = 0.0           # largest norm of the gradient; 0: any
+  c.head_init = "normal"      # of deviation 0.02; or "zeros"
   c.label_smoothing = 0.0     # share of the target that all classes divide
 
   # TTC.
@@ -163,6 +170,8 @@ def default() -> ml_collections.ConfigDict:
   c.vpt = ml_collections.ConfigDict(dict(
       prompts=10,                        # tokens; of each block in VPT-Deep
       dropout=0.1))                      # of the prompts
+  # fewshot_lsr.
+  c.l2 = 1024.0               # factor of the squared weights in its loss
   # SSF.
   c.ssf = ml_collections.ConfigDict(dict(
       spread=0.02))                      # deviation at the start, from 1 and 0
@@ -311,6 +320,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   check_known("protocol", config.protocol, PROTOCOLS)
   check_known("hosts", config.hosts, HOSTS)
   check_known("optimiser", config.optimiser, OPTIMISERS)
+  check_known("head_init", config.head_init, HEAD_INITS)
   check_known("dtype", config.dtype, ("float32", "bfloat16"))
   check_known("frozen_dtype", config.frozen_dtype, FROZEN_DTYPES)
   check_known("resample", re.sub(r"/[1-9]\d{0,3}$", "", config.resample),
@@ -324,7 +334,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
               "limit", "window", "cache_gib", "in_memory_gib", "workers",
-              "adapter_lr", "grid_steps", "few_shot"):
+              "adapter_lr", "grid_steps", "few_shot", "clip_norm",
+              "crop_from", "l2"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
   warmup = config.warmup_epochs
@@ -353,6 +364,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if not 0 < config.smallest_crop <= 1:
     raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
                     "a share of the area above 0, 1 for no crops")
+  _check_crop_from(config)
   for key, most in (("jitter", 1), ("randaugment", 10), ("erasing", 1),
                     ("mixup", math.inf), ("cutmix", math.inf)):
     if not 0 <= config.augment[key] <= most:
@@ -371,6 +383,22 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 _default_once = functools.cache(default)
+
+
+def _check_crop_from(config):
+  """Checks that crops fit into the training images, and these into `resample`.
+  """
+  if not config.crop_from:
+    return
+  if config.crop_from < config.image_size:
+    raise UserError(f"config.crop_from is {config.crop_from}, below "
+                    f"config.image_size ({config.image_size}); give at least "
+                    "that, or 0 for no crops")
+  short = int(config.resample.partition("/")[2] or config.crop_from)
+  if short < config.crop_from:
+    raise UserError(f"config.crop_from is {config.crop_from}, above the short "
+                    f"side of config.resample ({config.resample}); give at "
+                    "most that")
 
 
 def _check_present(where, values, like):

@@ -60,8 +60,9 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
       ax.grid(visible=False)
       selected = all(map(_is_selection, blocks.values()))
       ax.set_title(f"{'Selected channels' if selected else 'Scores'} at {site}")
-      figure.colorbar(image, ax=ax, label="1: selected" if selected else
-                      "score / largest of the block")
+      bar = figure.colorbar(image, ax=ax, label="1: selected" if selected
+                            else "score / largest of the block")
+      bar.ax.set_ylim(0 if selected else -1, 1)
     return figure
 
   def _line(self, site, block, x):
@@ -134,7 +135,7 @@ class Fitted:
 
   def classify(self, images: Any) -> list[str]:
     """Returns the likeliest class of each image; images as of `predict`."""
-    return [self.classes[i] for i in self.predict(images).argmax(-1)]
+    return self._tuned.classify(images)
 
   def accuracy(self, images: Any, labels: Sequence[Any]) -> float:
     """Returns the top-1 accuracy in percent.
@@ -232,12 +233,14 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   config = inputs.resolved(config, base)
   task = _task(images, labels, config)
   if task:
-    names, train_split = task.classes, task.split("trainval")
+    names = task.classes
+    train_split = _at(task, config, _size(config)).split("trainval")
   else:
-    names, train_split = _split(images, labels, classes, config)
+    names, train_split = _split(images, labels, classes, config, _size(config))
   val_split = _split(*val, names, config)[1] if val else None
   config.batch_size = _batch_size(config, train_split)
   job, scores = _job(config, base, names, train_split, val_split, seed)
+  config = job.config
   with (tempfile.TemporaryDirectory() as scratch,
         Progress("fit", lambda records: None, show=progress) as bar):
     bar.expect(len(job.method.stages) * config.epochs)
@@ -275,19 +278,28 @@ def _task(images, labels, config):
   if len(found) > 1:
     raise UserError(f"{data} holds {len(found)} tasks, {', '.join(found[:5])}: "
                     "give the folder of one of them")
-  return tasks.load(found[0], size=config.image_size, data=data,
-                    resample=config.resample, cache=config.cache or None,
-                    cache_gib=config.cache_gib)
+  return _at(tasks.find(found[0], data), config, config.image_size)
 
 
-def _split(images, labels, classes, config):
+def _at(task, config, size):
+  return tasks.at_size(task, size, resample=config.resample,
+                       cache=config.cache or None, cache_gib=config.cache_gib)
+
+
+def _size(config):
+  """Of the training images; others have config.image_size."""
+  return config.crop_from or config.image_size
+
+
+def _split(images, labels, classes, config, size=0):
   """(names of the classes, decoded split)."""
   if labels is None:
     raise UserError("fit needs labels: one class for each image")
   labels = list(labels)
   names = tuple(map(str, classes)) if classes else _names(labels)
   numbers = _numbers(labels, names)
-  pixels = images_lib.prepare_all(images, config.image_size, config.resample)
+  pixels = images_lib.prepare_all(
+      images, size or config.image_size, config.resample)
   if len(pixels) != len(numbers):
     raise UserError(f"{len(pixels)} images and {len(numbers)} labels; give one "
                     "label for each image")
@@ -337,6 +349,7 @@ def _job(config, base, classes, train_split, val_split, seed):
   """(job, {site: scores}), which the selection of channels fills."""
   scores: dict[str, Any] = {}
   method = inputs.load_method(config, base)
+  config = inputs.settled(config, method)
   method = method._replace(stages=tuple(
       stage._replace(prepare=_recording(stage.prepare, scores))
       if stage.prepare else stage for stage in method.stages))

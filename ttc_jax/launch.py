@@ -6,7 +6,15 @@ import os
 import sys
 from typing import Any
 
-from ttc_jax import checkpoint, compilation, hosts, interrupt, report, tasks
+from ttc_jax import (
+  checkpoint,
+  compilation,
+  hosts,
+  interrupt,
+  report,
+  tasks,
+  weights,
+)
 from ttc_jax.errors import Stopped, printable
 from ttc_jax.report import grid
 from ttc_jax.runs.session import Session
@@ -62,6 +70,8 @@ def _run(config, config_file, workdir):
   if session.base.normalisation and not config.normalisation:
     print(printable(f"normalisation: {session.base.normalisation}, as the "
                     f"weights {session.base.source.name} say"))
+  if note := _other_size(session):
+    print(printable(note))
   for task, why in session.missing.items():
     print(printable(f"skipped: {task}: {why}"), file=sys.stderr)
   for line in describe(session.tasks.values()):
@@ -75,6 +85,16 @@ def _run(config, config_file, workdir):
   for name, why in [*session.missing.items(), *session.failed.items()]:
     print(printable(f"failed: {name}: {why}"), file=sys.stderr)
   return 1 if session.missing or session.failed else 0
+
+
+def _other_size(session: Session) -> str:
+  """A sentence where the weights are of another image size; else ""."""
+  path, size = session.base.source.path, session.config.image_size
+  native = path and weights.native_size(weights.read(path))
+  if not native or native == size:
+    return ""
+  return (f"image_size: {size} px; {session.base.source.name} was trained at "
+          f"{native} px, so its positions are resampled")
 
 
 def describe(loaded: Iterable[tasks.Task]) -> list[str]:

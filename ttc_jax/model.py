@@ -81,11 +81,17 @@ class Model(NamedTuple):
             @ head["kernel"] + head["bias"])
 
 
-def init_head(width: int, classes: int, seed: int) -> Params:
-  """Returns a linear head: a kernel (width, classes) of standard deviation
-  0.02, as timm's, and a bias (classes,) of 0."""
-  kernel = 0.02 * jax.random.truncated_normal(
-      jax.random.key(seed), -2, 2, (width, classes))
+def init_head(width: int, classes: int, seed: int,
+              init: str = "normal") -> Params:
+  """Returns a linear head: a kernel (width, classes), a bias (classes,) of 0.
+
+  Args:
+    init: of the kernel: "normal" has a standard deviation of 0.02, as timm's;
+      "zeros", as Big Vision's, leaves nothing to the seed.
+  """
+  kernel = jnp.zeros((width, classes)) if init == "zeros" else (
+      0.02 * jax.random.truncated_normal(
+          jax.random.key(seed), -2, 2, (width, classes)))
   return {"kernel": kernel, "bias": jnp.zeros(classes)}
 
 

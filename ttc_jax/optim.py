@@ -38,7 +38,8 @@ def warmup_cosine(lr: Number, steps: Number, warmup: Number,
 
 def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: Number,
             decay_all: bool = False,
-            optimiser: str = "adamw") -> optax.GradientTransformation:
+            optimiser: str = "adamw",
+            clip_norm: float = 0.0) -> optax.GradientTransformation:
   """Returns an optimiser of the leaves labelled "tune"; others do not change.
 
   Args:
@@ -48,6 +49,8 @@ def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: Number,
       PyTorch.
     decay_all: True also decays biases and vectors: norms, scales, shifts.
     optimiser: one of `config.OPTIMISERS`.
+    clip_norm: above 0, the gradients of all tuned leaves together are scaled
+      to at most this norm, before anything else.
   """
   def decayed(params):
     return trees.map_with_names(
@@ -58,6 +61,8 @@ def make_tx(labels: trees.Tree, schedule: Schedule, weight_decay: Number,
                        optax.sgd(schedule, momentum=MOMENTUM))
   else:
     tune = optax.adamw(schedule, weight_decay=weight_decay, mask=decayed)
+  if clip_norm:
+    tune = optax.chain(optax.clip_by_global_norm(clip_norm), tune)
   return optax.multi_transform(
       {"tune": tune, "freeze": optax.set_to_zero()}, labels)
 

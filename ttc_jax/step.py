@@ -24,6 +24,9 @@ class Plan(NamedTuple):
   """Configuration values that are compiled into an epoch.
 
   Everything else is an argument of the compiled function.
+
+  Attributes:
+    crop_to: side of random crops, in pixels; 0: images have that of the model.
   """
   batch_size: int
   label_smoothing: float
@@ -33,18 +36,22 @@ class Plan(NamedTuple):
   optimiser: str
   accumulate: int = 1
   recipe: augment.Recipe = augment.Recipe()
+  clip_norm: float = 0.0
+  crop_to: int = 0
 
   @property
   def augments(self) -> bool:
     """Whether an image differs from epoch to epoch."""
-    return self.flip or self.smallest_crop < 1 or any(self.recipe)
+    return (self.flip or self.smallest_crop < 1 or self.crop_to > 0
+            or any(self.recipe))
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """Returns the values of `Plan` that a configuration has."""
   values = {field: config[field] for field in Plan._fields
-            if field != "recipe"}
-  return Plan(**values, recipe=augment.Recipe(**config.augment))
+            if field not in ("recipe", "crop_to")}
+  return Plan(**values, recipe=augment.Recipe(**config.augment),
+              crop_to=config.image_size if config.crop_from else 0)
 
 
 Number = Any  # a scalar: numpy's, or traced
@@ -102,9 +109,11 @@ def make_loss_fn(model: Model, plan: Plan) -> Callable:
     images, labels = batch
     crop_key, flip_key, path_key = jax.random.split(key, 3)
     more_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))
+    size = plan.crop_to or images.shape[1]
     if plan.smallest_crop < 1:
-      images = augment.random_crop(
-          images, crop_key, images.shape[1], plan.smallest_crop)
+      images = augment.random_crop(images, crop_key, size, plan.smallest_crop)
+    elif plan.crop_to:
+      images = augment.random_window(images, crop_key, size)
     if plan.flip:
       images = augment.random_flip(images, flip_key)
     images = augment.change(images, more_key, plan.recipe, model.normalisation)
@@ -141,7 +150,7 @@ def make_update_fn(model: Model, rules: trees.Rules, plan: Plan) -> Callable:
     tx = optim.make_tx(
         labels, optim.warmup_cosine(hyper.lr, hyper.steps, hyper.warmup,
                                     hyper.warmup_lr, hyper.min_lr),
-        hyper.weight_decay, plan.decay_all, plan.optimiser)
+        hyper.weight_decay, plan.decay_all, plan.optimiser, plan.clip_norm)
     if model.sample is not None:
       fixed = fixed._replace(buffers=model.sample(fixed.buffers, key))
     key = jax.random.fold_in(key, parallel.device_index())
@@ -272,13 +281,14 @@ def _nan_unless_finite(losses, learner):
 
 
 @functools.cache
-def make_init_fn(rules: trees.Rules, optimiser: str) -> Callable:
+def make_init_fn(rules: trees.Rules, optimiser: str,
+                 clip_norm: float = 0.0) -> Callable:
   """Returns the pmapped `init_fn(tuned, frozen) -> opt_state`."""
   def init_fn(tuned, frozen):
     params = trees.join(tuned, frozen)
     return optim.make_tx(
         trees.label(params, rules), lambda step: jnp.zeros(()), 0.0,
-        optimiser=optimiser).init(params)
+        optimiser=optimiser, clip_norm=clip_norm).init(params)
   return parallel.pmap(init_fn)
 
 

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from ttc_jax import (
+  augment,
   checkpoint,
   cost,
   evaluate,
@@ -38,6 +39,7 @@ from ttc_jax.step import (
   shuffled,
 )
 from ttc_jax.tasks import Split
+from ttc_jax.tasks.images import Stream
 
 Record = dict[str, Any]
 
@@ -99,7 +101,8 @@ def stage_keys(job: Job) -> list[str]:
   def key(stages):
     return checkpoint.digest([job.identity, [
         (s.name, s.rules,
-         (job.method.name, job.method.options) if s.prepare else None)
+         (job.method.name, job.method.options)
+         if s.prepare or s.solve else None)
         for s in stages]])
   stages = job.method.stages
   return [key(stages[:i + 1]) for i in range(len(stages))]
@@ -119,7 +122,8 @@ def run(job: Job, base: trees.Tree, stages: checkpoint.Stages) -> Outcome:
     Stopped: this process was asked to end; the last epoch is saved.
   """
   head = pad_head(
-      init_head(job.model.backbone.width, job.classes, job.seed))
+      init_head(job.model.backbone.width, job.classes, job.seed,
+                job.config.head_init))
   params = {"backbone": base, "adapter": {},
             "head": parallel.replicate(head)}
   state, history, total = State(params, {}), [], Clock()
@@ -214,7 +218,8 @@ class StageRun:
   def __init__(self, job: Job, index: int, store: checkpoint.StageStore):
     self.job, self.index, self.store = job, index, store
     self.stage: Stage = job.method.stages[index]
-    self.plan, self.epochs = make_plan(job.config), job.config.epochs
+    self.plan = make_plan(job.config)
+    self.epochs = 1 if self.stage.solve else job.config.epochs
     self._last_save = 0.0
 
   def run(self, state: State) -> tuple[State, list[Record], Clock]:
@@ -227,6 +232,8 @@ class StageRun:
       self._report(record)
     if saved and saved.epoch == self.epochs:
       return state, saved.meta["records"], Clock(**saved.meta["clock"])
+    if self.stage.solve:
+      return self._solved(state, self.stage.solve)
     inputs = self._inputs(state)
     tuned, frozen = trees.split(
         inputs.params, trees.label(inputs.params, self.stage.rules), "tune")
@@ -298,7 +305,6 @@ class StageRun:
 
   def _prepared(self, state):
     """(state that the stage starts from, records that `prepare` logged)."""
-    job = self.job
     log: list[Record] = []
     if not self.stage.prepare:
       return state, log
@@ -306,18 +312,51 @@ class StageRun:
     def keep(record):
       log.append(record)
       self._report(record)
-    adapter, buffers = self.stage.prepare(Context(
-        with_handlers(job, state), state.params, state.buffers,
-        job.train.images, job.train.labels, job.seed,
-        job.holdout and job.holdout[1], self.store, keep, **self._at_a_time()))
+    adapter, buffers = self.stage.prepare(self._context(state)._replace(
+        log=keep))
     params = {**state.params, "adapter": parallel.replicate(adapter)}
     return State(params, parallel.replicate(buffers)), log
+
+  def _context(self, state) -> Context:
+    """What a stage's `prepare` or `solve` is told; images as in use: where
+    training crops at random places, their centres."""
+    job = self.job
+    images = job.train.images
+    if self.plan.crop_to:
+      images = _centre(images, self.plan.crop_to)
+    return Context(
+        with_handlers(job, state), state.params, state.buffers, images,
+        job.train.labels, job.seed, job.holdout and job.holdout[1],
+        self.store, classes=job.classes, **self._at_a_time())
 
   def _at_a_time(self):
     """The `batch_size` of a Context whose batches go through in parts."""
     parts, usual = self.plan.accumulate, Context._field_defaults["batch_size"]
     return {} if parts == 1 else {
         "batch_size": min(usual, self.plan.batch_size // parts)}
+
+  # --- In place of epochs -----------------------------------------------------
+
+  def _solved(self, state, solve):
+    """Computes the stage's head; its one record has the loss that is least."""
+    job, begin = self.job, time.perf_counter()
+    head, loss = solve(self._context(state))
+    if not all(np.isfinite(x).all() for x in head.values()):
+      raise RunError(f"stage '{self.stage.name}' found a head that is not "
+                     "finite: are the features?")
+    count, seconds = len(job.train.labels), time.perf_counter() - begin
+    head = parallel.replicate(pad_head(head))
+    record = {"epoch": 1, "loss": loss, "images_per_second": count / seconds}
+    state = State({**state.params, "head": head}, state.buffers)
+    if job.val:
+      record["val_top1"] = evaluate.top1(
+          with_handlers(job, state), state.params, state.buffers,
+          job.val.images, job.val.labels)
+    self._report(record)
+    progress = Progress(Learner({"head": head}, {}), [record],
+                        Clock(seconds, images=count))
+    self.store.save(_saved(1, state.buffers, progress, True))
+    return state, progress.records, progress.clock
 
   def _inputs(self, state):
     """What the stage trains on.
@@ -354,8 +393,9 @@ class StageRun:
 
   def _start(self, tuned, frozen, saved, log):
     """The stage before the first epoch that is left."""
-    opt_state = make_init_fn(self.stage.rules, self.plan.optimiser)(
-        tuned, frozen)
+    opt_state = make_init_fn(
+        self.stage.rules, self.plan.optimiser, self.plan.clip_norm)(
+            tuned, frozen)
     # The epoch donates its inputs; the base weights must survive it.
     learner = Learner(jax.tree.map(jnp.copy, tuned), opt_state)
     if not saved:
@@ -463,6 +503,13 @@ class StageRun:
           inputs.val.labels)
     return Progress(
         progress.learner, [*progress.records, record], progress.clock)
+
+
+def _centre(images, size):
+  """The centres of images (N, S, S, 3), of a Stream as they are decoded."""
+  if isinstance(images, Stream):
+    return images.changed(size, lambda x: augment.centre(x[None], size)[0])
+  return augment.centre(np.asarray(images), size)
 
 
 def _saved(done, buffers, progress, finished):

@@ -26,9 +26,8 @@ EPOCHS = 1 if SHORT else 4    # of each stage
 IMAGES = 128 if SHORT else 0  # of each split; 0: all
 OUT = tempfile.mkdtemp(prefix="ttc_jax_")
 
-# A path or an address, for example
-# "gs://big_vision/siglip/webli_en_b16_224_63724782.npz" with SIZE = 224 (the
-# image tower is read; `%pip install fsspec gcsfs`).
+# A path, an address or a short name, for example "SigLIP B/16 224" with
+# SIZE = 224 (the image tower is read; `%pip install fsspec gcsfs`).
 CHECKPOINT = ""
 SIZE = 64
 

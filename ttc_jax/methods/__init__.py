@@ -55,6 +55,7 @@ class Context(NamedTuple):
     log: takes records for the learning curve.
     keep: takes the scores by which channels are selected, see `importance`.
     batch_size: images that go through the model at a time.
+    classes: of the task.
   """
   model: Model
   params: trees.Tree
@@ -67,12 +68,16 @@ class Context(NamedTuple):
   log: Callable[[dict[str, Any]], None] = lambda record: None
   keep: Callable[[dict[str, Any]], None] = lambda scores: None
   batch_size: int = 64
+  classes: int = 0
 
 
 # `(adapter, buffers)`: the trees {site: {block: {name: array}}} that a stage
 # starts from. The adapter is trained; the buffers are further inputs of the
 # handlers that are not trained.
 Prepare = Callable[[Context], tuple[trees.Tree, trees.Tree]]
+# `(head, loss)`: what a stage computes in place of training: {"kernel": (D, C),
+# "bias": (C,)} of numpy, and the value of what it minimises.
+Solve = Callable[[Context], tuple[trees.Tree, float]]
 # `(params, buffers, backbone) -> backbone params`, numpy in and out.
 Merge = Callable[[trees.Tree, trees.Tree, nn.Module], trees.Tree]
 
@@ -87,12 +92,14 @@ class Stage(NamedTuple):
     holdout: True trains on the training split without the validation split,
       whatever the protocol.
     sample: `(buffers, key) -> buffers` of one training step, or None.
+    solve: computes the head in place of all epochs, or None.
   """
   name: str
   rules: trees.Rules
   prepare: Prepare | None = None
   holdout: bool = False
   sample: Callable[[trees.Tree, Any], trees.Tree] | None = None
+  solve: Solve | None = None
 
 
 # Runs share a stage if its name, its rules and all stages before it agree.

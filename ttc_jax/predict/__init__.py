@@ -63,6 +63,10 @@ class Tuned(NamedTuple):
     """Returns probabilities (N, C), the softmax of `logits`."""
     return scipy.special.softmax(self.logits(images), axis=-1)
 
+  def classify(self, images: Any) -> list[str]:
+    """Returns the likeliest class of each image; images as of `logits`."""
+    return [self.classes[i] for i in self.logits(images).argmax(-1)]
+
   def features(self, images: Any) -> np.ndarray:
     """Returns features (N, D) of the tuned backbone, before the head; images
     as of `logits`."""

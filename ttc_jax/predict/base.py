@@ -56,7 +56,8 @@ def _local_file(source):
   """The path of a file of sane size; devices and /proc have none. Else None."""
   try:
     path = sources.locate(source)
-    return path if 0 < os.path.getsize(path) < _LARGEST else None
+    size = os.path.getsize(sources.split_part(path)[0])
+    return path if 0 < size < _LARGEST else None
   except (UserError, OSError, ValueError):
     return None
 

@@ -4,6 +4,7 @@
   tables.py     rows -> numbers: columns, lines, means, intervals
   formats.py    a table as text, Markdown, LaTeX, CSV or JSON
   published.py  numbers from the papers
+  big_vision.py numbers of Big Vision's own trainer
   status.py     progress of a work directory
   __main__.py   the command line
 

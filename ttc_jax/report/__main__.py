@@ -2,12 +2,14 @@
 
   python -m ttc_jax.report WORKDIR... --published --format=latex
   python -m ttc_jax.report WORKDIR... --watch
+  python -m ttc_jax.report WORKDIR... --big_vision=FILE,TASK=FILE
 
   python -m ttc_jax.report paper WORKDIR... --out=DIR
 
 Work directories are only read, whether or not a run is going on. `paper` takes
 those of experiments (configs/paper.py) and writes evidence.html, one page that
-needs no other file, and evidence.md with its pictures.
+needs no other file, and evidence.md with its pictures. --big_vision adds runs
+of Big Vision's own trainer, from the big_vision_metrics.txt that it writes.
 """
 from collections.abc import Sequence
 import os
@@ -18,7 +20,7 @@ from absl import flags
 
 from ttc_jax import cli, files, report
 from ttc_jax.errors import UserError, check_known, printable
-from ttc_jax.report import formats, status, tables
+from ttc_jax.report import big_vision, formats, status, tables
 
 
 def watch(workdirs: Sequence[str], every: float) -> None:
@@ -52,6 +54,7 @@ def show(workdirs: Sequence[str]) -> None:
     raise UserError("published numbers are of the test set: add "
                     "--protocol=final, or leave --published out")
   table = tables.make(rows, protocol, _PUBLISHED.value, planned)
+  table = big_vision.add(table, _BIG_VISION.value or ())
   form = formats.FORMATS[_FORMAT.value]
   text = form.write(table, _INTERVAL.value)
   if _OUT.value:
@@ -132,6 +135,9 @@ if __name__ == "__main__":
   _PUBLISHED = flags.DEFINE_bool(
       "published", False, "adds what papers printed for VTAB-1K, and how far "
       "the runs are from it")
+  _BIG_VISION = flags.DEFINE_list(
+      "big_vision", None, "adds Big Vision's own runs: FILE or TASK=FILE, its "
+      "big_vision_metrics.txt")
   _OUT = flags.DEFINE_string("out", None, "folder to write into as well")
   _PLOT = flags.DEFINE_bool("plot", False, "adds a picture to --out")
   _WATCH = flags.DEFINE_bool("watch", False, "how far the runs are, instead")

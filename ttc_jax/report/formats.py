@@ -129,7 +129,8 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 def latex(table: Table, interval: bool = False) -> str:
   r"""Writes LaTeX for \input; its first line names the packages it needs."""
   blocks = [[latex_line(cells(x, interval)) for x in table.lines
-             if x.kind == kind] for kind in ("run", "published", "difference")]
+             if x.kind == kind]
+            for kind in ("run", "theirs", "published", "difference")]
   return latex_table(
       _headings(table) + latex_line(header(table)), blocks,
       [table.what + ".", *notes(table, interval)], len(header(table)))
@@ -189,9 +190,10 @@ def _escape(text_: str) -> str:
 def csv(table: Table, interval: bool = False) -> str:
   """Writes tidy CSV, in full precision.
 
-  One line per variant, task, test set and seed; published numbers have no
-  seed. A spreadsheet takes text that begins with one of = + - @ for a formula:
-  it gets an apostrophe in front. `interval` is unused: there are no means.
+  One line per variant, task, test set and seed; published numbers and those
+  of other trainers have no seed. A spreadsheet takes text that begins with one
+  of = + - @ for a formula: it gets an apostrophe in front. `interval` is
+  unused: there are no means.
   """
   del interval
   out = io.StringIO()
@@ -210,10 +212,10 @@ def csv(table: Table, interval: bool = False) -> str:
         write("run", r["variant"], r["method"], r["protocol"], r["task"], test,
               r["group"], r["seed"], top1, r["lr"], r["weight_decay"],
               *(r[f"{part}_params"] for part in PARTS), r["backbone"], r["run"])
-    if line.kind == "published":
+    if line.kind in ("published", "theirs"):
       for column, score in zip(table.columns, line.scores, strict=True):
         if column.heading and score:
-          write("published", line.name, "", table.protocol, column.title, "",
+          write(line.kind, line.name, "", table.protocol, column.title, "",
                 column.heading, "", round(score.mean, 2), *[""] * 7)
   return out.getvalue()
 

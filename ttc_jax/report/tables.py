@@ -75,7 +75,8 @@ class Line(NamedTuple):
   """A line of the table.
 
   Attributes:
-    kind: "run", "published", or "difference" (a run minus a published line).
+    kind: "run", "theirs" (a run of another library's trainer), "published",
+      or "difference" (a run minus a published line).
     scores: one score per column; None where a run is missing.
     params: {part: (smallest, largest) number over tasks}, or as published.
     seeds: the smallest and the largest number of seeds of a task.

@@ -65,12 +65,21 @@ class Inputs:
 
   def task(self, name: str, config: ml_collections.ConfigDict) -> tasks.Task:
     """Returns a task that decodes its images at a variant's size."""
-    how = config.image_size, config.resample
+    return self._at(name, config, config.image_size)
+
+  def training(self, name: str,
+               config: ml_collections.ConfigDict) -> tasks.Task:
+    """Returns a task that decodes its images as a variant trains on them: they
+    are larger where crops of them are taken."""
+    return self._at(name, config, config.crop_from or config.image_size)
+
+  def _at(self, name, config, size):
+    how = size, config.resample
     if how == (self._config.image_size, self._config.resample):
       return self.tasks[name]
     if (name, *how) not in self._sized:
       self._sized[name, *how] = tasks.at_size(
-          self.tasks[name], config.image_size, resample=config.resample,
+          self.tasks[name], size, resample=config.resample,
           cache=config.cache or None, cache_gib=config.cache_gib)
     return self._sized[name, *how]
 
@@ -206,6 +215,15 @@ def _check_frozen(config, base, method):
           f"config.frozen_dtype is {config.frozen_dtype}, but {config.method} "
           f"tunes kernels ({name}); give float32, or a method that keeps them "
           "frozen")
+
+
+def settled(config, method: methods.Method) -> ml_collections.ConfigDict:
+  """Returns a copy with what no stage of a method reads at its least value:
+  the same head is not solved once for each number of epochs."""
+  config = config.copy_and_resolve_references()
+  if all(stage.solve for stage in method.stages):
+    config.epochs, config.warmup_epochs = 1, 0.0
+  return config
 
 
 def check_runs(config, inputs: Inputs) -> None:

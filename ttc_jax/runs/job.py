@@ -38,19 +38,24 @@ def data_digest(task: tasks.Task, run_protocol: str, method) -> str:
     return task.digest
 
 
-def make_job(run: Run, base: Base, task: tasks.Task,
-             report: Callable) -> train.Job:
+def make_job(run: Run, base: Base, task: tasks.Task, report: Callable,
+             training: tasks.Task | None = None) -> train.Job:
   """Settles everything about a run and decodes the images that it needs.
 
   A corrupt image is found here, before the training, unless its split is so
   large that it streams.
 
+  Args:
+    training: the same task at the size of the training images, where that is
+      another.
+
   Raises:
     DataError: an image that cannot be read.
   """
   c, final = run.config, run.protocol == "final"
-  splits = {name: task.split(name).first(c.limit)
-            for name in split_names(run.protocol, run.method)}
+  training = training or task
+  splits = {name: (task if name == "val" else training).split(name).first(
+      c.limit) for name in split_names(run.protocol, run.method)}
   if final:
     for name in task.tests:
       task.split(name)

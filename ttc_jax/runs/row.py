@@ -30,8 +30,9 @@ from ttc_jax.runs.workdir import Row
 # Values of a row that are the run's configuration.
 _OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype",
               "frozen_dtype", "optimiser", "warmup_lr", "min_lr", "decay_all",
-              "drop_path", "label_smoothing", "lr", "weight_decay", "epochs",
-              "warmup_epochs", "batch_size", "limit", "few_shot")
+              "drop_path", "label_smoothing", "clip_norm", "head_init",
+              "crop_from", "lr", "weight_decay", "epochs", "warmup_epochs",
+              "batch_size", "limit", "few_shot")
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
@@ -93,7 +94,7 @@ def _facts(run, base, task, job):
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": run.data, "options": options,
       **{key: options.get(key) for key in (
-          "k", "position", "score", "scale", "adapter_lr")},
+          "k", "position", "score", "scale", "adapter_lr", "l2")},
       **{key: c[key] for key in _OF_CONFIG},
       "stages": [s.name for s in run.method.stages],
       "train_count": len(job.train.labels),

@@ -130,15 +130,17 @@ class Session:
     if (task is None or task in self._decoding or not self.config.data
         or self._is_done(task)):
       return
-    sized = {id(found): found for found in (
-        self.inputs.task(task, config)
-        for config in plan.variants(self.config, task).values())}
+    wanted = [(found, split)
+              for config in plan.variants(self.config, task).values()
+              for found, splits in (
+                  (self.inputs.task(task, config), self.tasks[task].splits),
+                  (self.inputs.training(task, config), ("train", "trainval")))
+              for split in splits]
     def decode():
       # RuntimeError: of its threads, when the process ends.
       with contextlib.suppress(UserError, Stopped, RuntimeError):
-        for found in sized.values():
-          for split in found.splits:
-            found.split(split)
+        for found, split in wanted:
+          found.split(split)
     self._decoding[task] = threading.Thread(target=decode, daemon=True)
     self._decoding[task].start()
 
@@ -192,6 +194,7 @@ class Session:
     base = self.inputs.base(config)
     config = inputs.resolved(config, base)
     method = inputs.load_method(config, base)
+    config = inputs.settled(config, method)
     data = job.data_digest(self.inputs.task(task, config), protocol, method)
     run = plan.Run(task, variant, config, method, protocol, seed, data,
                    base.source.sha256)
@@ -255,7 +258,8 @@ class Session:
     base = self.inputs.base(run.config)
     with Progress(run.name, lambda records: self.workdir.write_curve(
         run.name, records), seconds=self.workdir.curve_seconds) as bar:
-      todo = job.make_job(run, base, task, bar.update)
+      todo = job.make_job(run, base, task, bar.update,
+                          self.inputs.training(run.task, run.config))
       bar.expect(len(todo.method.stages) * todo.config.epochs)
       self.workdir.write_stages(run.name, train.stage_keys(todo))
       outcome = train.run(todo, base.params, self.stages)
@@ -283,6 +287,7 @@ def _json(config):
 def _line(row: Row) -> str:
   accuracy = (f"test {row['test_top1']:.1f} %" if row["val_top1"] is None
               else f"val {row['val_top1']:.1f} %")
+  key = "l2" if row["l2"] else "lr"
   return printable(
       f"{row['task']}  {row['variant']}  seed {row['seed']}  "
-      f"lr {row['lr']:g}  {accuracy}  {row['seconds_train']:.0f} s")
+      f"{key} {row[key]:g}  {accuracy}  {row['seconds_train']:.0f} s")

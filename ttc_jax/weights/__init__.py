@@ -1,6 +1,7 @@
 """Weights: files of known formats -> the parameters of a backbone, and back.
 
   sources.py      where a file comes from: a path, a URL, hf://, or "random"
+  released.py     short names of Big Vision's released weights
   containers.py   how files hold tensors: .npz, .safetensors, .pth
   formats/        how families of files name and lay out our parameters
   reader.py       an opened file; its tensors are read one by one

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttc_jax.errors import UserError
-from ttc_jax.weights import containers, formats
+from ttc_jax.weights import containers, formats, sources
 from ttc_jax.weights.containers import Tensor
 from ttc_jax.weights.formats import Format, Normalisation, layout
 
@@ -49,13 +49,18 @@ def read(path: str) -> Weights:
 
   Args:
     path: of an `.npz`, `.safetensors` or `.pth` file, or of the index of
-      sharded safetensors. A `config.json` beside it is read too.
+      sharded safetensors. A `config.json` beside it is read too. Of
+      "FILE.npz:img" only the tensors below that name, see
+      `sources.split_part`.
 
   Raises:
     UserError: the file is missing, damaged, of no known format, or of an
       architecture that is not supported.
   """
+  path, part = sources.split_part(path)
   everything, metadata = containers.open_file(path)
+  if part:
+    everything = _below(part, everything, path)
   found = formats.recognise(
       everything, metadata, _beside(path, "config.json"), path)
   for pattern, what in found.format.refused.items():
@@ -67,6 +72,22 @@ def read(path: str) -> Weights:
       path, found.format, found.fields, found.tensors,
       _outside(path, everything, found), found.sizes, found.positioned,
       found.normalisation or _of_processor(path))
+
+
+def _below(part, everything, path):
+  """The tensors below a name, by the rest of their names.
+
+  The tree may stand at the top of the file, or below what training adds.
+  """
+  for root in formats.TREES:
+    below = f"{root}{part}/"
+    found = {n.removeprefix(below): t for n, t in everything.items()
+             if n.startswith(below)}
+    if found:
+      return found
+  tops = sorted({n.partition("/")[0] for n in everything})
+  raise UserError(f"weights file '{path}' has no part '{part}'; at its top are "
+                  f"{', '.join(tops[:6])}{', ...' if len(tops) > 6 else ''}")
 
 
 def _outside(path, everything, found):

@@ -4,10 +4,13 @@
   ViT-B_16.npz                                    a path
   gs://vit_models/augreg/S_16.npz, https://...    whatever fsspec opens
   hf://owner/name[@revision][/file]               the Hugging Face Hub
+  howto-i21k-B/16                                 a short name of `released`
 
-Any of the last three may end with "#sha256=HEX", the file's expected hash. A
-folder stands for its model.safetensors or, of a model in several files, for its
-model.safetensors.index.json; the hash of an index covers all files.
+Any of the last four may end with "#sha256=HEX", the file's expected hash. An
+.npz may end with ":img", as in Big Vision: of a file with several models, the
+tensors below that name alone. A folder stands for its model.safetensors or, of
+a model in several files, for its model.safetensors.index.json; the hash of an
+index covers all files.
 """
 from collections.abc import Iterator
 import contextlib
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 
 from ttc_jax import files
 from ttc_jax.errors import UserError
+from ttc_jax.weights import released
 
 INDEX = ".safetensors.index.json"
 _MAIN = ("model.safetensors", "model" + INDEX)
@@ -88,7 +92,8 @@ class Source(NamedTuple):
 
   Attributes:
     source: as the user named it; it may hold a password, see `public`.
-    path: of the local file; None for "random".
+    path: of the local file, perhaps with a part, see `split_part`; None for
+      "random".
     sha256: hexadecimal; "random" for "random".
   """
   source: str
@@ -104,8 +109,8 @@ class Source(NamedTuple):
   def address(self) -> str:
     """The source without passwords, of use in any working directory: local
     paths are absolute."""
-    local = os.path.expanduser(self.source)
-    return (os.path.abspath(local) if os.path.exists(local)
+    local, part = split_part(os.path.expanduser(self.source))
+    return (join_part(os.path.abspath(local), part) if os.path.exists(local)
             else public(self.source))
 
 
@@ -125,6 +130,7 @@ def open_source(source: str, cache: str | None = None) -> Source:
   """
   if source == RANDOM:
     return Source(source, None, RANDOM)
+  source = released.resolve(source)
   path = locate(source, cache)
   return Source(source, path, sha256(path))
 
@@ -141,12 +147,19 @@ def locate(source: str, cache: str | None = None) -> str:
     UserError: no such file, a failed download (the next call resumes it), a
       hash that differs, or a library that is not installed.
   """
+  source = released.resolve(source)
   check_scheme(source)
   address, _, wanted = source.partition("#sha256=")
   if "#sha256=" in source and not re.fullmatch("[0-9a-f]{64}", wanted):
     raise UserError(
         f"weights '{public(source)}': the hash after '#sha256=' needs 64 "
         "lower-case hexadecimal digits")
+  address, part = split_part(address)
+  return join_part(_locate(address, wanted, cache), part)
+
+
+def _locate(address, wanted, cache):
+  """The path of the local file of an address without hash and part."""
   if "://" in address and not address.startswith("hf://"):
     return _download(address, wanted, cache or default_cache())
   path = (_from_hub(address, cache) if "://" in address
@@ -157,11 +170,33 @@ def locate(source: str, cache: str | None = None) -> str:
     raise UserError(f"'{path}' is a folder without {' or '.join(_MAIN)}: name "
                     "the file of weights")
   if not os.path.isfile(path):
-    raise UserError(f"weights file '{path}' does not exist")
+    raise UserError(f"weights file '{path}' does not exist"
+                    + released.near(address))
   files.utf8(path)
   if wanted:
     _check(address, sha256(path), wanted)
   return path
+
+
+def split_part(source: str) -> tuple[str, str]:
+  """Splits "FILE.npz:img" into the file and the name of the part, or "".
+
+  As in Big Vision's `utils.load_params`, the part is the tree below that name;
+  here of .npz files alone. A file that exists is no part of another.
+
+  Example:
+    >>> split_part("gs://big_vision/siglip/a.npz:img")
+    ('gs://big_vision/siglip/a.npz', 'img')
+  """
+  match = re.fullmatch(r"(.*\.npz):(\w+(?:/\w+)*)", source)
+  if match is None or os.path.isfile(source):
+    return source, ""
+  return match[1], match[2]
+
+
+def join_part(path: str, part: str) -> str:
+  """Inverse of `split_part`."""
+  return f"{path}:{part}" if part else path
 
 
 def default_cache() -> str:
@@ -172,8 +207,10 @@ def default_cache() -> str:
 def sha256(path: str) -> str:
   """Returns the file's SHA-256, hexadecimal, without holding it in memory.
 
-  Of an index: that of the list of the hashes of the index and its files.
+  Of an index: that of the list of the hashes of the index and its files. Of a
+  part (`split_part`): that of the whole file.
   """
+  path, _ = split_part(path)
   def of_file(path):
     with open(path, "rb") as f:
       return hashlib.file_digest(f, "sha256").hexdigest()

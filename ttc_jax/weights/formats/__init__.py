@@ -33,7 +33,7 @@ from ttc_jax.weights.formats.base import (
   is_zero,
   normalisation,
 )
-from ttc_jax.weights.formats.bigvision import BIGVISION
+from ttc_jax.weights.formats.bigvision import BIGVISION, TREES
 from ttc_jax.weights.formats.hf import (
   HF_CLIP,
   HF_DINOV2,
@@ -47,7 +47,7 @@ from ttc_jax.weights.formats.timm import TIMM, TIMM_DINOV3
 __all__ = (
     "BIGVISION", "HALF", "HF_CLIP", "HF_DINOV2", "HF_DINOV3", "HF_SIGLIP",
     "HF_VIT", "OURS", "SWIN_HF", "SWIN_MS", "SWIN_TIMM", "TIMM", "TIMM_DINOV3",
-    "UNKNOWN", "Format", "Found", "Normalisation", "check_fields",
+    "TREES", "UNKNOWN", "Format", "Found", "Normalisation", "check_fields",
     "count_tokens", "is_zero", "normalisation", "recognise")
 
 OURS = Format("ttc_jax", names=lambda name: (name,))

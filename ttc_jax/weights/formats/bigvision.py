@@ -34,9 +34,10 @@ BIGVISION = base.Format(
     refused={r"(conv_root|block\d+)/.*": "a ResNet below the Transformer"})
 
 
-# The tree itself, or one of two towers, with the optimiser beside or without.
-_ROOTS = tuple(tree + tower for tower in ("", "img/")
-               for tree in ("", "params/", "target/", "opt/target/"))
+# Where a file has the tree, with the optimiser beside or without.
+TREES = ("", "params/", "target/", "opt/target/")
+# The tree itself, or one of two towers.
+_ROOTS = tuple(tree + tower for tower in ("", "img/") for tree in TREES)
 # The other tower, its temperature and bias, and the state of the training.
 _BESIDE = (r"((params|opt/target|target)/)?(txt/.*|t|b)|"
            r"(opt|extra|state|chrono)/.*|step|rng")

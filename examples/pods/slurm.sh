@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=ttc
+#SBATCH --array=0-7              # eight jobs that share one work directory
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --requeue                # SIGTERM: the epoch is saved, exit code 0
+#SBATCH --signal=TERM@60
+#
+#   sbatch examples/pods/slurm.sh DATA WEIGHTS WORKDIR
+#
+# Each job takes runs that no other does. To train one run over several nodes:
+#
+#   sbatch --array=0 --nodes=4 --ntasks-per-node=8 examples/pods/slurm.sh \
+#     DATA WEIGHTS WORKDIR --config.hosts=batch --config.batch_size=512
+set -euo pipefail
+data=$1 weights=$2 workdir=$3
+shift 3
+srun python -m ttc_jax.main --workdir="$workdir" \
+  --config="configs/compare.py:task=vtab,backbone=vit_b16,size=224,epochs=50,\
+data=$data,weights=$weights" "$@"
