@@ -117,6 +117,15 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(
   assert all((flat[name] == x).all() for name, x in kept.items())
 
 
+def test_the_centres_of_a_stream_are_those_of_the_array():
+  pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+  stream = images.Stream(5, 8, pixels.__getitem__)
+  found = train._centre(stream, 4)
+  assert found.shape == (5, 4, 4, 3)
+  assert (found[1:4] == train._centre(pixels, 4)[1:4]).all()
+  assert (found[:] == pixels[:, 2:6, 2:6]).all()
+
+
 def test_a_damaged_image_is_one_sentence(short_chunks, tmp_path):
   paths = []
   for i in range(40):

@@ -39,6 +39,7 @@ from ttc_jax.step import (
   shuffled,
 )
 from ttc_jax.tasks import Split
+from ttc_jax.tasks.images import Stream
 
 Record = dict[str, Any]
 
@@ -322,7 +323,7 @@ class StageRun:
     job = self.job
     images = job.train.images
     if self.plan.crop_to:
-      images = augment.centre(np.asarray(images), self.plan.crop_to)
+      images = _centre(images, self.plan.crop_to)
     return Context(
         with_handlers(job, state), state.params, state.buffers, images,
         job.train.labels, job.seed, job.holdout and job.holdout[1],
@@ -502,6 +503,13 @@ class StageRun:
           inputs.val.labels)
     return Progress(
         progress.learner, [*progress.records, record], progress.clock)
+
+
+def _centre(images, size):
+  """The centres of images (N, S, S, 3), of a Stream as they are decoded."""
+  if isinstance(images, Stream):
+    return images.changed(size, lambda x: augment.centre(x[None], size)[0])
+  return augment.centre(np.asarray(images), size)
 
 
 def _saved(done, buffers, progress, finished):

@@ -445,6 +445,11 @@ class Stream:
     self._ahead = after, self._submit(after)
     return self._gather(pending)
 
+  def changed(self, size: int,
+              change: Callable[[np.ndarray], np.ndarray]) -> "Stream":
+    """Returns a Stream of `change` of each row, (size, size, 3)."""
+    return Stream(len(self), size, lambda i: change(self._row(i)), self.stamp)
+
   def close(self) -> None:
     """Cancels the decoding ahead and stops the threads."""
     self._pool.shutdown(wait=False, cancel_futures=True)
