@@ -150,9 +150,9 @@ def make_ways(backbone: Any, config: Any,
   """
   eager = make_step(backbone, config, classes)
   ways = {"torch": Way(eager, None, _peak(eager))}
-  step = make_step(backbone, config, classes, compiles=True)
   begin = time.perf_counter()
   try:
+    step = make_step(backbone, config, classes, compiles=True)
     step()
   except Exception as e:  # the compiler's, the linker's, the system's
     return ways, reason(e)
