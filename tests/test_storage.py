@@ -248,7 +248,9 @@ def test_products_widen_one_kernel_at_a_time(dtype, saved):
     devices = len(parallel.devices())
     less = (wide.argument_bytes - narrow.argument_bytes) / devices
     assert less == pytest.approx(saved * count, rel=0.02)
-    assert narrow.temp_bytes - wide.temp_bytes < 0.3 * 4 * count * devices
+    # XLA of JAX 0.10 and 0.11 on CPU takes the barrier away, and widens all.
+    if jax.__version_info__ >= (0, 12):
+      assert narrow.temp_bytes - wide.temp_bytes < 0.3 * 4 * count * devices
 
 
 # --- Training, merging --------------------------------------------------------
