@@ -23,7 +23,7 @@ def row(variant, task, seed, top1, **more):
       finished="2026", limit=0, options={}) | more
 
 
-def rows(gains, variants=("a", "b"), tasks=("t", "u")):
+def rows(gains, variants=("a", "b"), tasks=("t", "u", "v")):
   """Variant a is above b by `gains[seed]` on every task."""
   one, other = variants
   found = []
@@ -35,7 +35,7 @@ def rows(gains, variants=("a", "b"), tasks=("t", "u")):
 
 
 def results(found, tmp_path):
-  return Results("t", found, ["t", "u"], WorkDir(tmp_path))
+  return Results("t", found, ["t", "u", "v"], WorkDir(tmp_path))
 
 
 def judged(gains, claimed, tmp_path):
@@ -68,7 +68,8 @@ def test_interval_is_student_s_over_the_seeds_of_the_mean_over_tasks(tmp_path):
 
 
 def test_seeds_and_tasks_that_one_variant_lacks_are_left_out(tmp_path):
-  found = [*rows((1.0, 1.0, 1.0)), row("a", "v", 0, 99), row("a", "t", 7, 99)]
+  found = [*rows((1.0, 1.0, 1.0), tasks="tu"), row("a", "v", 0, 99),
+           row("a", "t", 7, 99)]
   by_task = claims.differences(
       Results("t", found, ["t", "u", "v"], WorkDir(tmp_path)), "a", "b")
   assert by_task.keys() == {"t", "u"} and by_task["t"].keys() == {0, 1, 2}
@@ -79,14 +80,23 @@ def test_missing_runs_give_no_finding(tmp_path):
 
 
 def test_a_smaller_divergence_moves_less(tmp_path):
-  found = [row(v, t, s, 50) for v in ("a", "b") for t in "tu" for s in (0, 1)]
+  found = [row(v, t, s, 50) for v in ("a", "b") for t in "tuv"
+           for s in (0, 1)]
   work = WorkDir(tmp_path)
   for r in found:
     js = 0.01 if r["variant"] == "a" else 0.05 + 0.001 * r["seed"]
     work.write_measure(r["run"], "divergence", {"js": js})
   judge = claims.moves_less("a", "b")
   assert judge(results(found, tmp_path)).verdict == claims.SUPPORTED
-  assert claims.verdict(Score(-1.0, (-1.0, -1.1)), 0) == claims.NOT_SUPPORTED
+  below = Score(-1.0, (-1.0, -1.1))
+  assert claims.verdict(below, 0, 3) == claims.NOT_SUPPORTED
+
+
+def test_fewer_than_three_tasks_decide_nothing(tmp_path):
+  for tasks, expected in (("tu", claims.OPEN), ("tuv", claims.SUPPORTED)):
+    found = rows((2.0, 2.2, 1.8), tasks=tasks)
+    judge = claims.better("a", "b", 1.0)
+    assert judge(results(found, tmp_path)).verdict == expected
 
 
 @pytest.fixture

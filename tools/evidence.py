@@ -2,15 +2,21 @@
 
   python tools/evidence.py run --data=DIR --weights=ViT-S14.safetensors
   python tools/evidence.py save      # while it runs, or after
+  python tools/evidence.py page      # docs/evidence.md, of what was saved
 
-Finished rows and measures lie in docs/evidence/SET.jsonl; `run` puts them into
-the work directory first, so nothing is run twice, on whatever machine, and a
-killed command goes on. SET is one backbone with its tasks. `--only=SET,...`
-runs some; `--until=HOURS` starts no further experiment after that time.
+Finished rows, measures and plans lie in docs/evidence/SET.jsonl; `run` puts
+them into the work directory first, so nothing is run twice, on whatever
+machine, and a killed command goes on. SET is one backbone with its tasks.
+`--only=SET,...` runs some; `--until=HOURS` starts no further experiment after
+that time.
 """
+import glob
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 from absl import flags
@@ -49,10 +55,13 @@ def workdir(name: str) -> WorkDir:
   return WorkDir(os.path.join(_WORKDIR.value, name))
 
 
-def restore(name: str) -> None:
-  """Puts the rows and measures of docs/evidence into the work directory."""
-  path, place = os.path.join(FOLDER, f"{name}.jsonl"), workdir(name)
+def restore(name: str, place: WorkDir) -> None:
+  """Puts what docs/evidence has of a set into a work directory."""
+  path = os.path.join(FOLDER, f"{name}.jsonl")
   for line in from_lines(path) if os.path.exists(path) else ():
+    if "plan" in line:
+      place.store.create(line["plan"], json.dumps(line["content"]).encode())
+      continue
     row, measures = line["row"], line["measures"]
     if place.row(row["run"]) is None:
       place.write_row(row)
@@ -62,14 +71,36 @@ def restore(name: str) -> None:
 
 
 def save(name: str) -> None:
-  """Writes the rows and measures of the work directory to docs/evidence."""
+  """Writes rows, measures and plans of a work directory to docs/evidence."""
   place = workdir(name)
   os.makedirs(FOLDER, exist_ok=True)
   lines = [{"row": row, "measures": place.measures(row["run"])}
            for row in place.rows()]
   if lines:
+    lines += [{"plan": plan, "content": json.loads(place.store.read(plan))}
+              for plan in place.store.names("") if plan.startswith("plan-")]
     files.write_text(os.path.join(FOLDER, f"{name}.jsonl"), to_lines(lines))
     print(f"{name}: {len(lines)} rows")
+
+
+def page() -> None:
+  """Writes docs/evidence.md: its introduction, then the claims and tables."""
+  docs = os.path.join(FOLDER, os.pardir)
+  with tempfile.TemporaryDirectory() as scratch:
+    places = [WorkDir(os.path.join(scratch, name)) for name in _ONLY.value]
+    for name, place in zip(_ONLY.value, places, strict=True):
+      restore(name, place)
+    out = os.path.join(scratch, "page")
+    subprocess.run([
+        sys.executable, "-m", "ttc_jax.report", "paper", f"--out={out}",
+        *(str(place) for place in places if place.experiments())], check=True)
+    for file in glob.glob(os.path.join(out, "*.png")):
+      shutil.copy(file, docs)
+    with open(os.path.join(out, "evidence.md"), encoding="utf-8") as file:
+      heading, _, rest = file.read().partition("\n\n")
+  with open(os.path.join(FOLDER, "introduction.md"), encoding="utf-8") as file:
+    files.write_text(os.path.join(docs, "evidence.md"),
+                     f"{heading}\n\n{file.read()}\n{rest}")
 
 
 def run(name: str, experiment: str) -> None:
@@ -85,15 +116,18 @@ def run(name: str, experiment: str) -> None:
 
 def main(argv: list[str]) -> None:
   begin = time.monotonic()
-  if argv[1:] not in (["run"], ["save"]):
-    raise UserError("say run or save")
+  if argv[1:] not in (["run"], ["save"], ["page"]):
+    raise UserError("say run, save or page")
+  if argv[1] == "page":
+    page()
+    return
   for name in _ONLY.value:
     if argv[1] == "save":
       save(name)
       continue
     if not _DATA.value or not _WEIGHTS.value and name == "s14":
       raise UserError("run needs --data=DIR, and --weights=FILE for s14")
-    restore(name)
+    restore(name, workdir(name))
     for experiment in _EXPERIMENTS.value or SETS[name][1]:
       if time.monotonic() - begin < 3600 * _UNTIL.value:
         run(name, experiment)

@@ -8,7 +8,8 @@ has one value for each seed; its 95 % interval is Student's t over the seeds.
   not supported       the whole interval is below 0, or below the gain that the
                       paper claims
   not decidable here  otherwise: the interval holds both 0 and that gain, or
-                      there is one seed only
+                      there is one seed only, or fewer than three tasks: what
+                      is true of one need not be of the next
 """
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from ttc_jax.report.tables import Score
 
 SUPPORTED, NOT_SUPPORTED, OPEN = (
     "supported", "not supported", "not decidable here")
+TASKS = 3  # that a verdict needs
 
 
 class Finding(NamedTuple):
@@ -69,9 +71,13 @@ def over_tasks(by_task: dict[str, dict[int, float]]) -> Score | None:
   return Score(float(np.mean(values)), tuple(values)) if values else None
 
 
-def verdict(score: Score, claimed: float) -> str:
-  """Judges a difference against the gain that was claimed, in points."""
-  if score.interval is None:
+def verdict(score: Score, claimed: float, tasks: int) -> str:
+  """Judges a difference against the gain that was claimed, in points.
+
+  Args:
+    tasks: number of tasks that it is the mean of.
+  """
+  if score.interval is None or tasks < TASKS:
     return OPEN
   low, high = score.mean - score.interval, score.mean + score.interval
   if low > 0:
@@ -107,7 +113,7 @@ def better(one: str, other: str, claimed: float = 0.0
     return Finding(
         f"{one} - {other}: {interval(score)} over {_plural(by_task, 'task')} "
         f"({each}), {_plural(score.seeds, 'seed')}{said}",
-        verdict(score, claimed))
+        verdict(score, claimed, len(by_task)))
   return judge
 
 
@@ -135,7 +141,8 @@ def measure_rises(measure: str, variant: str,
       return None
     each = ", ".join(f"{task} {np.mean([*x.values()]):+.1f}"
                      for task, x in by_task.items())
-    return Finding(f"{what}: {interval(score, '')} ({each})", verdict(score, 0))
+    return Finding(f"{what}: {interval(score, '')} ({each})",
+                   verdict(score, 0, len(by_task)))
   return judge
 
 
@@ -152,7 +159,7 @@ def moves_less(one: str, other: str) -> Callable[[Results], Finding | None]:
     score = over_tasks(by_task)
     return score and Finding(
         f"JS divergence x 100 of {other} minus that of {one}: "
-        f"{interval(score, '')} nats", verdict(score, 0))
+        f"{interval(score, '')} nats", verdict(score, 0, len(by_task)))
   return judge
 
 
