@@ -17,6 +17,7 @@ def objects(tmp_path, monkeypatch):
   """The objects of a bucket that gs://b is."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   bucket._objects.cache_clear()
+  bucket._whole.clear()
   with gcs_emulator.running() as (objects, environment):
     with mock.patch.dict(os.environ, environment):
       yield objects
@@ -34,6 +35,8 @@ def lists(folder, names=("one", "two")):
   """A folder of tasks in the vtab-1k format."""
   for name in names:
     fill(folder / name)
+    (folder / name / "cat" / "cat 1.png").rename(
+        folder / name / "cat" / "cat[1]*.png")
     paths = sorted(p.relative_to(folder / name).as_posix()
                    for p in (folder / name).rglob("*.png"))
     lines = [f"{path} {i % 2}" for i, path in enumerate(paths)]
@@ -86,6 +89,7 @@ def test_what_was_copied_is_not_copied_again_unless_it_changed(
   def again():
     copied.clear()
     bucket._objects.cache_clear()
+    bucket._whole.clear()
     tasks.load("one", size=8, data="gs://b/t")
     return sorted(copied)
   assert len(again()) == 24 and again() == []

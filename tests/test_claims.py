@@ -22,7 +22,7 @@ def again(request, tmp_path):
 
 def silent(name, store):
   """A claim whose holder shows no life: of another host, never renewed."""
-  claim = claims.Claim(store, name, 1)
+  claim = claims.Claim(store, name, 1, 0.0)
   claim._content |= {"host": "another", "pid": 1}
   assert claim.create()
   return claim

@@ -28,13 +28,17 @@ def devices(count):
           + SMALL)
 
 
-def start(count, args, **config):
-  """Starts the processes of a pod, one device each."""
+def start(count, args, each=None, **config):
+  """Starts the processes of a pod, one device each.
+
+  Args:
+    each: {process: other arguments}.
+  """
   port = free_port()
   more = [f"--config.{k}={v}" for k, v in config.items()]
   return [start_command(
-      "main", *args, *more, f"--coordinator=127.0.0.1:{port}",
-      f"--num_processes={count}", f"--process_id={i}", before=devices(1))
+      "main", *(each or {}).get(i, args), *more,
+      f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}", before=devices(1))
       for i in range(count)]
 
 
@@ -83,8 +87,10 @@ def test_a_batch_over_hosts_is_a_batch_over_devices(
 def test_hosts_that_take_runs_share_them(data, weights, tmp_path):  # noqa: F811
   args = arguments(data, weights, tmp_path / "images", tmp_path / "pod",
                    method="linear", epochs=2, seeds="0,1,2,3")
-  for out in finish(start(2, args)):
-    assert "colours" in out
+  said = finish(start(2, args))
+  for seed in range(4):  # each run is one host's
+    line = f"colours  linear  seed {seed}"
+    assert sum(line in out for out in said) == 1, said
   alone = arguments(data, weights, tmp_path / "images", tmp_path / "alone",
                     method="linear", epochs=2, seeds="0,1,2,3")
   finish([start_command("main", *alone, before=devices(1))])
@@ -92,6 +98,37 @@ def test_hosts_that_take_runs_share_them(data, weights, tmp_path):  # noqa: F811
                    for row in WorkDir(tmp_path / name).rows()}
                   for name in ("pod", "alone"))
   assert rows == others and len(rows) == 4
+
+
+@pytest.mark.slow
+def test_the_end_of_one_host_is_no_other_s_where_they_take_runs(
+    data, weights, tmp_path):  # noqa: F811
+  """The first one, too: what it held is taken over."""
+  args = arguments(data, weights, tmp_path / "images", tmp_path / "pod",
+                   method="layernorm", epochs=60, seeds="0,1,2,3",
+                   save_seconds=0.0, lease_seconds=5.0)
+  pod = start(2, args)
+  wait_for_states(tmp_path / "pod")
+  pod[0].send_signal(signal.SIGKILL)
+  pod[0].communicate()
+  _, errors = pod[1].communicate(timeout=300)
+  assert pod[1].returncode == 0, errors
+  assert len(WorkDir(tmp_path / "pod").rows()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_host_that_fails_ends_the_other(
+    wrong, data, weights, tmp_path):  # noqa: F811
+  """It has no data: its own sentence, and one of the other host."""
+  bad = arguments(tmp_path / "none", weights, tmp_path / "images",
+                  tmp_path / "pod")
+  good = arguments(data, weights, tmp_path / "images", tmp_path / "pod")
+  pod = start(2, good, hosts="batch", each={wrong: bad})
+  for i, process in enumerate(pod):
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode in (1, 2) and "Traceback" not in errors
+    assert ("another host has ended" if i != wrong else "none") in errors
 
 
 @pytest.mark.slow

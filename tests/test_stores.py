@@ -65,6 +65,39 @@ def test_a_folder_appears_whole_or_not_at_all(again):
       assert file.read() in ("first", "second")
 
 
+def test_what_is_deleted_while_others_write_there_is_no_error(tmp_path):
+  """As claims are, when a run is done and another process looks again."""
+  stop, errors = threading.Event(), []
+
+  def busy(act):
+    store = stores.open_store(tmp_path)
+    try:
+      while not stop.is_set():
+        act(store)
+    except Exception as error:  # shown by the test's thread
+      errors.append(error)
+  threads = [threading.Thread(target=busy, args=(act,)) for act in (
+      lambda s: s.delete("claims/runs/r"),
+      lambda s: s.create("claims/runs/r/1", b"x"),
+      lambda s: s.write("claims/runs/r/1", b"y"),
+      lambda s: (s.names("claims/runs/r"), s.read("claims/runs/r/1")))]
+  for thread in threads:
+    thread.start()
+  stop.wait(2)
+  stop.set()
+  for thread in threads:
+    thread.join()
+  assert not errors
+
+
+def test_a_killed_save_leaves_nothing_for_ever(tmp_path):
+  store = stores.open_store(tmp_path)
+  (tmp_path / "s" / "3.ab.tmp").mkdir(parents=True)
+  (tmp_path / "s" / "2").mkdir()
+  store.tidy("s")
+  assert os.listdir(tmp_path / "s") == ["2"]
+
+
 def test_a_damaged_zip_is_a_value_error(tmp_path):
   with made_stores.opened("memory", tmp_path) as again:
     with again().write_folder("s") as folder:
@@ -81,7 +114,7 @@ def test_a_damaged_zip_is_a_value_error(tmp_path):
 
 @pytest.mark.parametrize("address", [
     "s3://b/x", "gs://", "gs:///", "http://h/x", "file:///x", "gs://a::b://c",
-    "memory://x"])
+    "gs://b/x[1]", "gs://b/*", "memory://x"])
 def test_other_addresses_are_one_sentence(address):
   with pytest.raises(UserError, match="a work directory is a path or gs://"):
     stores.open_store(address)

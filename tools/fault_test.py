@@ -96,7 +96,7 @@ def writing(workdir):
   """Tells whether a state or a bundle is being written now."""
   paths = WorkDir(workdir)
   return (glob.glob(paths.store.place("stages/*/*.tmp"))
-          or glob.glob(f"{bundles.temporary(paths.bundle('*'))}*"))
+          or glob.glob(f"{paths.bundle('*')}.*.tmp"))
 
 
 def contents(workdir):

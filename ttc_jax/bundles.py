@@ -102,16 +102,21 @@ def temporary(path: str) -> str:
 def save(path: str, bundle: Bundle) -> None:
   """Writes a bundle to the folder `path`, replacing one that is there."""
   path = files.utf8(path)
-  written, meta = temporary(path), _meta_on_disk(bundle)
+  written = temporary(path)
   with explain_disk_errors(path):
     shutil.rmtree(written, ignore_errors=True)
     try:
-      checkpoint.write_folder(
-          written, {"tuned": bundle.tuned, "buffers": bundle.buffers}, meta)
+      _write_folder(written, bundle)
       shutil.rmtree(path, ignore_errors=True)
       os.replace(written, path)
     finally:
       shutil.rmtree(written, ignore_errors=True)
+
+
+def _write_folder(path, bundle):
+  checkpoint.write_folder(
+      path, {"tuned": bundle.tuned, "buffers": bundle.buffers},
+      _meta_on_disk(bundle))
 
 
 def put(store: stores.Store, name: str, bundle: Bundle) -> int:
@@ -123,9 +128,11 @@ def put(store: stores.Store, name: str, bundle: Bundle) -> int:
   if not store.writes:
     return 0
   if not name.endswith(".safetensors"):
-    os.makedirs(os.path.dirname(store.place(name)), exist_ok=True)
-    save(store.place(name), bundle)
-    return files.size(store.place(name))
+    store.delete(name)
+    with explain_disk_errors(store.place(name)):
+      with store.write_folder(name) as folder:
+        _write_folder(folder, bundle)
+        return files.size(folder)
   with tempfile.TemporaryDirectory() as scratch:
     path = os.path.join(scratch, "bundle.safetensors")
     pack(path, bundle)

@@ -136,6 +136,7 @@ class StageStore:
       return
     meta = {**saved.meta, _DIGEST: digest_parts(saved.arrays)}
     with explain_disk_errors(self.path):
+      self._store.tidy(self._name)
       with self._store.write_folder(f"{self._name}/{saved.name}") as folder:
         write_folder(folder, saved.arrays, meta)
       for name in self._names(self._store.direct):

@@ -31,9 +31,10 @@ FOLDER = "claims"
 class Claim:
   """What this process holds."""
 
-  def __init__(self, store: Store, name: str, number: int):
+  def __init__(self, store: Store, name: str, number: int, seconds: float):
     self._store, self.name, self.number = store, name, number
-    self._content = {**_process(), "token": uuid.uuid4().hex}
+    self._content = {**_process(), "token": uuid.uuid4().hex,
+                     "seconds": seconds}
     self._lock = threading.Lock()  # of the thread that renews it
     self._over = False
 
@@ -57,6 +58,10 @@ class Claim:
     """Raises Busy if another process has taken over."""
     if _last(self._store, self.name) != self.number:
       raise Busy(self.name)
+
+  def lost(self) -> bool:
+    """Tells whether another process has taken over, as this host sees it."""
+    return _last(self._store.direct, self.name) > self.number
 
   @property
   def _file(self):
@@ -115,9 +120,10 @@ class Claims:
     if last and not self._store.agreed(
         f"is {file} free", lambda: self._is_free(file)):
       raise Busy(name)
-    claim = Claim(self._store, name, last + 1)
+    claim = Claim(self._store, name, last + 1, self._seconds)
     if not claim.create():
       raise Busy(name)
+    claim.check()  # others may have gone on since `last` was looked up
     for number in range(max(1, last - 1), last + 1):
       self._store.delete(f"{FOLDER}/{name}/{number}")
     return claim
@@ -133,7 +139,9 @@ class Claims:
     if seen != content:
       since = now
     self._seen[file] = content, since
-    return now - since >= self._seconds
+    theirs = found.get("seconds")
+    return now - since >= max(
+        self._seconds, theirs if isinstance(theirs, (int, float)) else 0)
 
   def _seems_held(self, name):
     last = _last(self._store, name)
@@ -178,8 +186,9 @@ def _process() -> dict[str, str | int]:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
       host = file.read().strip() + os.readlink("/proc/self/ns/pid")
   except OSError:
-    return {"host": "", "pid": os.getpid(), "started": ""}
-  return {"host": host, "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"host": "", "pid": os.getpid(), "started": "", "uid": -1}
+  return {"host": host, "pid": os.getpid(), "started": _started(os.getpid()),
+          "uid": os.getuid()}
 
 
 def _started(pid: int) -> str:
@@ -195,6 +204,8 @@ def _started(pid: int) -> str:
 def _is_dead(found: dict) -> bool:
   """Tells whether the holder was a process of this machine that has ended."""
   here = _process()
+  # Processes of another user may be hidden.
   return (here["host"] != "" and found.get("host") == here["host"]
+          and found.get("uid") == here["uid"]
           and isinstance(found.get("pid"), int)
           and _started(found["pid"]) != found.get("started"))

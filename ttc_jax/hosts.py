@@ -1,16 +1,21 @@
 """Several hosts: a pod slice, a cluster, or processes of one machine.
 
-`jax.distributed` is the engine. It knows Cloud TPU, SLURM, Open MPI and
-Kubernetes; others name a coordinator. Then either
-
-  config.hosts=runs    every host takes runs of its own, on its own devices
+  config.hosts=runs    every host takes runs of its own, on its own devices.
+                       They need not know each other, and the end of one is no
+                       other's; only TPU hosts, whose devices start together,
+                       are joined
   config.hosts=batch   one run over the devices of all hosts, in step; the
                        first host reads and writes
+  config.hosts=alone   a process joins nobody
 
-and with config.hosts=alone a process joins nobody.
+`jax.distributed` is the engine. It knows Cloud TPU, SLURM, Open MPI and
+Kubernetes; others name a coordinator.
 """
+import atexit
 import contextlib
+import importlib.util
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -51,7 +56,8 @@ def join(mode: str, address: Address) -> None:
   if count is not None and number is not None and not 0 <= number < count:
     raise UserError(f"--process_id={number} is not between 0 and "
                     f"--num_processes={count} - 1")
-  if mode == "alone":
+  on_tpu = importlib.util.find_spec("libtpu") is not None
+  if mode == "alone" or mode == "runs" and not on_tpu:
     return
   try:
     jax.distributed.initialize(*address)
@@ -92,8 +98,8 @@ def shared(store: Store) -> Store:
 
 def failed(error: BaseException) -> UserError | None:
   """Returns one sentence for an error that another host's end explains."""
-  if not parallel.spans_hosts() or type(error).__name__ not in (
-      "XlaRuntimeError", "JaxRuntimeError"):
+  if (not parallel.spans_hosts() or "RESOURCE_EXHAUSTED" in str(error)
+      or type(error).__name__ not in ("XlaRuntimeError", "JaxRuntimeError")):
     return None
   return UserError(_sentence())
 
@@ -112,22 +118,48 @@ def _sentence():
 
 def _watch(coordinator: str | None) -> None:
   """Ends this process with one sentence when another host ends."""
-  if leads():
-    listening = socket.create_server(("", 0), family=socket.AF_INET)
-    port = listening.getsockname()[1]
-    name = (coordinator or "").rpartition(":")[0] or socket.gethostname()
-    parallel.tell(f"{name}:{port}".encode())
-    others = [listening.accept()[0] for _ in range(jax.process_count() - 1)]
-    listening.close()
-  else:
-    name, _, port = parallel.tell(b"").decode().rpartition(":")
-    others = [socket.create_connection((name, int(port)), timeout=_SILENCE)]
+  try:
+    others = _accept(coordinator) if leads() else [_connect()]
+  except OSError as error:
+    raise UserError(
+        f"the hosts cannot watch each other ({error}): the first one has to be "
+        "reachable from the others at any port") from error
   for other in others:
     other.settimeout(_SILENCE)
     threading.Thread(target=_listen, args=(other,), daemon=True).start()
   _ended.clear()
   threading.Thread(target=_beat, args=(others,), daemon=True).start()
   _connections.extend(others)
+
+
+def _accept(coordinator):
+  """The first host's connections to all others."""
+  ipv6 = socket.has_dualstack_ipv6()
+  with socket.create_server(
+      ("", 0), family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+      dualstack_ipv6=ipv6) as listening:
+    listening.settimeout(2 * _SILENCE)
+    name = (coordinator or "").rpartition(":")[0] or socket.gethostname()
+    token, port = secrets.token_bytes(16), listening.getsockname()[1]
+    parallel.tell(token + f"{name.strip('[]')}:{port}".encode())
+    found: list[socket.socket] = []
+    while len(found) < jax.process_count() - 1:
+      other = listening.accept()[0]
+      other.settimeout(_SILENCE)
+      if other.recv(len(token), socket.MSG_WAITALL) == token:
+        found.append(other)
+      else:  # a stranger
+        other.close()
+    return found
+
+
+def _connect():
+  """The connection of another host to the first one."""
+  told = parallel.tell(b"")
+  name, _, port = told[16:].decode().rpartition(":")
+  other = socket.create_connection((name, int(port)), timeout=_SILENCE)
+  other.sendall(told[:16])
+  return other
 
 
 _connections: list[socket.socket] = []
@@ -140,6 +172,25 @@ def leave() -> None:
   for other in _connections:
     with contextlib.suppress(OSError):
       other.sendall(b"!")
+
+
+def abandon(code: int) -> None:
+  """Ends the others too, since this process ends by an error.
+
+  It leaves with `code` when its sentence is printed, and does not wait for
+  the others, as JAX would at exit.
+  """
+  _ended.set()
+  for other in _connections:
+    with contextlib.suppress(OSError):
+      other.close()
+
+  def end():
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    os._exit(code)
+  atexit.register(end)
 
 
 def _beat(others):

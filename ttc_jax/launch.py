@@ -11,11 +11,12 @@ from ttc_jax import (
   compilation,
   hosts,
   interrupt,
+  parallel,
   report,
   tasks,
   weights,
 )
-from ttc_jax.errors import Stopped, printable
+from ttc_jax.errors import Stopped, UserError, printable
 from ttc_jax.report import grid
 from ttc_jax.runs.session import Session
 from ttc_jax.tasks import summary
@@ -54,7 +55,10 @@ def run(config: Any, config_file: str, workdir: str | None,
     hosts.leave()
     raise
   except Exception as error:
-    if (explained := hosts.failed(error)) is None:
+    explained = hosts.failed(error)
+    if parallel.spans_hosts():
+      hosts.abandon(2 if isinstance(explained or error, UserError) else 1)
+    if explained is None:
       raise
     raise explained from error
   hosts.leave()

@@ -19,6 +19,7 @@ import numpy as np
 AXIS = "batch"
 Tree = Any
 _spanning: list[bool] = []
+_PIECE = 2 ** 26  # bytes that are told at once
 
 
 def span_hosts() -> None:
@@ -96,12 +97,18 @@ def tell(content: bytes) -> bytes:
   """Returns the first host's content; of the others' nothing is used."""
   if not spans_hosts():
     return content
-  first = jax.process_index() == 0
-  size = int(multihost_utils.broadcast_one_to_all(
-      np.int32(len(content) if first else 0)))
-  # Few sizes, since each is a program.
+  if jax.process_index():
+    content = b""
+  size = int.from_bytes(_tell(len(content).to_bytes(8, "big"), 8), "big")
+  return b"".join(
+      _tell(content[start:start + _PIECE], min(_PIECE, size - start))
+      for start in range(0, size, _PIECE))
+
+
+def _tell(content, size):
+  """`tell` of so many bytes, in few sizes, since each is a program."""
   room = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)
-  if first:
+  if jax.process_index() == 0:
     room[:size] = np.frombuffer(content, np.uint8)
   told = np.asarray(multihost_utils.broadcast_one_to_all(room))
   return told[:size].tobytes()

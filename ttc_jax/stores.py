@@ -79,6 +79,10 @@ class Store:
     error."""
     raise NotImplementedError
 
+  def tidy(self, folder: str) -> None:
+    """Deletes what a killed process has half written directly in a folder,
+    where no other process writes."""
+
   def place(self, name: str) -> str:
     """Returns the address of a content or folder."""
     raise NotImplementedError
@@ -109,7 +113,8 @@ def open_store(address: str | os.PathLike[str]) -> Store:
   scheme, mark, rest = address.partition("://")
   if not mark:
     return Disk(address)
-  if scheme != "gs" or not re.match(r"[\w.-]+(/|$)", rest) or "::" in rest:
+  if (scheme != "gs" or not re.match(r"[\w.-]+(/|$)", rest) or "::" in rest
+      or re.search(r"[*?\[\]]", rest)):  # fsspec would expand them
     raise UserError(f"'{address[:100]}': a work directory is a path or "
                     "gs://BUCKET/PATH")
   return Bucket(address)
@@ -128,17 +133,24 @@ class Disk(Store):
     return os.path.join(self.address, *name.split("/"))
 
   def read(self, name):
-    try:
+    def attempt():
       with open(self.place(name), "rb") as file:
         return file.read()
+    try:
+      return _again(attempt, lambda error: error.errno == errno.ESTALE)
     except (FileNotFoundError, NotADirectoryError):
       return None
 
   def write(self, name, content):
-    with files.replacing(self._made(name)) as file:
-      file.write(content)
+    def attempt():
+      with files.replacing(self._made(name)) as file:
+        file.write(content)
+    _again(attempt, _folder_went)
 
   def create(self, name, content):
+    return _again(lambda: self._create(name, content), _folder_went)
+
+  def _create(self, name, content):
     path = self._made(name)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -148,7 +160,9 @@ class Disk(Store):
         os.fsync(file.fileno())
       os.link(temporary, path)  # fails where the name is taken
     except FileExistsError:
-      return False
+      # A link that NFS asked for twice, since the first answer was lost, is
+      # ours all the same.
+      return os.stat(temporary).st_nlink == 2
     except OSError as error:
       if error.errno not in _NO_LINKS:
         raise
@@ -179,12 +193,21 @@ class Disk(Store):
   def delete(self, name):
     path = self.place(name)
     try:
-      if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-      else:
-        os.remove(path)
+      os.remove(path)
     except FileNotFoundError:
       pass
+    except (IsADirectoryError, PermissionError):  # the second on macOS
+      if not os.path.isdir(path):
+        raise
+      # Another process may delete it too, or just write there.
+      shutil.rmtree(path, ignore_errors=True)
+
+  def tidy(self, folder):
+    place = self.place(folder)
+    with contextlib.suppress(FileNotFoundError):
+      for name in os.listdir(place):
+        if name.endswith(".tmp"):
+          self.delete(f"{folder}/{name}")
 
   @contextlib.contextmanager
   def write_folder(self, name):
@@ -213,6 +236,23 @@ class Disk(Store):
     path = self.place(name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return path
+
+
+def _again(attempt: Callable[[], Any],
+           passes: Callable[[OSError], bool]) -> Any:
+  """Calls; up to four times more after an error that passes."""
+  for _ in range(4):
+    try:
+      return attempt()
+    except OSError as error:
+      if not passes(error):
+        raise
+  return attempt()
+
+
+def _folder_went(error: OSError) -> bool:
+  """Tells whether another process has deleted a folder just before."""
+  return isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
 class Bucket(Store):
@@ -368,6 +408,10 @@ class Shared(Store):
     if self.writes:
       self._store.delete(name)
 
+  def tidy(self, folder):
+    if self.writes:
+      self._store.tidy(folder)
+
   @contextlib.contextmanager
   def write_folder(self, name):
     if self.writes:
@@ -453,5 +497,5 @@ def _unzip(content: bytes, folder: str) -> None:
       if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
         raise ValueError("a zip that is compressed")
       archive.extractall(folder)  # names cannot leave the folder
-  except (zipfile.BadZipFile, EOFError, OSError) as error:
+  except (zipfile.BadZipFile, EOFError) as error:
     raise ValueError(str(error)) from error

@@ -226,6 +226,8 @@ class StageRun:
     """Returns (state after the stage, records of its epochs, clock)."""
     begin = time.perf_counter()
     saved = self.store.load()
+    if parallel.any_host(saved is None)[0]:  # hosts begin at one point
+      saved = None
     state, log = (self._resumed(state, saved), []) if saved else (
         self._prepared(state))
     for record in saved.meta["records"] if saved else ():

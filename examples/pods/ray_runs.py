@@ -32,7 +32,7 @@ def main() -> None:
   ray.init(address=options.address, logging_level="ERROR")
   remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus)(run)
   codes = ray.get([remote.remote(flags) for _ in range(options.workers)])
-  sys.exit(max(codes))
+  sys.exit(next((code for code in codes if code), 0) and 1)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
-#SBATCH --requeue                # SIGTERM: the epoch is saved, exit code 0
-#SBATCH --signal=TERM@60
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120      # to this script, before the time is over
 #
 #   sbatch examples/pods/slurm.sh DATA WEIGHTS WORKDIR
 #
@@ -16,6 +16,17 @@
 set -euo pipefail
 data=$1 weights=$2 workdir=$3
 shift 3
+# SIGTERM saves the epoch and ends with code 0, which SLURM takes for done: so a
+# job that was told to end asks for another turn itself.
+told=
+trap 'told=1; kill -TERM "$child"' TERM
 srun python -m ttc_jax.main --workdir="$workdir" \
   --config="configs/compare.py:task=vtab,backbone=vit_b16,size=224,epochs=50,\
-data=$data,weights=$weights" "$@"
+data=$data,weights=$weights" "$@" &
+child=$!
+wait "$child" && code=$? || code=$?
+if [ -n "$told" ]; then
+  wait "$child" || true
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

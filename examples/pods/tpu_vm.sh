@@ -16,7 +16,8 @@ on_all() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
     --command="$1"
 }
-on_all "python3 -m venv ttc && ttc/bin/pip install --quiet 'jax[tpu]<0.13' \
+on_all "command -v python3.11 || sudo apt-get install -y python3.11-venv
+  python3.11 -m venv ttc && ttc/bin/pip install --quiet 'jax[tpu]<0.13' \
   'ttc_jax[hub] @ git+https://github.com/$REPOSITORY'"
 on_all "ttc/bin/python -m ttc_jax.main --workdir=gs://$BUCKET/runs/table1 \
   --config=compare:task=vtab,backbone=vit_b16,size=224,epochs=50,\

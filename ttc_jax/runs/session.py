@@ -15,6 +15,7 @@ from ttc_jax import (
   hosts,
   interrupt,
   measures,
+  parallel,
   train,
 )
 from ttc_jax.claims import Claim
@@ -95,6 +96,7 @@ class Session:
   def run_all(self) -> None:
     """Returns when all runs are done or have failed, in whatever process."""
     pause, longest = _POLL_SECONDS
+    self._stop_together()
     while not all([self._settle_task(*pair) for pair in itertools.zip_longest(
         self.tasks, list(self.tasks)[1:])]):
       until = time.monotonic() + pause
@@ -102,7 +104,15 @@ class Session:
         interrupt.check()
         time.sleep(min(1.0, pause))
       pause = min(2 * pause, longest)
+      self._stop_together()
       self._look()
+    self.workdir.write_results()
+
+  @staticmethod
+  def _stop_together() -> None:
+    """Stops where any host was asked to: those in step stop at one point."""
+    if parallel.any_host(interrupt.asked())[0]:
+      interrupt.stop()
 
   # --- A task -----------------------------------------------------------------
 
@@ -221,6 +231,7 @@ class Session:
       True when the run is done or has failed; False while another process
       does it.
     """
+    self._stop_together()
     to_measure = self._to_measure(run)
     if run.name in self.failed or run.name in self.done and not to_measure:
       return True
@@ -237,6 +248,8 @@ class Session:
     except Busy:
       return False
     except (RunError, DataError) as error:
+      if parallel.spans_hosts() and isinstance(error, DataError):
+        raise  # the other hosts, which read other images, do not know
       self.failed[run.name] = str(error)
       self.workdir.write_failure(run.name, run.task, run.variant, str(error))
     return True
@@ -248,16 +261,23 @@ class Session:
 
   def _measure(self, run: plan.Run, name: str) -> None:
     interrupt.check()
-    self.workdir.write_measure(run.name, name, measures.take(
-        name, self.workdir.bundle(run.name), self.inputs.base(run.config),
-        self.inputs.task(run.task, run.config), run.config.limit, run.seed))
+    with self.workdir.bundle_here(run.name) as bundle:
+      value = measures.take(
+          name, bundle, self.inputs.base(run.config),
+          self.inputs.task(run.task, run.config), run.config.limit, run.seed)
+    self.workdir.write_measure(run.name, name, value)
 
   def _do(self, run: plan.Run, claim: Claim) -> Row:
     interrupt.check()
     task = self.inputs.task(run.task, run.config)
     base = self.inputs.base(run.config)
-    with Progress(run.name, lambda records: self.workdir.write_curve(
-        run.name, records), seconds=self.workdir.curve_seconds) as bar:
+
+    def write_curve(records):
+      if not claim.lost():  # else the curve is another process's
+        self.workdir.write_curve(run.name, records)
+
+    with Progress(run.name, write_curve,
+                  seconds=self.workdir.curve_seconds) as bar:
       todo = job.make_job(run, base, task, bar.update,
                           self.inputs.training(run.task, run.config))
       bar.expect(len(todo.method.stages) * todo.config.epochs)

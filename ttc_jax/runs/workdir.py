@@ -129,6 +129,20 @@ class WorkDir:
     local = isinstance(self.store.direct, stores.Disk)
     return f"runs/{run}/bundle{'' if local else '.safetensors'}"
 
+  @contextlib.contextmanager
+  def bundle_here(self, run: str) -> Iterator[str]:
+    """Gives the path of a run's bundle on this machine."""
+    name = self.bundle_name(run)
+    if not name.endswith(".safetensors"):
+      with self.store.read_folder(name) as folder:
+        yield folder
+      return
+    with tempfile.TemporaryDirectory() as scratch:
+      path = os.path.join(scratch, "bundle.safetensors")
+      with open(path, "wb") as file:
+        file.write(self.store.read(name) or b"")
+      yield path
+
   # --- The directory ----------------------------------------------------------
 
   def exists(self) -> bool:
@@ -237,7 +251,8 @@ class WorkDir:
     with self.claims.hold(f"runs/{run}") as claim:
       yield claim
     if run in self._rows:
-      self.claims.forget(f"runs/{run}")
+      with contextlib.suppress(OSError, UserError):  # it is of no use
+        self.claims.forget(f"runs/{run}")
 
   def running(self) -> list[str]:
     """Names of the unfinished runs that some process holds, sorted."""
@@ -275,12 +290,16 @@ class WorkDir:
     if not self.store.create(name, content) and self.row(run) is None:
       self.store.write(name, content)  # in place of a damaged one
     self.store.delete(f"runs/{run}/failure.json")
+    self.write_results()
+    return self.row(run) or row
+
+  def write_results(self) -> None:
+    """Writes results.jsonl, all rows, anew."""
     # Whoever writes last looks again after it, so no row stays out.
     written = None
     while (found := [r["run"] for r in self.rows()]) != written:
       self.store.write("results.jsonl", to_lines(self.rows()).encode())
       written = found
-    return self.row(run) or row
 
   def failures(self) -> list[dict[str, Any]]:
     """Reads {"run", "task", "variant", "error"} of the runs that failed."""

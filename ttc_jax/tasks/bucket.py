@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import posixpath
+import re
+import time
 from typing import Any
 
 from ttc_jax import errors, files
@@ -21,7 +23,7 @@ SCHEME = "gs://"
 _INDEX = (".txt", ".json", ".labels.txt")
 _TELLING = ("train800.txt", "dataset_info.json", "train.json")
 _AT_ONCE, _BYTES = 256, 2 ** 28  # objects and bytes of one request
-_NOTE = ".copied.json"
+_NOTE, _NOTE_SECONDS = ".copied.json", 30.0
 
 
 def is_address(data: str) -> bool:
@@ -42,11 +44,17 @@ def local(data: str, folders: tuple[str, ...] = ()) -> str:
   objects, root = _objects(data.rstrip("/"))
   lists = [name for name in objects if name.endswith(_INDEX)]
   tells = any(posixpath.basename(name) in _TELLING for name in lists)
+  if (data, folders) in _whole:
+    return root
   inside = [name for name in objects
             if name.startswith(tuple(f"{folder}/" for folder in folders))]
   _copy(data, root, objects, lists + inside if tells and (
       inside or not folders) else list(objects))
+  _whole.add((data, folders))
   return root
+
+
+_whole: set[tuple[str, tuple[str, ...]]] = set()  # what this process copied
 
 
 @functools.lru_cache(maxsize=32)
@@ -68,7 +76,7 @@ def _objects(data: str) -> tuple[Mapping[str, Mapping[str, Any]], str]:
     raise errors.UserError(f"data={data} holds nothing: give an address of a "
                            "folder, or of a .zip, in a bucket")
   for name in named:
-    if name and os.path.normpath(f"/{name}") != f"/{name}" or "\\" in name:
+    if name and posixpath.normpath(f"/{name}") != f"/{name}" or "\\" in name:
       raise errors.UserError(
           f"data={data} has an object called {name[:100]!r}, which is no path "
           "of a file: rename it")
@@ -84,10 +92,17 @@ def _copy(data: str, root: str, objects: Mapping[str, Mapping[str, Any]],
     missing = [name for name in dict.fromkeys(wanted)
                if known.get(name) != _version(objects[name])
                or not os.path.isfile(_place(root, name))]
-    for some in _portions(objects, missing):
-      _get(data, root, objects, some)
-      known |= {name: _version(objects[name]) for name in some}
-      files.write_text(note, json.dumps(known))
+    written = time.monotonic()
+    try:
+      for some in _portions(objects, missing):
+        _get(data, root, objects, some)
+        known |= {name: _version(objects[name]) for name in some}
+        if time.monotonic() - written > _NOTE_SECONDS:
+          files.write_text(note, json.dumps(known))
+          written = time.monotonic()
+    finally:
+      if missing:
+        files.write_text(note, json.dumps(known))
 
 
 def _portions(objects, names):
@@ -106,13 +121,16 @@ def _portions(objects, names):
 def _get(data, root, objects, names):
   fs, path = _opened(data)
   with _explained(data):
-    contents = fs.cat([f"{path}/{name}".rstrip("/") for name in names]
-                      ) if len(names) > 1 else None
-    for name in names:
-      remote, place = f"{path}/{name}".rstrip("/"), _place(root, name)
+    remotes = {name: f"{path}/{name}".rstrip("/") for name in names}
+    # Several at once; fsspec would expand names with these letters.
+    plain = [r for r in remotes.values() if not re.search(r"[*?\[\]]", r)]
+    contents = fs.cat(plain) if len(plain) > 1 else {}
+    for name, remote in remotes.items():
+      place = _place(root, name)
       os.makedirs(os.path.dirname(place), exist_ok=True)
       with files.replacing(place) as file:
-        file.write(contents[remote] if contents else fs.cat_file(remote))
+        file.write(contents[remote] if remote in contents
+                   else fs.cat_file(remote))
       if (time := _time(objects[name])) is not None:
         os.utime(place, (time, time))
 
