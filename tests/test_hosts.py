@@ -38,8 +38,8 @@ def start(count, args, each=None, **config):
   more = [f"--config.{k}={v}" for k, v in config.items()]
   return [start_command(
       "main", *(each or {}).get(i, args), *more,
-      f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}", before=devices(1))
-      for i in range(count)]
+      f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}",
+      f"--process_id={i}", before=devices(1)) for i in range(count)]
 
 
 def finish(processes):

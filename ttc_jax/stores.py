@@ -240,13 +240,14 @@ class Disk(Store):
 
 def _again(attempt: Callable[[], Any],
            passes: Callable[[OSError], bool]) -> Any:
-  """Calls; up to four times more after an error that passes."""
-  for _ in range(4):
+  """Calls; some times more, ever later, after an error that passes."""
+  for i in range(20):
     try:
       return attempt()
     except OSError as error:
       if not passes(error):
         raise
+      time.sleep(1e-3 * i)
   return attempt()
 
 
