@@ -253,7 +253,8 @@ def _again(attempt: Callable[[], Any],
 
 def _folder_went(error: OSError) -> bool:
   """Tells whether another process has deleted a folder just before."""
-  return isinstance(error, (FileNotFoundError, NotADirectoryError))
+  return isinstance(error, (  # the last: of makedirs, which looked too late
+      FileNotFoundError, NotADirectoryError, FileExistsError))
 
 
 class Bucket(Store):
