@@ -1,6 +1,7 @@
 """Stores: contents whole or not at all, created once."""
 import os
 import threading
+import time
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_what_is_deleted_while_others_write_there_is_no_error(tmp_path):
     except Exception as error:  # shown by the test's thread
       errors.append(error)
   threads = [threading.Thread(target=busy, args=(act,)) for act in (
-      lambda s: s.delete("claims/runs/r"),
+      lambda s: (s.delete("claims/runs/r"), time.sleep(0.01)),
       lambda s: s.create("claims/runs/r/1", b"x"),
       lambda s: s.write("claims/runs/r/1", b"y"),
       lambda s: (s.names("claims/runs/r"), s.read("claims/runs/r/1")))]
