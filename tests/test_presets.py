@@ -8,12 +8,13 @@ import re
 from absl import logging
 import pytest
 
-from ttc_jax import backbones, main, methods, optim, presets
+from ttc_jax import backbones, methods, optim, presets
 from ttc_jax import config as config_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.errors import UserError
 from ttc_jax.runs import plan as jobs
 from ttc_jax.runs.job import make_job
+from ttc_jax.runs.session import Session
 from ttc_jax.vtab import rows as vtab
 
 
@@ -284,7 +285,7 @@ def test_a_preset_runs_on_digits_by_its_general_settings(
   warned = []
   monkeypatch.setattr(logging, "warning",
                       lambda text, *args: warned.append(text % args))
-  session = main.Session(c, str(tmp_path / "work"))
+  session = Session(c, str(tmp_path / "work"))
   session.run_all()
   assert not session.failed
   rows = session.workdir.rows()
@@ -309,7 +310,7 @@ def test_a_row_has_the_values_of_its_task(small, tmp_path):
       linear=dict(method="linear"))
   c.per_task = {"digits": dict(lr=2e-2, drop_path=0.2, label_smoothing=0.1)}
   c.lock()
-  session = main.Session(c, str(tmp_path / "work"))
+  session = Session(c, str(tmp_path / "work"))
   session.run_all()
   assert not session.failed
   settled = jobs.variants(c, "digits")["linear"]
