@@ -45,6 +45,18 @@ def test_a_name_has_one_holder_and_is_free_after_it(again):
   assert again().names("claims/runs") == ["b"]
 
 
+def test_no_thread_is_left(tmp_path):
+  before = threading.active_count()
+  for _ in range(5):
+    holder = Claims(stores.open_store(tmp_path))
+    with holder.hold("a"), holder.hold("b"):
+      assert threading.active_count() == before + 1
+  end = time.monotonic() + 10
+  while threading.active_count() > before and time.monotonic() < end:
+    time.sleep(0.01)
+  assert threading.active_count() <= before
+
+
 def test_an_error_frees_the_name(again):
   with pytest.raises(KeyError):
     with Claims(again()).hold("a"):

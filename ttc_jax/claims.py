@@ -82,8 +82,8 @@ class Claims:
   def __init__(self, store: Store, seconds: float = LEASE_SECONDS):
     self._store, self._seconds = store, seconds
     self._held: set[Claim] = set()
-    self._renewing: threading.Thread | None = None
-    self._never = threading.Event()
+    self._guard = threading.Lock()  # of the one above and the one below
+    self._done: threading.Event | None = None  # ends the thread that renews
     # {file: (content, when it was first seen)}
     self._seen: dict[str, tuple[bytes | None, float]] = {}
 
@@ -95,12 +95,11 @@ class Claims:
       Busy: another process holds it.
     """
     claim = self._take(name)
-    self._held.add(claim)
-    self._renew_now_and_then()
+    self._keep(claim)
     try:
       yield claim
     finally:
-      self._held.discard(claim)
+      self._drop(claim)
       with contextlib.suppress(UserError, OSError):  # else the lease ends
         claim.release()
 
@@ -150,13 +149,24 @@ class Claims:
     return (found.get("released") is False and isinstance(then, float)
             and time.time() - then < self._seconds and not _is_dead(found))
 
-  def _renew_now_and_then(self):
-    if self._renewing is None:
-      self._renewing = threading.Thread(target=self._renew, daemon=True)
-      self._renewing.start()
+  def _keep(self, claim):
+    """Renews a claim from now on, in a thread that all of them share."""
+    with self._guard:
+      self._held.add(claim)
+      if self._done is None:
+        self._done = threading.Event()
+        threading.Thread(
+            target=self._renew, args=(self._done,), daemon=True).start()
 
-  def _renew(self):
-    while not self._never.wait(self._seconds / 4):
+  def _drop(self, claim):
+    with self._guard:
+      self._held.discard(claim)
+      if not self._held and self._done:
+        self._done.set()
+        self._done = None
+
+  def _renew(self, done):
+    while not done.wait(self._seconds / 4):
       for claim in list(self._held):
         try:
           claim.renew()
