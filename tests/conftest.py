@@ -2,6 +2,7 @@
 import atexit
 import collections
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -36,9 +37,10 @@ import pytest
 
 from tests.random_trees import random_tree
 from tests.torch_models import import_timm
-from ttc_jax import backbones, compilation
+from ttc_jax import backbones, compilation, evaluate, importance, serve, step
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.config import default
+from ttc_jax.measures import removal
 from ttc_jax.model import Model, init_head
 from ttc_jax.tasks import Split
 
@@ -57,6 +59,23 @@ def pytest_collection_modifyitems(items):
 
 # Tests of the same shapes, and the commands that they start, share programs.
 compilation.start("")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+  """Lets the compiled programs of a file go when it is done.
+
+  Each takes memory mappings, of which Linux allows a process 65,530: with those
+  of thousands of tests XLA aborts. On disk they are kept.
+  """
+  yield
+  for cached in (step.make_epoch_fn, step.make_chunk_fn, step.make_init_fn,
+                 evaluate._pmapped, importance._accumulate, removal._losses,
+                 serve._program):
+    cached.cache_clear()
+  step._COMPILED.clear()
+  jax.clear_caches()
+  gc.collect()
 
 WIDTH, DEPTH, CLASSES, SIZE = 16, 3, 4, 8
 

@@ -8,6 +8,7 @@ import sys
 
 from absl import flags
 from absl.testing import flagsaver
+import jax
 import numpy as np
 import pytest
 
@@ -270,6 +271,8 @@ def test_what_streams_is_timed_alone_and_together(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason=(
+    "XLA of JAX 0.10 on CPU plans the buffers of small programs otherwise"))
 def test_memory_is_linear_in_depth_and_batch(tiny):
   """The formula's four small programs against a larger one, compiled."""
   terms = memory.line(tiny, False)
