@@ -14,7 +14,7 @@ LEVELS = {
     "config_file": 2, "cli": 3,
     "compilation": 2, "tasks": 2, "backbones": 2, "optim": 2, "presets": 2,
     "stores": 2, "hosts": 3, "claims": 3, "runs/workdir": 4,
-    "weights": 3, "taps": 3, "storage": 3, "vtab": 3,
+    "weights": 3, "taps": 3, "quantisation": 3, "vtab": 3,
     "model": 4, "checkpoint": 4,
     "step": 5, "feed": 5, "cost": 5, "evaluate": 5, "importance": 5,
     "bundles": 6, "methods": 6,

@@ -121,30 +121,21 @@ def test_other_addresses_are_one_sentence(address):
     stores.open_store(address)
 
 
-def test_a_bucket_that_cannot_be_reached_is_one_sentence(
-    tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, calls, message", [
+    (OSError("the line is dead"), stores.Bucket.attempts,
+     "cannot be used .*the line is dead"),
+    (PermissionError("no"), 1, "may read and write it")])  # as the next time
+def test_a_bucket_that_fails_is_one_sentence(
+    error, calls, message, tmp_path, monkeypatch):
+  asked = []
+
+  def fail(path):
+    asked.append(path)
+    raise error
   with made_stores.opened("memory", tmp_path) as again:
     store = again()
     store.pause = 0.0
-    calls = []
-
-    def fail(path):
-      calls.append(path)
-      raise OSError("the line is dead")
     monkeypatch.setattr(store, "_read", fail)
-    with pytest.raises(UserError, match="cannot be used .*the line is dead"):
+    with pytest.raises(UserError, match=message):
       store.read("x")
-    assert len(calls) == store.attempts
-
-
-def test_a_refusal_is_not_asked_again(tmp_path, monkeypatch):
-  with made_stores.opened("memory", tmp_path) as again:
-    store, calls = again(), []
-
-    def refuse(path):
-      calls.append(path)
-      raise PermissionError("no")
-    monkeypatch.setattr(store, "_read", refuse)
-    with pytest.raises(UserError, match="may read and write it"):
-      store.read("x")
-    assert len(calls) == 1
+  assert len(asked) == calls

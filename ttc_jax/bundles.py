@@ -120,7 +120,9 @@ def _write_folder(path, bundle):
 
 
 def put(store: stores.Store, name: str, bundle: Bundle) -> int:
-  """Writes a bundle to a store; returns its bytes.
+  """Writes a bundle to a store, in place of one; returns its bytes.
+
+  Nobody else may write in its folder, a run's, at the time.
 
   Args:
     name: of the bundle there: one file if it ends in .safetensors.
@@ -129,6 +131,7 @@ def put(store: stores.Store, name: str, bundle: Bundle) -> int:
     return 0
   if not name.endswith(".safetensors"):
     store.delete(name)
+    store.tidy(name.rpartition("/")[0])  # what a killed process left
     with explain_disk_errors(store.place(name)):
       with store.write_folder(name) as folder:
         _write_folder(folder, bundle)

@@ -84,7 +84,7 @@ def default() -> ml_collections.ConfigDict:
   c.window = 0                # of a Swin, tokens a side; 0: what they say
   c.dtype = "float32"         # or "bfloat16": of the computation
   # Or "bfloat16", "int8": in which frozen kernels are kept, see
-  # ttc_jax/storage.py.
+  # ttc_jax/quantisation.py.
   c.frozen_dtype = "float32"
   # Of float32 matrix products: "", the device's default (TF32 on recent GPUs,
   # bfloat16 on TPUs), "high" or "highest", true float32.

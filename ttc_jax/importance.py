@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttc_jax import parallel, storage, taps, trees
+from ttc_jax import parallel, quantisation, taps, trees
 from ttc_jax.errors import RunError, check_known
 from ttc_jax.model import Model
 from ttc_jax.tasks.images import Images
@@ -126,7 +126,7 @@ def kernel_paths(model: Model, site: str) -> list[str]:
 
 def _kernels(model, params, sites):
   """The sites' kernels, float32 however they are kept."""
-  flat = trees.flatten(storage.restore(params["backbone"]))
+  flat = trees.flatten(quantisation.restore(params["backbone"]))
   return {s: [flat[p] for p in kernel_paths(model, s)] for s in sites}
 
 

@@ -336,8 +336,8 @@ def load(base: str, batch_size: int = 64,
     batch_size: largest number of images of a pass. A pass of many tasks holds
       the tuned leaves of each of its images.
     frozen_dtype: in which frozen kernels are kept, float32, bfloat16 or int8,
-      see `ttc_jax.storage`; None: as each bundle was tuned, so that bundles of
-      two dtypes hold two copies of the kernels.
+      see `ttc_jax.quantisation`; None: as each bundle was tuned, so that
+      bundles of two dtypes hold two copies of the kernels.
 
   Example:
     model = serve.load("ViT-B_16.npz")

@@ -9,6 +9,7 @@ gives; nothing is read from a store but data.
   Bucket  objects of Google Cloud Storage, gs://, through fsspec and gcsfs
   Shared  one of these, for hosts that do the same at the same time
 """
+import abc
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
@@ -30,7 +31,7 @@ from ttc_jax.errors import UserError
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
-class Store:
+class Store(abc.ABC):
   """Contents by name, below one place.
 
   Attributes:
@@ -54,45 +55,47 @@ class Store:
     """Tells whether there is anything at the place."""
     return bool(self.names(""))
 
+  @abc.abstractmethod
   def read(self, name: str) -> bytes | None:
     """Returns a content; None where there is none."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def write(self, name: str, content: bytes) -> None:
     """Writes a content, in place of one that is there."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def create(self, name: str, content: bytes) -> bool:
     """Writes a content if there is none of that name.
 
     Returns:
       Whether it is ours: of several processes that create it, one gets True.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def names(self, folder: str) -> list[str]:
     """Returns the names directly below a folder, sorted; perhaps none."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def delete(self, name: str) -> None:
     """Deletes a content, or all below a folder; what is not there is no
     error."""
-    raise NotImplementedError
 
   def tidy(self, folder: str) -> None:
     """Deletes what a killed process has half written directly in a folder,
-    where no other process writes."""
+    where no other process writes; a bucket has no such thing."""
+    del folder
 
+  @abc.abstractmethod
   def place(self, name: str) -> str:
     """Returns the address of a content or folder."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def write_folder(self, name: str) -> contextlib.AbstractContextManager[str]:
     """Gives an empty folder of this machine; at the end of the block what is
     in it appears as `name`, unless an error left the block or another process
     has written it."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def read_folder(self, name: str) -> contextlib.AbstractContextManager[str]:
     """Gives a folder of this machine with what `write_folder` wrote.
 
@@ -100,7 +103,6 @@ class Store:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    raise NotImplementedError
 
 
 def open_store(address: str | os.PathLike[str]) -> Store:

@@ -337,29 +337,6 @@ class StageRun:
     return {} if parts == 1 else {
         "batch_size": min(usual, self.plan.batch_size // parts)}
 
-  # --- In place of epochs -----------------------------------------------------
-
-  def _solved(self, state, solve):
-    """Computes the stage's head; its one record has the loss that is least."""
-    job, begin = self.job, time.perf_counter()
-    head, loss = solve(self._context(state))
-    if not all(np.isfinite(x).all() for x in head.values()):
-      raise RunError(f"stage '{self.stage.name}' found a head that is not "
-                     "finite: are the features?")
-    count, seconds = len(job.train.labels), time.perf_counter() - begin
-    head = parallel.replicate(pad_head(head))
-    record = {"epoch": 1, "loss": loss, "images_per_second": count / seconds}
-    state = State({**state.params, "head": head}, state.buffers)
-    if job.val:
-      record["val_top1"] = evaluate.top1(
-          with_handlers(job, state), state.params, state.buffers,
-          job.val.images, job.val.labels)
-    self._report(record)
-    progress = Progress(Learner({"head": head}, {}), [record],
-                        Clock(seconds, images=count))
-    self.store.save(_saved(1, state.buffers, progress, True))
-    return state, progress.records, progress.clock
-
   def _inputs(self, state):
     """What the stage trains on.
 
@@ -417,6 +394,29 @@ class StageRun:
     key = jax.random.fold_in(jax.random.key(job.seed), self.index)
     hyper, key = parallel.replicate((hyper, jax.random.key_data(key)))
     return Fixed(frozen, inputs.buffers, hyper), key
+
+  # --- In place of epochs -----------------------------------------------------
+
+  def _solved(self, state, solve):
+    """Computes the stage's head; its one record has the loss that is least."""
+    job, begin = self.job, time.perf_counter()
+    head, loss = solve(self._context(state))
+    if not all(np.isfinite(x).all() for x in head.values()):
+      raise RunError(f"stage '{self.stage.name}' found a head that is not "
+                     "finite: are the features?")
+    count, seconds = len(job.train.labels), time.perf_counter() - begin
+    head = parallel.replicate(pad_head(head))
+    record = {"epoch": 1, "loss": loss, "images_per_second": count / seconds}
+    state = State({**state.params, "head": head}, state.buffers)
+    if job.val:
+      record["val_top1"] = evaluate.top1(
+          with_handlers(job, state), state.params, state.buffers,
+          job.val.images, job.val.labels)
+    self._report(record)
+    progress = Progress(Learner({"head": head}, {}), [record],
+                        Clock(seconds, images=count))
+    self.store.save(_saved(1, state.buffers, progress, True))
+    return state, progress.records, progress.clock
 
   # --- An epoch ---------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
-SCALE = "kernel_scale"  # beside an int8 kernel, see `ttc_jax.storage`
+SCALE = "kernel_scale"  # beside an int8 kernel, see `ttc_jax.quantisation`
 
 
 class Site(NamedTuple):

@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax import backbones, cost, methods, parallel, step, storage, trees
+from ttc_jax import (
+  backbones,
+  cost,
+  methods,
+  parallel,
+  quantisation,
+  step,
+  trees,
+)
 from ttc_jax.bench import programs
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -56,11 +64,11 @@ def of_step(config: Any, depth: int, batch: int, remat: bool,
 
 
 def kept_shapes(backbone: Any, dtype: str) -> trees.Tree:
-  """Returns the shapes of a backbone's parameters as `storage.store` keeps
+  """Returns the shapes of a backbone's parameters as `quantisation.store` keeps
   them, float32 or bfloat16."""
   flat = trees.flatten(backbones.shapes(backbone))
   if dtype != "float32":
-    for name in storage.kernels(backbone):
+    for name in quantisation.kernels(backbone):
       flat[name] = jax.ShapeDtypeStruct(flat[name].shape, jnp.dtype(dtype))
   return trees.unflatten(flat)
 

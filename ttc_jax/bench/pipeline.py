@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ttc_jax import backbones, feed, methods, parallel, step, storage
+from ttc_jax import backbones, feed, methods, parallel, quantisation, step
 from ttc_jax.bench import programs
 from ttc_jax.model import Model
 from ttc_jax.tasks import images as images_lib
@@ -69,7 +69,7 @@ def _runner(config, backbone, steps, source):
   method = methods.load("ttc", config, backbone)
   stage = method.stages[-1]
   model = Model(backbone, "half", method.handlers)
-  base = storage.store(
+  base = quantisation.store(
       backbones.init(backbone), backbone, config.frozen_dtype)
   plan, *trained = programs.training(
       model, stage, base, config.batch_size, steps)

@@ -12,8 +12,8 @@ from ttc_jax import (
   methods,
   optim,
   parallel,
+  quantisation,
   step,
-  storage,
   trees,
 )
 from ttc_jax import config as config_lib
@@ -109,7 +109,7 @@ def of_backbone(backbone: Any, config: Any,
   adapted = model._replace(handlers=method.handlers)
   work = {name: batch * flops
           for name, flops in flops_needed(backbone, config.k, CLASSES).items()}
-  base = storage.store(
+  base = quantisation.store(
       backbones.init(backbone), backbone, config.frozen_dtype)
   return {
       "forward": forward(model, base, batch, work["forward"]),

@@ -22,7 +22,7 @@ from ttc_jax import (
   files,
   normalisation,
   predict,
-  storage,
+  quantisation,
   trees,
 )
 from ttc_jax.errors import UserError
@@ -87,7 +87,7 @@ def in_float32(model: LoadedModel) -> LoadedModel:
   backbone: Any = model.model.backbone
   backbone = backbone.clone(dtype=jnp.float32)
   params = model.params | {
-      "backbone": storage.restore(model.params["backbone"])}
+      "backbone": quantisation.restore(model.params["backbone"])}
   return model._replace(
       model=model.model._replace(backbone=backbone), params=params)
 

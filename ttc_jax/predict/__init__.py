@@ -89,7 +89,7 @@ def load(bundle: str, weights: str | None = None, merge: bool = True,
     merge: folds the adapter into the backbone where that is exact, so that
       inference costs what it did before tuning.
     frozen_dtype: in which frozen kernels are kept: float32, bfloat16 or int8,
-      see `ttc_jax.storage`; None: as when the bundle was tuned.
+      see `ttc_jax.quantisation`; None: as when the bundle was tuned.
 
   Example:
     tuned = predict.load("WORKDIR/runs/RUN/bundle")

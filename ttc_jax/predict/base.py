@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ttc_jax import backbones, bundles, storage, trees, weights
+from ttc_jax import backbones, bundles, quantisation, trees, weights
 from ttc_jax.config import FROZEN_DTYPES
 from ttc_jax.errors import UserError, check_known, printable
 from ttc_jax.weights import Source, sources
@@ -99,7 +99,7 @@ def load(bundle: str, meta: Meta, base: Source,
   size = meta["image_size"]
   _check_size(bundle, meta, backbones.make(meta["backbone"], size, **fields))
   module, params = weights.load(meta["backbone"], base, size, **fields)
-  return module, storage.store(params, module, frozen_dtype(meta, kept))
+  return module, quantisation.store(params, module, frozen_dtype(meta, kept))
 
 
 def _check_size(bundle, meta, module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttc_jax import bundles, checkpoint, methods, storage, taps, trees
+from ttc_jax import bundles, checkpoint, methods, quantisation, taps, trees
 from ttc_jax.backbones.layers import SCALE
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
@@ -36,7 +36,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: Any,
     bundle: its path, for messages.
     module, params: the base, as `base.load` returns it.
     merge: folds the adapter into the backbone where that is exact. Kernels
-      that it changes become float32, see `storage`.
+      that it changes become float32, see `quantisation`.
 
   Raises:
     UserError: the bundle's arrays are not those of its method there.
@@ -50,7 +50,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: Any,
   model = Model(module, meta["normalisation"], method.handlers)
   _check_fit(bundle, saved, model, params, buffers)
   if merge and method.merge:
-    backbone = storage.merge(method.merge, params, buffers, module)
+    backbone = quantisation.merge(method.merge, params, buffers, module)
     params = params | {"backbone": backbone, "adapter": {}}
     model, buffers = model._replace(handlers=()), {}
   return LoadedModel(model, params, buffers, meta, method.cannot_merge)

@@ -12,7 +12,7 @@ from ttc_jax import (
   methods,
   normalisation,
   parallel,
-  storage,
+  quantisation,
   tasks,
   trees,
   weights,
@@ -103,7 +103,7 @@ def load_base(config) -> Base:
   source = weights.open_source(config.weights)
   name = _name(config.backbone, source)
   module, params = weights.load(name, source, config.image_size, **fields)
-  params = storage.store(params, module, config.frozen_dtype)
+  params = quantisation.store(params, module, config.frozen_dtype)
   return Base(name, module, parallel.replicate(params), source,
               _normalisation(source))
 
@@ -209,7 +209,7 @@ def _check_frozen(config, base, method):
   """Only float32 can be trained: a step is smaller than what int8 resolves."""
   labels = trees.flatten(trees.label(
       {"backbone": base.params}, methods.tuned_rules(method)))
-  for name in storage.kernels(base.backbone):
+  for name in quantisation.kernels(base.backbone):
     if labels[f"backbone/{name}"] == "tune":
       raise UserError(
           f"config.frozen_dtype is {config.frozen_dtype}, but {config.method} "

@@ -42,10 +42,10 @@ def local(data: str, folders: tuple[str, ...] = ()) -> str:
     errors.UserError: the bucket cannot be read, or holds nothing there.
   """
   objects, root = _objects(data.rstrip("/"))
-  lists = [name for name in objects if name.endswith(_INDEX)]
-  tells = any(posixpath.basename(name) in _TELLING for name in lists)
   if (data, folders) in _whole:
     return root
+  lists = [name for name in objects if name.endswith(_INDEX)]
+  tells = any(posixpath.basename(name) in _TELLING for name in lists)
   inside = [name for name in objects
             if name.startswith(tuple(f"{folder}/" for folder in folders))]
   _copy(data, root, objects, lists + inside if tells and (
@@ -108,12 +108,14 @@ def _copy(data: str, root: str, objects: Mapping[str, Mapping[str, Any]],
 def _portions(objects, names):
   """Cuts the names into lists of what is fetched together."""
   some: list[str] = []
+  total = 0
   for name in names:
-    size = sum(objects[n].get("size") or 0 for n in (*some, name))
-    if some and (len(some) == _AT_ONCE or size > _BYTES):
+    size = objects[name].get("size") or 0
+    if some and (len(some) == _AT_ONCE or total + size > _BYTES):
       yield some
-      some = []
+      some, total = [], 0
     some.append(name)
+    total += size
   if some:
     yield some
 
@@ -131,8 +133,8 @@ def _get(data, root, objects, names):
       with files.replacing(place) as file:
         file.write(contents[remote] if remote in contents
                    else fs.cat_file(remote))
-      if (time := _time(objects[name])) is not None:
-        os.utime(place, (time, time))
+      if (changed := _changed(objects[name])) is not None:
+        os.utime(place, (changed, changed))
 
 
 def _opened(data):
@@ -172,10 +174,10 @@ def _version(info):
                                 or info.get("created") or "")]
 
 
-def _time(info):
+def _changed(info):
   """Seconds since 1970 of the last change, if the store says."""
-  time = info.get("mtime") or info.get("created")
-  return time.timestamp() if hasattr(time, "timestamp") else None
+  changed = info.get("mtime") or info.get("created")
+  return changed.timestamp() if hasattr(changed, "timestamp") else None
 
 
 def _read(path):

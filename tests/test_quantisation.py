@@ -18,8 +18,8 @@ from ttc_jax import (
   methods,
   parallel,
   predict,
+  quantisation,
   serve,
-  storage,
   trees,
 )
 from ttc_jax import config as config_lib
@@ -59,8 +59,9 @@ def flat_outputs(name, kernel):
 
 def pair(params, vit, dtype):
   """(parameters kept in a dtype, those that they stand for)."""
-  return (params | {"backbone": storage.store(params["backbone"], vit, dtype)},
-          params | {"backbone": whole(params["backbone"], vit, dtype)})
+  backbone = params["backbone"]
+  return (params | {"backbone": quantisation.store(backbone, vit, dtype)},
+          params | {"backbone": whole(backbone, vit, dtype)})
 
 
 # --- The values ---------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_int8_is_off_by_half_a_step_at_most(shape, inputs, size):
   rng = np.random.default_rng(0)
   kernel = (size * rng.standard_t(2, shape)).astype(np.float32)
   kernel[..., 0] = 0  # a channel without weights
-  q, s = storage.quantise(kernel, inputs)
+  q, s = quantisation.quantise(kernel, inputs)
   assert (q.dtype, q.shape, s.dtype) == (np.int8, shape, np.float32)
   assert s.shape == shape[inputs:]
   w, q, s = (x.astype(np.float64) for x in (kernel, q, s))
@@ -87,8 +88,8 @@ def test_int8_is_off_by_half_a_step_at_most(shape, inputs, size):
 def test_every_kernel_is_kept_and_nothing_else(backbone, dtype):
   params = random_params(backbone)
   before = trees.flatten(params)
-  kept = trees.flatten(storage.store(params, backbone, dtype))
-  back = trees.flatten(storage.restore(trees.unflatten(kept)))
+  kept = trees.flatten(quantisation.store(params, backbone, dtype))
+  back = trees.flatten(quantisation.restore(trees.unflatten(kept)))
   assert back.keys() == before.keys()
   for name, x in before.items():
     if not name.endswith("/kernel"):
@@ -102,7 +103,8 @@ def test_every_kernel_is_kept_and_nothing_else(backbone, dtype):
 
 
 def test_float32_is_left_as_it_is(vit, params):
-  assert storage.store(params["backbone"], vit, "float32") is params["backbone"]
+  backbone = params["backbone"]
+  assert quantisation.store(backbone, vit, "float32") is backbone
 
 
 # --- The computation ----------------------------------------------------------
@@ -151,7 +153,8 @@ def numpy_features(params, images, heads=2):
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_features_are_numpy_s_with_the_values_that_are_kept(
     model, vit, params, split, dtype):
-  kept = params | {"backbone": storage.store(params["backbone"], vit, dtype)}
+  kept = params | {
+      "backbone": quantisation.store(params["backbone"], vit, dtype)}
   values = (params["backbone"] if dtype == "float32"
             else whole(params["backbone"], vit, dtype))
   np.testing.assert_allclose(
@@ -166,7 +169,8 @@ def test_every_layer_of_other_backbones_reads_them(backbone, dtype):
   size = backbone.image_size
   images = np.random.default_rng(0).normal(size=(2, size, size, 3))
   kept, want = (jax.jit(backbone.apply)({"params": p}, images) for p in (
-      storage.store(params, backbone, dtype), whole(params, backbone, dtype)))
+      quantisation.store(params, backbone, dtype),
+      whole(params, backbone, dtype)))
   np.testing.assert_allclose(kept, want, rtol=1e-5, atol=1e-5)
 
 
@@ -243,7 +247,7 @@ def test_products_widen_one_kernel_at_a_time(dtype, saved):
             programs.epoch(Model(backbone, "half"), methods.ALIGN, params, 2, 2,
                            1.0))
   for wide, narrow in zip(
-      compiled(params), compiled(storage.store(params, backbone, dtype)),
+      compiled(params), compiled(quantisation.store(params, backbone, dtype)),
       strict=True):
     devices = len(parallel.devices())
     less = (wide.argument_bytes - narrow.argument_bytes) / devices
@@ -302,7 +306,7 @@ def test_merged_equals_unmerged_and_other_kernels_stay(
   kept, _ = pair(params, vit, dtype)
   method, tuned, made, buffers = prepared(config, variant, model, params, split)
   kept |= {"adapter": random_change(made["adapter"])}
-  merged = storage.merge(method.merge, kept, buffers, vit)
+  merged = quantisation.merge(method.merge, kept, buffers, vit)
   np.testing.assert_allclose(
       features(model, kept | {"adapter": {}, "backbone": merged}, split.images,
                {}),
