@@ -89,8 +89,8 @@ def any_host(*flags: bool) -> list[bool]:
   """Returns for each flag whether it is True on any host."""
   if not spans_hosts():
     return [*flags]
-  return np.asarray(multihost_utils.process_allgather(
-      np.asarray(flags))).any(0).tolist()
+  gathered = np.asarray(multihost_utils.process_allgather(np.asarray(flags)))
+  return [bool(of_hosts.any()) for of_hosts in gathered.T]
 
 
 def tell(content: bytes) -> bytes:
