@@ -368,6 +368,32 @@ def test_runs_that_begin_alike_share_their_first_stage(
   assert all((got[k] == want[k]).all() for k in got)
 
 
+def test_the_rate_of_stage_2_is_its_own_and_leaves_stage_1_shared(
+    config, model, params, split, tmp_path):
+  """TTC with a tenth of the rate in stage 2, beside a lone stage 2 at it."""
+  def job(identity, **settings):
+    return make_job(config, model, split, identity={"test": identity},
+                    settings={"stage1": "none", **settings})
+  _, tenth = run(job("tenth", stage2_lr=0.1, warmup_lr=1e-3, min_lr=1e-3),
+                 params, tmp_path)
+  _, want = run(job("want", lr=1e-3, warmup_lr=1e-4, min_lr=1e-4), params,
+                tmp_path)
+  assert all(np.allclose(tenth[k], want[k], rtol=1e-6) for k in want)
+  run(job("both", stage1="norm"), params, tmp_path)
+  before = set(tmp_path.glob("stages/*"))
+  run(job("both", stage1="norm", stage2_lr=0.1), params, tmp_path)
+  assert len(set(tmp_path.glob("stages/*")) - before) == 1
+
+
+def test_an_option_of_a_later_version_renames_no_run(config, model):
+  for name in methods.names():
+    options = methods.load(name, config, model.backbone).options
+    assert not methods.ADDED.keys() & options.keys()
+  config = config.copy_and_resolve_references()
+  config.stage2_lr = 0.1
+  assert methods.load("ttc", config, model.backbone).options["stage2_lr"] == 0.1
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     config, model, params, split, tmp_path):
   def job_of(**changes):

@@ -60,13 +60,13 @@ def default() -> ml_collections.ConfigDict:
   # val: train on 800, report the 200. final: train on 1000, report the test
   # set. select: val for every setting of `grid`, then final with the best.
   c.protocol = "final"
-  # Every combination is tried; `scale`, `adapter_lr` and `l2` for the methods
-  # that have them.
+  # Every combination is tried; the last four for the methods that have them.
   c.grid = ml_collections.ConfigDict(dict(
       lr=(),              # values of config.lr, as 1e-3,1e-2
       weight_decay=(),    # likewise
       scale=(),           # likewise
       adapter_lr=(),      # likewise
+      stage2_lr=(),       # likewise
       l2=()))             # likewise
   # How many rates beyond grid.lr may be tried, at its spacing, while the best
   # one is the lowest or the highest.
@@ -148,6 +148,7 @@ def default() -> ml_collections.ConfigDict:
   c.tune_norm = True          # the LayerNorms in stage 2
   c.tune = "channels"         # rows: the kernel's selected rows (Table 7)
   c.adapter_lr = 1.0          # learning rate of the map, in times of lr
+  c.stage2_lr = 1.0           # all rates of stage 2, in times of stage 1's
 
   # The other methods, as published; k, blocks and scale are SCT's too.
 
@@ -334,7 +335,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.{key} is {config[key]}; give 1 or more")
   for key in ("lr", "warmup_lr", "min_lr", "weight_decay", "k", "blocks",
               "limit", "window", "cache_gib", "in_memory_gib", "workers",
-              "adapter_lr", "grid_steps", "few_shot", "clip_norm",
+              "adapter_lr", "stage2_lr", "grid_steps", "few_shot", "clip_norm",
               "crop_from", "l2"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")

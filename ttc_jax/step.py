@@ -76,13 +76,18 @@ class Hyper(NamedTuple):
 
 
 def make_hyper(config: ml_collections.ConfigDict, steps_per_epoch: int,
-               classes: int, adapter_lr: float = 1.0) -> Hyper:
-  """Returns a stage's numbers, as numpy scalars."""
+               classes: int, adapter_lr: float = 1.0,
+               factor: float = 1.0) -> Hyper:
+  """Returns a stage's numbers, as numpy scalars.
+
+  Args:
+    factor: of the stage, on all learning rates.
+  """
   return Hyper(
-      np.float32(config.lr), np.float32(config.weight_decay),
+      np.float32(factor * config.lr), np.float32(config.weight_decay),
       np.int32(round(config.warmup_epochs * steps_per_epoch)),
       np.int32(config.epochs * steps_per_epoch), np.int32(classes),
-      np.float32(config.warmup_lr), np.float32(config.min_lr),
+      np.float32(factor * config.warmup_lr), np.float32(factor * config.min_lr),
       np.float32(adapter_lr))
 
 

@@ -390,7 +390,8 @@ class StageRun:
     job = self.job
     hyper = make_hyper(
         job.config, len(self._split.labels) // self.plan.batch_size,
-        job.classes, job.method.options.get("adapter_lr", 1.0))
+        job.classes, job.method.options.get("adapter_lr", 1.0),
+        self.stage.lr)
     key = jax.random.fold_in(jax.random.key(job.seed), self.index)
     hyper, key = parallel.replicate((hyper, jax.random.key_data(key)))
     return Fixed(frozen, inputs.buffers, hyper), key

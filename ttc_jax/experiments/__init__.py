@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ttc_taylor_abs": dict(method="ttc", score="taylor_abs"),
     "ttc_taylor_square": dict(method="ttc", score="taylor_square"),
     "ttc_block": dict(method="ttc", score="block"),
+    "ttc_two_rates": dict(
+        method="ttc", grid=dict(stage2_lr=(0.01, 0.1, 1.0))),
     "ttc_map": dict(method="ttc", tune_norm=False),
     "ttc_on_linear": dict(method="ttc", stage1="linear", tune_norm=False),
     "ttc_joint": dict(method="ttc", stage1="none", epochs=BOTH),

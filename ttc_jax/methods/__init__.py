@@ -93,6 +93,7 @@ class Stage(NamedTuple):
       whatever the protocol.
     sample: `(buffers, key) -> buffers` of one training step, or None.
     solve: computes the head in place of all epochs, or None.
+    lr: factor on the learning rates of the configuration.
   """
   name: str
   rules: trees.Rules
@@ -100,6 +101,7 @@ class Stage(NamedTuple):
   holdout: bool = False
   sample: Callable[[trees.Tree, Any], trees.Tree] | None = None
   solve: Solve | None = None
+  lr: float = 1.0
 
 
 # Runs share a stage if its name, its rules and all stages before it agree.
@@ -173,6 +175,12 @@ def described(name: str) -> tuple[str, str]:
   return match[1], match[2]
 
 
+# Options that a later version added, with the values that stand for what was
+# before. They are left out at those, so that finished runs keep their names;
+# a bundle that lacks them has them.
+ADDED = {"stage2_lr": 1.0}
+
+
 def options(config: ml_collections.ConfigDict, keys: tuple[str, ...],
             **resolved: Any) -> dict[str, Any]:
   """Returns the configuration's values of `keys` as plain JSON values.
@@ -181,7 +189,8 @@ def options(config: ml_collections.ConfigDict, keys: tuple[str, ...],
     resolved: values that take the place of the configuration's; for a section
       a dict of some of its keys: `adapter={"scale": 0.1}`.
   """
-  values = {key: _json(config[key]) for key in keys}
+  values = {key: _json(config[key]) for key in keys
+            if config[key] != ADDED.get(key)}
   for key, value in resolved.items():
     values[key] = values[key] | value if isinstance(value, dict) else value
   return values

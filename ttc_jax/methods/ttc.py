@@ -49,7 +49,7 @@ SCORED_AT = {"fc2": "fc2", "proj": "proj", "block": "fc2", "attention": "proj"}
 STAGE_1 = {"norm": (ALIGN,), "linear": (TUNE_HEAD,), "none": ()}
 
 OPTIONS = ("k", "position", "blocks", "score", "scale", "bias", "stage1",
-           "tune_norm", "tune", "adapter_lr")
+           "tune_norm", "tune", "adapter_lr", "stage2_lr")
 
 
 def adapt(p: dict[str, jax.Array], y: jax.Array, x: jax.Array) -> jax.Array:
@@ -200,7 +200,7 @@ def make(config: ml_collections.ConfigDict, backbone: nn.Module) -> Method:
       select_channels, sites=sites, score=config.score, k=k, blocks=blocks,
       scale=config.scale, bias=config.bias, rows=rows)
   rules = ((NORM,) if config.tune_norm else ()) + TUNE_ADAPTER
-  adapt_stage = Stage("adapt", rules, prepare)
+  adapt_stage = Stage("adapt", rules, prepare, lr=config.stage2_lr)
   return Method(
       (*STAGE_1[config.stage1], adapt_stage),
       options=options(config, OPTIONS, k=k, blocks=blocks),

@@ -131,12 +131,12 @@ def best(rows: Sequence[Row]) -> list[Row]:
   """Returns the best val200 row of each task, variant and seed.
 
   Ties go to the smaller learning rate, then weight decay, then scale, then
-  rate of the adapter, then l2.
+  rate of the adapter, then that of stage 2, then l2.
   """
   best_of: dict[tuple, Row] = {}
   for row in sorted(rows, key=lambda r: (
       -r["val_top1"], r["lr"], r["weight_decay"], r.get("scale") or 0,
-      r.get("adapter_lr") or 0, r.get("l2") or 0)):
+      r.get("adapter_lr") or 0, r.get("stage2_lr") or 1, r.get("l2") or 0)):
     best_of.setdefault(_key(row), row)
   return [best_of[key] for key in dict.fromkeys(map(_key, rows))]
 

@@ -87,14 +87,16 @@ def tuned_leaves(method: methods.Method, params: trees.Tree) -> trees.Tree:
 def _facts(run, base, task, job):
   """What the run was, before its numbers."""
   c, options = run.config, run.method.options
+  known = methods.options_of(run.method.name)
   return {
       "task": run.task, "group": task.group, "method": run.method.name,
       "variant": run.variant, "protocol": run.protocol, "seed": run.seed,
       "weights": base.source.name, "weights_sha256": base.source.sha256,
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": run.data, "options": options,
-      **{key: options.get(key) for key in (
-          "k", "position", "score", "scale", "adapter_lr", "l2")},
+      **{key: (methods.ADDED | options)[key] if key in known else None
+         for key in ("k", "position", "score", "scale", "adapter_lr",
+                     "stage2_lr", "l2")},
       **{key: c[key] for key in _OF_CONFIG},
       "stages": [s.name for s in run.method.stages],
       "train_count": len(job.train.labels),
