@@ -318,17 +318,35 @@ def check(config: ml_collections.ConfigDict) -> None:
     UserError: one value is wrong; the sentence says which are right.
   """
   _check_present("", config, _default_once())
-  check_known("protocol", config.protocol, PROTOCOLS)
-  check_known("hosts", config.hosts, HOSTS)
-  check_known("optimiser", config.optimiser, OPTIMISERS)
-  check_known("head_init", config.head_init, HEAD_INITS)
-  check_known("dtype", config.dtype, ("float32", "bfloat16"))
-  check_known("frozen_dtype", config.frozen_dtype, FROZEN_DTYPES)
+  _check_words(config)
+  _check_numbers(config)
+  _check_schedule(config)
+  _check_crop_from(config)
+  _check_per_task("config", config, config)
+  _check_seeds_and_grid(config)
+  for label, overrides in config.variants.items():
+    where = f"config.variants.{label}"
+    _check_keys(where, overrides, config, SHARED)
+    _check_per_task(where, overrides, config)
+
+
+_default_once = functools.cache(default)
+
+
+def _check_words(config):
+  """Checks the values that are one of a few words."""
+  for key, words in (
+      ("protocol", PROTOCOLS), ("hosts", HOSTS), ("optimiser", OPTIMISERS),
+      ("head_init", HEAD_INITS), ("dtype", ("float32", "bfloat16")),
+      ("frozen_dtype", FROZEN_DTYPES), ("gelu", ("", "exact", "tanh", "quick")),
+      ("matmul_precision", ("", "high", "highest"))):
+    check_known(key, config[key], words)
   check_known("resample", re.sub(r"/[1-9]\d{0,3}$", "", config.resample),
               ("bicubic", "bilinear"))
-  check_known("gelu", config.gelu, ("", "exact", "tanh", "quick"))
-  check_known("matmul_precision", config.matmul_precision,
-              ("", "high", "highest"))
+
+
+def _check_numbers(config):
+  """Checks the range of each number by itself."""
   for key in ("epochs", "batch_size", "accumulate", "image_size",
               "eval_every"):
     if config[key] < 1:
@@ -339,13 +357,34 @@ def check(config: ml_collections.ConfigDict) -> None:
               "crop_from", "l2"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
+  for key in ("label_smoothing", "drop_path"):
+    if not 0 <= config[key] < 1:
+      raise UserError(f"config.{key} is {config[key]}; give 0 to below 1")
+  if not 0 < config.smallest_crop <= 1:
+    raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
+                    "a share of the area above 0, 1 for no crops")
+  for key, most in (("jitter", 1), ("randaugment", 10), ("erasing", 1),
+                    ("mixup", math.inf), ("cutmix", math.inf)):
+    if not 0 <= config.augment[key] <= most:
+      raise UserError(f"config.augment.{key} is {config.augment[key]}; give 0 "
+                      + (f"to {most}" if most < math.inf else "or more"))
+
+
+def _check_schedule(config):
+  """Checks that the warm-up ends within the stage, and its ends lie below."""
   warmup = config.warmup_epochs
   if warmup is not None and not 0 <= warmup < config.epochs:
     raise UserError(f"config.warmup_epochs is {warmup}; give 0 to below "
                     f"config.epochs ({config.epochs}), or None for a tenth")
-  if not 0 <= config.label_smoothing < 1:
-    raise UserError(f"config.label_smoothing is {config.label_smoothing}; "
-                    "give 0 to below 1")
+  lowest = min(config.grid.lr or (config.lr,))
+  for key in ("warmup_lr", "min_lr"):
+    if config[key] > lowest:
+      raise UserError(f"config.{key} is {config[key]}, above the learning rate "
+                      f"{lowest}; give at most that")
+
+
+def _check_seeds_and_grid(config):
+  """Checks the values of which each makes a run of its own."""
   if not config.seeds or not all(
       isinstance(s, int) and s >= 0 for s in config.seeds):
     raise UserError(f"config.seeds is {config.seeds}; give at least one "
@@ -354,36 +393,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
       raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "
                       f"e.g. --config.grid.{key}=1e-3,1e-2")
-  lowest = min(config.grid.lr or (config.lr,))
-  for key in ("warmup_lr", "min_lr"):
-    if config[key] > lowest:
-      raise UserError(f"config.{key} is {config[key]}, above the learning rate "
-                      f"{lowest}; give at most that")
-  if not 0 <= config.drop_path < 1:
-    raise UserError(
-        f"config.drop_path is {config.drop_path}; give 0 to below 1")
-  if not 0 < config.smallest_crop <= 1:
-    raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
-                    "a share of the area above 0, 1 for no crops")
-  _check_crop_from(config)
-  for key, most in (("jitter", 1), ("randaugment", 10), ("erasing", 1),
-                    ("mixup", math.inf), ("cutmix", math.inf)):
-    if not 0 <= config.augment[key] <= most:
-      raise UserError(f"config.augment.{key} is {config.augment[key]}; give 0 "
-                      + (f"to {most}" if most < math.inf else "or more"))
-  _check_per_task("config", config, config)
   grids = (config.grid, *(t.get("grid", {}) for t in config.per_task.values()))
   if config.protocol == "select" and not any(
       any(grid.values()) for grid in grids):
     raise UserError("config.protocol is 'select' but config.grid is empty; "
                     "give e.g. --config.grid.lr=1e-3,1e-2")
-  for label, overrides in config.variants.items():
-    where = f"config.variants.{label}"
-    _check_keys(where, overrides, config, SHARED)
-    _check_per_task(where, overrides, config)
-
-
-_default_once = functools.cache(default)
 
 
 def _check_crop_from(config):
