@@ -243,7 +243,8 @@ def test_the_suite_goes_on_where_it_was_ended(tmp_path):
     suite.run(str(path), note, options)
 
 
-def test_the_processors_instructions_are_told(tmp_path):
+def test_the_processors_instructions_and_their_limits_are_told(
+    tmp_path, monkeypatch):
   cpuinfo = tmp_path / "cpuinfo"
   cpuinfo.write_text("model name\t: A CPU\nflags\t\t: fpu avx2 avx512f\n\n"
                      "model name\t: Another\nflags\t\t: amx_bf16\n")
@@ -252,6 +253,13 @@ def test_the_processors_instructions_are_told(tmp_path):
   assert machine["instructions"] == ["AVX2", "AVX-512"]
   machine = hardware.machine(parallel.devices(), str(tmp_path / "none"))
   assert machine["processor"] and machine["instructions"] == []
+  monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+  assert hardware.machine(parallel.devices())["limits"][
+      "ATEN_CPU_CAPABILITY"] == "avx2"
+  options = {"against": "", "steps": 2}
+  assert "With ATEN_CPU_CAPABILITY=avx2." in suite.table([made_result(
+      backbone="vit_ti16", image_size=64, batch_size=4, dtype="float32",
+      **options)])
 
 
 def test_torch_tunes_what_stage_2_tunes(tiny, pytorch):

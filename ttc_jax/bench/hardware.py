@@ -9,6 +9,9 @@ import jax
 _INSTRUCTIONS = {
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16",
     "amx_bf16": "AMX", "asimd": "NEON", "sve": "SVE", "bf16": "BF16"}
+# Environment variables by which either library is told to use fewer.
+_LIMITS = ("XLA_FLAGS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+           "MKL_ENABLE_INSTRUCTIONS")
 
 
 def cores() -> int:
@@ -33,7 +36,9 @@ def machine(devices: list[jax.Device],
           "processor": told.get("model name") or platform.processor()
                        or platform.machine(),
           "instructions": [name for flag, name in _INSTRUCTIONS.items()
-                           if flag in flags]}
+                           if flag in flags],
+          "limits": {name: os.environ[name] for name in _LIMITS
+                     if os.environ.get(name)}}
 
 
 def _told(cpuinfo):

@@ -74,6 +74,7 @@ def table(results: list[Result]) -> str:
       f"{m['devices']} x {m['kind']}, {m['cores']} cores, {m['processor']} "
       f"({', '.join(m['instructions']) or 'instructions not known'}); "
       + ", ".join(f"{name} {v}" for name, v in versions.items()) + ".",
+      *(f"With {name}={value}." for name, value in m["limits"].items()),
       "Stage 2; medians of images/s, and of the turns. Within a turn all take "
       "turns in one process.",
       *(f"Without torch.compile: {reason}." for reason in sorted(left_out))]
