@@ -44,7 +44,7 @@ def test_ray_workers_share_a_session(tmp_path):
   done = subprocess.run(
       [sys.executable, str(PODS / "ray_runs.py"), "--workers=2", "--",
        f"--workdir={tmp_path}", "--config=configs/demo.py",
-       "--config.epochs=1", "--config.limit=64"], cwd=ROOT, text=True,
+       "--config.epochs=2", "--config.limit=64"], cwd=ROOT, text=True,
       capture_output=True, timeout=600)
   assert done.returncode == 0, done.stderr
   assert len(list(tmp_path.glob("runs/*/row.json"))) == 6
