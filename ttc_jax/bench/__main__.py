@@ -35,7 +35,8 @@ from ttc_jax.errors import check_known
 _BACKBONE = flags.DEFINE_string("backbone", "vit_s14", "name, as vit_s14")
 _SIZE = flags.DEFINE_integer("size", 56, "of the images, pixels a side")
 _BATCH = flags.DEFINE_integer("batch", 64, "images a step, on all devices")
-_STEPS = flags.DEFINE_integer("steps", 8, "of an epoch, in one dispatch")
+_STEPS = flags.DEFINE_integer(
+    "steps", 8, "of an epoch, in one dispatch; --suite has its own")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16")
 _FROZEN = flags.DEFINE_string(
     "frozen_dtype", "float32", "of frozen kernels: float32, bfloat16, int8")
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
   if _AGAINST.value:
     check_known("--against", _AGAINST.value, ("torch",))
   options = {"frozen_dtype": _FROZEN.value, "gelu": _GELU.value,
-             "against": _AGAINST.value, "steps": _STEPS.value}
+             "against": _AGAINST.value}
   if _SUITE.value:
     print(suite.run(_JSON.value or "bench.json", _measure, options), end="")
     return
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
 def _chosen(values, options):
   """Returns (numbers, text) of what the flags ask for."""
   if not (_MEMORY.value or _PIPELINE.value):
-    result = _measure(**values, **options)
+    result = _measure(**values, **options, steps=_STEPS.value)
     return result, text.table(result)
   config = programs.settings(
       **values, frozen_dtype=_FROZEN.value, gelu=_GELU.value)

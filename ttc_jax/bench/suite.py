@@ -16,9 +16,10 @@ from ttc_jax.report import formats
 
 Result = dict[str, Any]  # of `timing.measure`
 
-# backbone, pixels a side, images a step
-SHAPES = (("vit_ti16", 64, 64), ("vit_s14", 56, 64), ("vit_s14", 98, 32),
-          ("vit_b16", 224, 4), ("swin_ti", 224, 4))
+# backbone, pixels a side, images a step, steps of an epoch: a second or two
+SHAPES = (("vit_ti16", 64, 64, 8), ("vit_s14", 56, 64, 8),
+          ("vit_s14", 98, 32, 8), ("vit_b16", 224, 4, 2),
+          ("swin_ti", 224, 4, 2))
 DTYPES = ("float32", "bfloat16")
 
 _HEADER = ["shape", "type", "images/s", "ms a step", "% of the ceiling",
@@ -33,7 +34,7 @@ def run(path: str, measure: Callable[..., Result],
     path: of the JSON file, {"results": [...]}; the table is written beside it,
       with the ending ".md".
     measure: of the configuration's keys; its result has them in "settings".
-    options: of all shapes: frozen_dtype, gelu, against and steps.
+    options: of all shapes: frozen_dtype, gelu and against.
 
   Raises:
     UserError: a file cannot be read or written.
@@ -54,9 +55,9 @@ def run(path: str, measure: Callable[..., Result],
 
 
 def _values(shape, dtype):
-  backbone, size, batch = shape
+  backbone, size, batch, steps = shape
   return {"backbone": backbone, "image_size": size, "batch_size": batch,
-          "dtype": dtype}
+          "steps": steps, "dtype": dtype}
 
 
 def _others(kept, results):
