@@ -14,13 +14,13 @@ import pytest
 
 from tests.command import ROOT
 from tests.torch_models import import_timm
-from ttc_jax import backbones, methods, parallel
+from ttc_jax import backbones, methods, parallel, quantisation, trees
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.bench import __main__ as bench
 from ttc_jax.bench import hardware, memory, pipeline, programs, suite, timing
-from ttc_jax.config import default
+from ttc_jax.config import FROZEN_DTYPES, default
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
 from ttc_jax.vtab import rows as vtab
@@ -288,6 +288,27 @@ def test_memory_is_linear_in_depth_and_batch(tiny):
   np.testing.assert_allclose(memory.total(terms, 6, 32), found, rtol=0.15)
 
 
+@pytest.mark.parametrize("dtype", FROZEN_DTYPES)
+def test_the_shapes_kept_are_those_of_what_is_stored(tiny, dtype):
+  backbone = programs.make_backbone(tiny)
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32),
+                        backbones.shapes(backbone))
+  stored = trees.flatten(quantisation.store(params, backbone, dtype))
+  kept = trees.flatten(memory.kept_shapes(backbone, dtype))
+  assert {k: (x.shape, x.dtype) for k, x in kept.items()} == {
+      k: (x.shape, x.dtype) for k, x in stored.items()}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason=(
+    "XLA of JAX 0.10 on CPU widens all kernels at once"))
+def test_kernels_in_int8_need_less_memory(tiny):
+  found = []
+  for dtype in ("float32", "int8"):
+    tiny.frozen_dtype = dtype
+    found.append(memory.of_step(tiny, 2, 8, False))
+  assert found[1] < found[0]
+
+
 def test_parts_of_a_batch_need_less_memory(tiny):
   whole, parts = (
       memory.of_step(tiny, 6, 64, False, n) for n in (1, 8))
@@ -305,10 +326,11 @@ def test_the_largest_batch_is_the_last_power_of_two_that_fits():
     ("--backbone=resnet50", "unknown backbone 'resnet50'"),
     ("--batch=3", "--batch=3 does not divide among the 2 devices"),
     ("--memory=16GB", "give GB of devices, as 16,80, or step"),
+    ("--suite --batch=8", "--suite has its own shapes: leave --batch out"),
 ])
 def test_wrong_flags_are_one_sentence(flag, message):
   with flagsaver.flagsaver(), pytest.raises(UserError, match=message):
-    flags.FLAGS(["bench", flag])
+    flags.FLAGS(["bench", *flag.split()])
     bench.main([])
 
 

@@ -8,19 +8,32 @@ import sys
 import pytest
 
 from tests.command import ROOT, run_command
+from ttc_jax import config_file
 from ttc_jax.config import default
 
 PODS = ROOT / "examples" / "pods"
 SCRIPTS = sorted(p for p in PODS.iterdir() if p.suffix in (".sh", ".yaml"))
 
 
+def _ours(text):
+  """The part of a script that starts ttc_jax, its lines joined."""
+  text = text.replace("\\\n", "")
+  if text.startswith("# kubectl"):
+    return text.partition("args:")[2] + " "
+  return " ".join(re.findall(r"ttc_jax\.main(.*(?:\n  .*)*)", text)) + " "
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_flags_and_keys_exist(path):
   text = path.read_text()
   known = run_command("main", "--help").stdout
-  for flag in re.findall(r"--(coordinator|num_processes|process_id|workdir)\b",
-                         text):
-    assert f"--{flag}" in known or f"--[no]{flag}" in known
+  flags = set(re.findall(r"--(\w+)[= ]", _ours(text)))
+  assert {"config", "workdir"} <= flags
+  for flag in flags:
+    assert f"--{flag}" in known or f"--[no]{flag}" in known, flag
+  for given in re.findall(r"--config=\"?([^\s\"]+)", _ours(text)):
+    given = re.sub(r"\$\{?\w+\}?", "X", given)
+    assert config_file.load(*config_file.split(given)).tasks == ("vtab",)
   keys = re.findall(r"--config\.(\w+)", text)
   assert keys and all(key in default() for key in keys)
 

@@ -385,6 +385,18 @@ def test_the_rate_of_stage_2_is_its_own_and_leaves_stage_1_shared(
   assert len(set(tmp_path.glob("stages/*")) - before) == 1
 
 
+def test_stages_at_other_rates_are_other_stages(config, model, split):
+  """Also those of a method without options, whose stages prepare nothing."""
+  def keys(lr):
+    job = make_job(config, model, split, "layernorm")
+    stages = tuple(s._replace(lr=lr) for s in job.method.stages)
+    return train.stage_keys(job._replace(
+        method=job.method._replace(stages=stages)))
+  assert keys(1.0) == train.stage_keys(
+      make_job(config, model, split, "layernorm"))
+  assert not set(keys(1.0)) & set(keys(0.1))
+
+
 def test_an_option_of_a_later_version_renames_no_run(config, model):
   for name in methods.names():
     options = methods.load(name, config, model.backbone).options

@@ -320,10 +320,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_present("", config, _default_once())
   _check_words(config)
   _check_numbers(config)
-  _check_schedule(config)
   _check_crop_from(config)
   _check_per_task("config", config, config)
   _check_seeds_and_grid(config)
+  _check_schedule(config)  # reads the grid
   for label, overrides in config.variants.items():
     where = f"config.variants.{label}"
     _check_keys(where, overrides, config, SHARED)

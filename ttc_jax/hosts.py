@@ -21,6 +21,7 @@ import sys
 import threading
 from typing import NamedTuple
 
+from absl import logging
 import jax
 
 from ttc_jax import interrupt, parallel
@@ -58,6 +59,10 @@ def join(mode: str, address: Address) -> None:
                     f"--num_processes={count} - 1")
   on_tpu = importlib.util.find_spec("libtpu") is not None
   if mode == "alone" or mode == "runs" and not on_tpu:
+    if any(named):
+      logging.warning("--coordinator is not used: hosts that take runs of their "
+                      "own need not meet; for one run over all of them add "
+                      "--config.hosts=batch")
     return
   try:
     jax.distributed.initialize(*address)

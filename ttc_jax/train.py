@@ -102,7 +102,8 @@ def stage_keys(job: Job) -> list[str]:
     return checkpoint.digest([job.identity, [
         (s.name, s.rules,
          (job.method.name, job.method.options)
-         if s.prepare or s.solve else None)
+         if s.prepare or s.solve else None,
+         *((s.lr,) if s.lr != 1 else ()))
         for s in stages]])
   stages = job.method.stages
   return [key(stages[:i + 1]) for i in range(len(stages))]

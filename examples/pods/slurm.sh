@@ -14,6 +14,8 @@
 #   sbatch --array=0 --nodes=4 --ntasks-per-node=8 examples/pods/slurm.sh \
 #     DATA WEIGHTS WORKDIR --config.hosts=batch --config.batch_size=512
 set -euo pipefail
+# A task sees one GPU, which is number 0 to it, whatever SLURM numbers the task.
+export JAX_LOCAL_DEVICE_IDS=0
 data=$1 weights=$2 workdir=$3
 shift 3
 # SIGTERM saves the epoch and ends with code 0, which SLURM takes for done: so a

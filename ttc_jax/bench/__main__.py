@@ -30,7 +30,7 @@ from absl import flags
 
 from ttc_jax import cli
 from ttc_jax.bench import memory, pipeline, programs, suite, text, timing
-from ttc_jax.errors import check_known
+from ttc_jax.errors import UserError, check_known
 
 _BACKBONE = flags.DEFINE_string("backbone", "vit_s14", "name, as vit_s14")
 _SIZE = flags.DEFINE_integer("size", 56, "of the images, pixels a side")
@@ -62,6 +62,9 @@ def main(argv: list[str]) -> None:
   options = {"frozen_dtype": _FROZEN.value, "gelu": _GELU.value,
              "against": _AGAINST.value}
   if _SUITE.value:
+    for flag in (_BACKBONE, _SIZE, _BATCH, _STEPS, _DTYPE, _MEMORY, _PIPELINE):
+      if flag.present:
+        raise UserError(f"--suite has its own shapes: leave --{flag.name} out")
     print(suite.run(_JSON.value or "bench.json", _measure, options), end="")
     return
   values = {"backbone": _BACKBONE.value, "image_size": _SIZE.value,

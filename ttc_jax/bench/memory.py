@@ -65,11 +65,16 @@ def of_step(config: Any, depth: int, batch: int, remat: bool,
 
 def kept_shapes(backbone: Any, dtype: str) -> trees.Tree:
   """Returns the shapes of a backbone's parameters as `quantisation.store` keeps
-  them, float32 or bfloat16."""
-  flat = trees.flatten(backbones.shapes(backbone))
-  if dtype != "float32":
-    for name in quantisation.kernels(backbone):
-      flat[name] = jax.ShapeDtypeStruct(flat[name].shape, jnp.dtype(dtype))
+  them."""
+  flat = dict(trees.flatten(backbones.shapes(backbone)))
+  if dtype == "float32":
+    return trees.unflatten(flat)
+  for name, inputs in quantisation.kernels(backbone).items():
+    shape = flat[name].shape
+    flat[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    if dtype == "int8":
+      flat[quantisation.scale_of(name)] = jax.ShapeDtypeStruct(
+          shape[inputs:], jnp.float32)
   return trees.unflatten(flat)
 
 

@@ -94,7 +94,7 @@ def _facts(run, base, task, job):
       "weights": base.source.name, "weights_sha256": base.source.sha256,
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": run.data, "options": options,
-      **{key: (methods.ADDED | options)[key] if key in known else None
+      **{key: (methods.ADDED | options).get(key) if key in known else None
          for key in ("k", "position", "score", "scale", "adapter_lr",
                      "stage2_lr", "l2")},
       **{key: c[key] for key in _OF_CONFIG},
