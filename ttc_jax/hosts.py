@@ -60,9 +60,9 @@ def join(mode: str, address: Address) -> None:
   on_tpu = importlib.util.find_spec("libtpu") is not None
   if mode == "alone" or mode == "runs" and not on_tpu:
     if any(named):
-      logging.warning("--coordinator is not used: hosts that take runs of their "
-                      "own need not meet; for one run over all of them add "
-                      "--config.hosts=batch")
+      logging.warning("--coordinator is not used: hosts that take runs of "
+                      "their own need not meet; for one run over all of them "
+                      "add --config.hosts=batch")
     return
   try:
     jax.distributed.initialize(*address)
