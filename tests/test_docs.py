@@ -261,6 +261,11 @@ def test_every_key_is_on_its_page_with_a_meaning():
                                   re.MULTILINE)
 
 
+def test_the_page_of_evidence_is_made_of_its_introduction():
+  page = (ROOT / "docs" / "evidence.md").read_text()
+  assert (ROOT / "docs" / "evidence" / "introduction.md").read_text() in page
+
+
 FILE = re.compile(
     r"(?:ttc_jax|docs|tests|tools|configs|checkpoints|methods|backbones|tasks|"
     r"presets|measures|experiments|export|runs|weights)/[\w./-]*\w(?:\.\w+|/)")
