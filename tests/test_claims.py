@@ -155,8 +155,9 @@ def row(run, who):
   return {"run": run, "who": who, "finished": f"{time.monotonic()}"}
 
 
-@pytest.mark.parametrize("stale", [0.0, 0.05])
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers, stale", [
+    (4, 0.05), *(pytest.param(*x, marks=pytest.mark.slow)
+                 for x in ((2, 0.0), (2, 0.05), (4, 0.0)))])
 def test_work_is_done_once_on_a_bad_line(stale, workers):
   """Workers claim runs, die without a word or stall past their lease, and go
   on; rows exist once and the derived file has all of them."""

@@ -47,6 +47,7 @@ def check_equal(one, two):
       assert all((a[name] == b[name]).all() for name in a)
 
 
+@pytest.mark.slow
 def test_a_bucket_gives_what_a_disk_gives(
     objects, data, weights, tmp_path):  # noqa: F811
   upload(objects, data, "data")

@@ -357,9 +357,12 @@ def _check_numbers(config):
               "crop_from", "l2"):
     if not config[key] >= 0:
       raise UserError(f"config.{key} is {config[key]}; give 0 or more")
-  for key in ("label_smoothing", "drop_path"):
-    if not 0 <= config[key] < 1:
-      raise UserError(f"config.{key} is {config[key]}; give 0 to below 1")
+  if not 0 <= config.label_smoothing < 1:
+    raise UserError(f"config.label_smoothing is {config.label_smoothing}; "
+                    "give 0 to below 1")
+  if not 0 <= config.drop_path < 1:
+    raise UserError(
+        f"config.drop_path is {config.drop_path}; give 0 to below 1")
   if not 0 < config.smallest_crop <= 1:
     raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
                     "a share of the area above 0, 1 for no crops")

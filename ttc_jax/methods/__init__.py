@@ -237,7 +237,8 @@ def load(name: str, config: ml_collections.ConfigDict,
   """Returns a method with its options checked and resolved for a backbone.
 
   Args:
-    config: has the keys that `options_of(name)` lists; others are not read.
+    config: has the keys that `options_of(name)` lists, but those of `ADDED` may
+      be missing; others are not read.
     backbone: as `backbones.make` returns it; no parameters are needed.
 
   Raises:
@@ -249,4 +250,6 @@ def load(name: str, config: ml_collections.ConfigDict,
     method.options["k"]  # 96
   """
   check_known("method", name, names())
+  if ADDED.keys() - config.keys():
+    config = ml_collections.ConfigDict(ADDED | dict(config.items()))
   return _module(name).make(config, backbone)._replace(name=name)

@@ -57,7 +57,7 @@ def attach(bundle: str, saved: bundles.Bundle, module: Any,
 
 
 def _method(bundle, meta, module):
-  options = ml_collections.ConfigDict(methods.ADDED | meta["options"])
+  options = ml_collections.ConfigDict(meta["options"])
   try:
     return methods.load(meta["method"], options, module)
   except (UserError, AttributeError, KeyError, TypeError, ValueError) as e:
