@@ -405,6 +405,17 @@ def test_of_equal_scales_too_the_smaller_is_best():
   assert best["scale"] == 0.5
 
 
+@pytest.mark.parametrize("rates, smallest", [
+    ((1.0, 0.0, 0.1), 0.0), ((1.0, 0.1), 0.1)])
+def test_of_equal_rates_of_stage_2_the_smaller_is_best(rates, smallest):
+  """Also beside a row of an earlier version, whose rate is 1."""
+  rows = [row("a", "ttc", 0, None, val_top1=60.),
+          *(row("a", "ttc", 0, None, val_top1=60., stage2_lr=x)
+            for x in rates)]
+  best, = report.best(rows)
+  assert best["stage2_lr"] == smallest
+
+
 def test_a_damaged_line_of_a_results_file_is_left_out_aloud(tmp_path, caplog):
   path = tmp_path / "results.jsonl"
   whole = ROWS[0], ROWS[2]

@@ -4,6 +4,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -401,6 +402,8 @@ def test_an_option_of_a_later_version_renames_no_run(config, model):
   for name in methods.names():
     options = methods.load(name, config, model.backbone).options
     assert not methods.ADDED.keys() & options.keys()
+  nothing = ml_collections.ConfigDict({"other": None, "stage2_lr": 1.0})
+  assert methods.options(nothing, ("other", "stage2_lr")) == {"other": None}
   config = config.copy_and_resolve_references()
   config.stage2_lr = 0.1
   assert methods.load("ttc", config, model.backbone).options["stage2_lr"] == 0.1

@@ -190,7 +190,7 @@ def options(config: ml_collections.ConfigDict, keys: tuple[str, ...],
       a dict of some of its keys: `adapter={"scale": 0.1}`.
   """
   values = {key: _json(config[key]) for key in keys
-            if config[key] != ADDED.get(key)}
+            if key not in ADDED or config[key] != ADDED[key]}
   for key, value in resolved.items():
     values[key] = values[key] | value if isinstance(value, dict) else value
   return values

@@ -136,7 +136,7 @@ def best(rows: Sequence[Row]) -> list[Row]:
   best_of: dict[tuple, Row] = {}
   for row in sorted(rows, key=lambda r: (
       -r["val_top1"], r["lr"], r["weight_decay"], r.get("scale") or 0,
-      r.get("adapter_lr") or 0, r.get("stage2_lr") or 1, r.get("l2") or 0)):
+      r.get("adapter_lr") or 0, r.get("stage2_lr", 1) or 0, r.get("l2") or 0)):
     best_of.setdefault(_key(row), row)
   return [best_of[key] for key in dict.fromkeys(map(_key, rows))]
 
