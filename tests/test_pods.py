@@ -15,11 +15,11 @@ PODS = ROOT / "examples" / "pods"
 SCRIPTS = sorted(p for p in PODS.iterdir() if p.suffix in (".sh", ".yaml"))
 
 
-def _ours(text):
-  """The part of a script that starts ttc_jax, its lines joined."""
-  text = text.replace("\\\n", "")
-  if text.startswith("# kubectl"):
-    return text.partition("args:")[2] + " "
+def _ours(path):
+  """What of a file starts ttc_jax, its lines joined."""
+  text = path.read_text().replace("\\\n", "")
+  if path.suffix == ".yaml":
+    return text
   return " ".join(re.findall(r"ttc_jax\.main(.*(?:\n  .*)*)", text)) + " "
 
 
@@ -27,11 +27,11 @@ def _ours(text):
 def test_flags_and_keys_exist(path):
   text = path.read_text()
   known = run_command("main", "--help").stdout
-  flags = set(re.findall(r"--(\w+)[= ]", _ours(text)))
+  flags = set(re.findall(r"--(\w+)[= ]", _ours(path)))
   assert {"config", "workdir"} <= flags
   for flag in flags:
     assert f"--{flag}" in known or f"--[no]{flag}" in known, flag
-  for given in re.findall(r"--config=\"?([^\s\"]+)", _ours(text)):
+  for given in re.findall(r"--config=\"?([^\s\"]+)", _ours(path)):
     given = re.sub(r"\$\{?\w+\}?", "X", given)
     assert config_file.load(*config_file.split(given)).tasks == ("vtab",)
   keys = re.findall(r"--config\.(\w+)", text)
