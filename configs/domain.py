@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.augment.update(dict(randaugment=9.0, erasing=0.25, mixup=0.8,
                                cutmix=1.0))
   chosen = experiments.variants("table6", config.get_ref("epochs"))
-  config.variants = variants(**{
-      name: chosen[check_known("method", name, chosen)]
-      for name in arg.method or chosen})
+  config.variants = variants(**experiments.with_sources(
+      {name: chosen[check_known("method", name, chosen)]
+       for name in arg.method or chosen}, chosen))
   return config

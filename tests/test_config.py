@@ -237,6 +237,44 @@ def test_the_grid_of_a_task_is_enough_to_select():
   jobs.check_config(c)
 
 
+@pytest.mark.parametrize("source, message", [
+    ("tcc", "unknown config.variants.two.settings_of 'tcc'.*"),
+    ("two", "config.variants.two.settings_of leads back to itself: two -> two"),
+    ("three", "leads back to itself: two -> three -> two"),
+])
+def test_settings_are_taken_from_a_variant_that_has_a_search(source, message):
+  c = config_lib.default()
+  c.protocol, c.grid.lr = "select", (0.1, 0.2)
+  c.variants = config_lib.variants(
+      one=dict(method="layernorm"), two=dict(settings_of=source),
+      three=dict(settings_of="two"))
+  with pytest.raises(UserError, match=message):
+    jobs.check_config(c)
+  c.variants.two.settings_of = "one"
+  jobs.check_config(c)
+  alone = config_lib.default()
+  alone.settings_of = "one"
+  with pytest.raises(UserError, match="config.settings_of is of a variant"):
+    jobs.check_config(alone)
+
+
+def test_what_takes_settings_keeps_of_the_grid_what_it_sets_itself():
+  c = config_lib.default()
+  c.protocol, c.grid.lr, c.grid.weight_decay = "select", (0.1, 0.2), (0.0,)
+  c.per_task = {"dtd": dict(grid=dict(lr=(0.3,)))}
+  c.variants = config_lib.variants(
+      one=dict(method="layernorm"),
+      two=dict(method="ttc", settings_of="one",
+               grid=dict(stage2_lr=(0.1, 1.0))),
+      three=dict(method="ttc", settings_of="two"))
+  found = jobs.variants(c, "dtd")
+  assert jobs.settings(found["one"]) == [dict(lr=0.3, weight_decay=0.0)]
+  assert jobs.settings(found["two"]) == [
+      dict(stage2_lr=0.1), dict(stage2_lr=1.0)]
+  assert [jobs.takes_all(found[v]) for v in found] == [False, False, True]
+  assert jobs.searched(found, "three") == {"lr", "weight_decay", "stage2_lr"}
+
+
 def test_scale_is_tried_with_the_methods_that_have_one():
   c = config_lib.default()
   c.grid.lr, c.grid.scale = (0.2, 0.1), (1.0, 0.5)

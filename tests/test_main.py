@@ -29,7 +29,7 @@ from ttc_jax.config import default, run_locally
 from ttc_jax.config import variants as variants_of
 from ttc_jax.errors import UserError
 from ttc_jax.methods import Method
-from ttc_jax.runs.plan import Run, variants
+from ttc_jax.runs.plan import Run, expected, variants
 from ttc_jax.runs.session import Session
 from ttc_jax.runs.workdir import WorkDir
 
@@ -563,6 +563,65 @@ def test_select_goes_on_beyond_the_grid_while_the_edge_is_best(
   # It ended within the tried rates, or after two more of them.
   assert len(val) == 4 or best not in (min(val), max(val))
   assert 3 <= len(val) <= 4
+
+
+def test_a_variant_takes_the_settings_that_the_search_chose_for_another(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, protocol="select", epochs=2,
+              seeds=(0, 1), grid_lr=(1e-5, 1e-2))
+  # The last one comes first: order does not matter.
+  s.config.variants = variants_of(
+      random=dict(method="ttc", score="random", settings_of="ttc"),
+      ttc=dict(method="ttc", settings_of="norm",
+               grid=dict(stage2_lr=(0.1, 1.0))),
+      norm=dict(method="layernorm"))
+  s.run_all()
+  found: dict = {}
+  for r in rows(tmp_path / "work"):
+    found.setdefault((r["variant"], r["protocol"]), []).append(r)
+  assert found.keys() == {("norm", "val"), ("norm", "final"), ("ttc", "val"),
+                          ("ttc", "final"), ("random", "final")}
+  def best(rows, *keys):
+    row = max(rows, key=lambda r: (r["val_top1"], *(-r[k] for k in keys)))
+    return [row[k] for k in keys]
+  lr, = best(found["norm", "val"], "lr")
+  assert [(r["lr"], r["stage2_lr"]) for r in found["ttc", "val"]] == [
+      (lr, 0.1), (lr, 1.0)]
+  chosen = best(found["ttc", "val"], "lr", "stage2_lr")
+  for variant in ("ttc", "random"):
+    assert [[r["seed"], r["lr"], r["stage2_lr"]]
+            for r in found[variant, "final"]] == [[0, *chosen], [1, *chosen]]
+  # The plan knows that `random` tries nothing itself.
+  assert [expected(c).runs for c in variants(s.config, "colours").values()
+          ] == [2, 4, 4]
+
+
+def test_what_would_take_the_settings_of_failed_runs_is_not_run(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, protocol="select", epochs=1,
+              grid_lr=(3e38,))
+  s.config.variants = variants_of(
+      broken=dict(method="linear"),
+      other=dict(method="layernorm", settings_of="broken"))
+  s.run_all()
+  assert len(s.failed) == 1 and rows(tmp_path / "work") == []
+
+
+def test_a_row_of_an_earlier_version_gets_its_measure(data, weights, tmp_path):
+  s = session(data, weights, tmp_path, epochs=1, method="layernorm")
+  s.run_all()
+  run, = (tmp_path / "work" / "runs").iterdir()
+  row = json.loads((run / "row.json").read_text())
+  later = ("adapter_lr", "stage2_lr", "l2", "bundle_bytes", "frozen_dtype")
+  (run / "row.json").write_text(json.dumps(
+      {k: v for k, v in row.items() if k not in later}))
+  shutil.rmtree(run / "bundle")
+  said = []
+  s = session(data, weights, tmp_path, epochs=1, method="layernorm",
+              measures=("norms",))
+  s.say = said.append
+  s.run_all()
+  assert len(said) == 1 and s.workdir.measure(run.name, "norms")
 
 
 @pytest.mark.slow

@@ -71,6 +71,9 @@ def default() -> ml_collections.ConfigDict:
   # How many rates beyond grid.lr may be tried, at its spacing, while the best
   # one is the lowest or the highest.
   c.grid_steps = 0
+  # Of a variant: another variant. What the search chose for that one is taken,
+  # but for the keys of the grid that this variant's own `grid` tries.
+  c.settings_of = ""
 
   # Several hosts: "runs", each takes runs of its own; "batch", all train one
   # run, a batch over all devices; "alone", each as if there were no other.
@@ -328,6 +331,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     where = f"config.variants.{label}"
     _check_keys(where, overrides, config, SHARED)
     _check_per_task(where, overrides, config)
+  _check_settings_of(config)
 
 
 _default_once = functools.cache(default)
@@ -397,10 +401,29 @@ def _check_seeds_and_grid(config):
       raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "
                       f"e.g. --config.grid.{key}=1e-3,1e-2")
   grids = (config.grid, *(t.get("grid", {}) for t in config.per_task.values()))
-  if config.protocol == "select" and not any(
+  if config.protocol == "select" and not config.settings_of and not any(
       any(grid.values()) for grid in grids):
     raise UserError("config.protocol is 'select' but config.grid is empty; "
                     "give e.g. --config.grid.lr=1e-3,1e-2")
+
+
+def _check_settings_of(config):
+  """Checks that what a variant takes from another one comes from a search."""
+  sources = {label: values.get("settings_of", "")
+             for label, values in config.variants.items()}
+  if config.settings_of and not sources:
+    raise UserError("config.settings_of is of a variant; set "
+                    "config.variants.NAME.settings_of")
+  for label, source in sources.items():
+    chain = [label]
+    while source:
+      check_known(f"config.variants.{chain[-1]}.settings_of", source, sources)
+      if source in chain:
+        raise UserError(
+            f"config.variants.{label}.settings_of leads back to itself: "
+            f"{' -> '.join([*chain, source])}; leave it out of one of them")
+      chain.append(source)
+      source = sources[source]
 
 
 def _check_crop_from(config):
@@ -437,7 +460,7 @@ def _check_present(where, values, like):
 def _check_per_task(where, holder, config):
   for task, overrides in holder.get("per_task", {}).items():
     _check_keys(f"{where}.per_task.{task}", overrides, config,
-                (*SHARED, *OF_A_BASE, "per_task", "method"))
+                (*SHARED, *OF_A_BASE, "per_task", "method", "settings_of"))
 
 
 def _check_keys(where, overrides, config, refused):

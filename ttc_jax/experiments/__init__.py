@@ -50,14 +50,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ttc_taylor_abs": dict(method="ttc", score="taylor_abs"),
     "ttc_taylor_square": dict(method="ttc", score="taylor_square"),
     "ttc_block": dict(method="ttc", score="block"),
-    "ttc_two_rates": dict(
-        method="ttc", grid=dict(stage2_lr=(0.01, 0.1, 1.0))),
+    "ttc_one_rate": dict(method="ttc"),
     "ttc_map": dict(method="ttc", tune_norm=False),
     "ttc_on_linear": dict(method="ttc", stage1="linear", tune_norm=False),
     "ttc_joint": dict(method="ttc", stage1="none", epochs=BOTH),
     "ttc_rows": dict(method="ttc", tune="rows", position="mhsa"),
     "ttc_mhsa": dict(method="ttc", position="mhsa"),
     "ttc_both": dict(method="ttc", position="both"),
+}
+# Which settings a variant takes from another one's search; all others search
+# the whole grid. Stage 2 starts from the very stage 1 that `layernorm` has and
+# tries the rate of its own; what differs from `ttc` in the choice of channels
+# alone, or in their number or place, has the settings of `ttc`: runs are then
+# compared in pairs that one thing tells apart.
+_STAGE2 = dict(settings_of="layernorm", grid=dict(stage2_lr=(0.01, 0.1, 1.0)))
+_ABLATION = dict(settings_of="ttc")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "layernorm_2x": dict(settings_of="layernorm"),
+    "ttc": _STAGE2, "ttc_map": _STAGE2, "ttc_rows": _STAGE2,
+    **{f"ttc_{name}": _ABLATION for name in (
+        "random", "l2", "taylor_abs", "taylor_square", "block", "mhsa",
+        "both")},
 }
 
 
@@ -144,16 +157,38 @@ def title(name: str) -> str:
 def variants(name: str, epochs: Any) -> dict[str, dict[str, Any]]:
   """Returns {variant: configuration values} of an experiment.
 
+  The variants whose settings others take are among them.
+
   Args:
     epochs: of one stage; may be a reference of a configuration.
   """
   module = load(name)
   given = module.VARIANTS
-  found = settled(given if isinstance(given, Mapping) else {
-      label: VARIANTS[label] for label in given}, epochs)
+  if not isinstance(given, Mapping):
+    given = {label: VARIANTS[label] for label in given}
+  found = settled(with_sources(
+      {label: SETTINGS.get(label, {}) | values
+       for label, values in given.items()}), epochs)
   for label, measures in getattr(module, "MEASURES", {}).items():
     found[label]["measures"] = tuple(measures)
   return found
+
+
+def with_sources(given: Mapping[str, Mapping[str, Any]],
+                 known: Mapping[str, Mapping[str, Any]] | None = None
+                 ) -> dict[str, Mapping[str, Any]]:
+  """Adds, in front, the variants whose settings others take.
+
+  Args:
+    given: as `VARIANTS`.
+    known: where they are; `VARIANTS` with `SETTINGS` by default.
+  """
+  if known is None:
+    known = {label: SETTINGS.get(label, {}) | values
+             for label, values in VARIANTS.items()}
+  lacking = {source: known[source] for values in given.values()
+             if (source := values.get("settings_of")) and source not in given}
+  return with_sources({**lacking, **given}, known) if lacking else dict(given)
 
 
 def settled(given: Mapping[str, Mapping[str, Any]],

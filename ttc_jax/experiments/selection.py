@@ -1,8 +1,10 @@
 """Selection: where does the choice of channels matter?
 
 Beyond the paper: K from 2 to 96, scores against random channels, the norms
-tuned as in TTC or frozen (then the map alone adapts, after the head), with the
-map's own learning rate chosen on val200 (config.adapter_lr).
+tuned as in TTC or frozen (then the map alone adapts, after the head). val200
+chooses the rates with random channels, for each K: with tuned norms that of the
+map, beside the norms' of `ttc`; with frozen norms the learning rate. All scores
+have the rates of random channels, so one thing tells two runs apart.
 """
 import numpy as np
 
@@ -11,8 +13,10 @@ from ttc_jax.experiments import Grid, Picture, Results, accuracy
 
 K = (2, 8, 24, 96)
 SCORES = ("random", "taylor", "taylor_square", "block")
-_GRID = dict(grid=dict(adapter_lr=(1.0, 4.0)))
 _NORMS = {"tuned": KNOWN["ttc"], "frozen": KNOWN["ttc_on_linear"]}
+_SEARCH = {"tuned": dict(settings_of="ttc",
+                         grid=dict(adapter_lr=(1.0, 10.0, 100.0))),
+           "frozen": {}}
 
 
 def _name(norms, score, k):
@@ -21,7 +25,9 @@ def _name(norms, score, k):
 
 VARIANTS = {
     "linear": KNOWN["linear"], "layernorm_2x": KNOWN["layernorm_2x"],
-    **{_name(norms, score, k): values | dict(score=score, k=k) | _GRID
+    **{_name(norms, score, k): values | dict(score=score, k=k) | (
+        _SEARCH[norms] if score == "random" else
+        dict(settings_of=_name(norms, "random", k)))
        for norms, values in _NORMS.items() for k in K for score in SCORES}}
 
 

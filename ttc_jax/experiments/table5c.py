@@ -9,7 +9,8 @@ from ttc_jax.experiments.table5a import OTHER_MEAN
 
 VARIANTS = {"ttc": KNOWN["ttc"], "ttc_mhsa": KNOWN["ttc_mhsa"],
             "ttc_both": KNOWN["ttc_both"],
-            "ttc_stream": KNOWN["ttc"] | dict(position="stream_mlp")}
+            "ttc_stream": KNOWN["ttc"] | dict(
+                position="stream_mlp", settings_of="ttc")}
 PAPER = {"ttc": 78.4, "ttc_both": 77.1}
 
 

@@ -14,7 +14,7 @@ from ttc_jax.vtab import rows as vtab
 # Keys that choose which runs there are or where files lie; they change no
 # run's result.
 _PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid",
-           "grid_steps", "weights", "cache", "cache_gib", "save_seconds",
+           "grid_steps", "settings_of", "weights", "cache", "cache_gib", "save_seconds",
            "lease_seconds", "hosts", "in_memory_gib", "workers",
            "protocol", "plots", "compilation_cache", "eval_every",
            "keep_stages", "method", "experiment", "measures")
@@ -69,7 +69,8 @@ def variants(config, task: str = "") -> dict[str, ml_collections.ConfigDict]:
   """{label: configuration} of the rows that are compared, on a task.
 
   Later ones win: the configuration, its `per_task`, the variant, its own
-  `per_task`.
+  `per_task`. A variant that takes the settings of another one keeps of the
+  grid only what it sets itself.
   """
   given = dict(config.variants.items()) or {config.method: {}}
   out = {}
@@ -78,6 +79,8 @@ def variants(config, task: str = "") -> dict[str, ml_collections.ConfigDict]:
     where, own = f"config.variants.{label}", dict(overrides.items())
     per_task = own.pop("per_task", {})
     _override(c, f"config.per_task.{task}", _of_task(config.per_task, task))
+    if own.get("settings_of"):
+      c.grid.update(dict.fromkeys(c.grid, ()))
     _override(c, where, own)
     _override(c, f"{where}.per_task.{task}", _of_task(per_task, task))
   return out
@@ -114,6 +117,18 @@ def settings(config) -> list[dict[str, float]]:
           for values in itertools.product(*grid.values())]
 
 
+def searched(found: dict[str, ml_collections.ConfigDict],
+             label: str) -> set[str]:
+  """Returns the keys whose values a search chooses for a variant.
+
+  Args:
+    found: `variants` of a task.
+  """
+  own = {key for key, values in found[label].grid.items() if values}
+  source = found[label].settings_of
+  return own | searched(found, source) if source else own
+
+
 def further_settings(config, tried: Iterable[float],
                      best: float) -> list[dict[str, float]]:
   """The settings with a learning rate beyond those tried, or none.
@@ -137,8 +152,13 @@ def further_settings(config, tried: Iterable[float],
 
 def expected(config) -> Expected:
   """Returns the runs that a variant's configuration stands for, per task."""
-  return Expected(len(settings(config)), list(config.seeds), config.protocol,
-                  config.epochs)
+  tried = 0 if takes_all(config) else len(settings(config))
+  return Expected(tried, list(config.seeds), config.protocol, config.epochs)
+
+
+def takes_all(config) -> bool:
+  """Tells whether a variant takes its settings and tries none itself."""
+  return bool(config.settings_of) and not any(config.grid.values())
 
 
 def task_names(config) -> tuple[str, ...]:

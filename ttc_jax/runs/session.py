@@ -177,6 +177,10 @@ class Session:
     None while other processes run some settings; a configuration without
     seeds if all settings have failed.
     """
+    if config.settings_of:
+      config = self._take_settings(task, variant, config)
+      if config is None or not config.seeds or plan.takes_all(config):
+        return config
     by_run: dict[str, ml_collections.ConfigDict] = {}
     settings = plan.settings(config)
     while settings:
@@ -195,6 +199,24 @@ class Session:
       settings = plan.further_settings(
           config, [c.lr for c in by_run.values()], chosen["lr"])
     return by_run[chosen["run"]]
+
+  def _take_settings(self, task: str, variant: str, config):
+    """Returns a variant's configuration with what `settings_of` has chosen.
+
+    None and without seeds as `select`.
+    """
+    found = plan.variants(self.config, task)
+    source = config.settings_of
+    chosen = self.select(task, source, found[source])
+    if chosen is None:
+      return None
+    config = config.copy_and_resolve_references()
+    if not chosen.seeds:
+      config.seeds = ()
+    else:
+      config.update({key: chosen[key] for key in plan.searched(found, source)
+                     if not config.grid[key]})
+    return config
 
   # --- A run ------------------------------------------------------------------
 
@@ -307,7 +329,7 @@ def _json(config):
 def _line(row: Row) -> str:
   accuracy = (f"test {row['test_top1']:.1f} %" if row["val_top1"] is None
               else f"val {row['val_top1']:.1f} %")
-  key = "l2" if row["l2"] else "lr"
+  key = "l2" if row.get("l2") else "lr"  # rows of earlier versions lack it
   return printable(
       f"{row['task']}  {row['variant']}  seed {row['seed']}  "
       f"{key} {row[key]:g}  {accuracy}  {row['seconds_train']:.0f} s")
