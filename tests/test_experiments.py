@@ -115,6 +115,21 @@ def test_measures_are_beside_the_rows(done):
   assert all(x == by_seed[0] for x in by_seed)  # the same pretrained model
 
 
+@pytest.mark.parametrize("name", experiments.names())
+def test_settings_come_from_a_variant_that_searches(name):
+  """Nothing is taken from a variant that has no search in the end."""
+  found = plan.variants(config(f"{name},epochs=3"))
+  for label, variant in found.items():
+    assert plan.searched(found, label) >= {"lr"}, label
+    if label.startswith("ttc_") and variant.settings_of == "ttc":
+      assert plan.searched(found, label) >= {"lr", "stage2_lr"}
+
+
+def test_a_long_measure_is_taken_of_the_first_seed():
+  assert measures.seeds("norms", (4, 5)) == (4, 5)
+  assert measures.seeds("removal", (4, 5)) == (4,)
+
+
 def test_norms_moved_are_those_of_the_bundle(done):
   from ttc_jax import bundles
   folder, _ = done

@@ -120,6 +120,20 @@ def test_class_l2_is_the_mean_over_classes_of_norms_of_patch_tokens(
     np.testing.assert_allclose(got[i], np.mean(norms, 0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(
+    importance.SCORES.keys() - {"random"}))
+def test_sums_of_parts_of_a_set_make_the_score_of_the_set(
+    model, params, split, name):
+  on_devices = parallel.replicate(params)
+  parts = [importance.total(
+      name, model, on_devices, {}, split.images[rows], split.labels[rows],
+      ("fc2",), batch_size=4) for rows in (slice(3), slice(3, None))]
+  got = importance.of_total(
+      name, jax.tree.map(np.add, *parts), model, on_devices, ("fc2",))
+  want = score(name, model, params, split, ("fc2",))
+  np.testing.assert_allclose(got["fc2"], want["fc2"], rtol=1e-3, atol=1e-5)
+
+
 def test_random_depends_on_the_seed_alone(model, params, split):
   one, again, other = (
       np.stack(score("random", model, params, split, seed=s)["fc2"])

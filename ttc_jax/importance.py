@@ -63,9 +63,26 @@ def score(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
     rng = np.random.default_rng(seed)
     return {s: [rng.random(layer.width, np.float32)
                 for layer in model.backbone.sites[s]] for s in sites}
-  total = _sum(SCORES[name], model, params, buffers, images, labels, sites,
-               batch_size)
-  scores = _reduce(name, total, model, params, sites)
+  return of_total(name, total(name, model, params, buffers, images, labels,
+                              sites, batch_size), model, params, sites)
+
+
+def total(name: str, model: Model, params: trees.Tree, buffers: trees.Tree,
+          images: Images, labels: np.ndarray, sites: tuple[str, ...],
+          batch_size: int = 64) -> trees.Tree:
+  """Returns the sum over images of which `of_total` makes a score.
+
+  Sums of parts of a set add up to that of the set. Arguments as of `score`;
+  "random" has none.
+  """
+  return _sum(SCORES[name], model, params, buffers, images, labels, sites,
+              batch_size)
+
+
+def of_total(name: str, summed: trees.Tree, model: Model, params: trees.Tree,
+             sites: tuple[str, ...]) -> Scores:
+  """Returns the scores that a sum over images stands for, as `score`."""
+  scores = _reduce(name, summed, model, params, sites)
   for site, values in scores.items():
     if not all(np.isfinite(value).all() for value in values):
       raise RunError(

@@ -58,8 +58,8 @@ def _removal(results):
       "Removing a channel: rank correlation of the true change of the loss "
       "with the first order's", ["", "task", "signed", "squared", "first block",
                             "last block"], lines,
-      ["16 channels of every block, 500 training images; mean over blocks and "
-       "seeds. squared: both squared, as in Eq. 6.", results.setting])
+      ["16 channels of every block, 250 training images, the first seed; mean "
+       "over blocks. squared: both squared, as in Eq. 6.", results.setting])
 
 
 def _scatter(results):

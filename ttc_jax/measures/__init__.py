@@ -2,8 +2,11 @@
 
 Every other file here is a measure: `measures/NAME.py` with
 `measure(trained) -> {name: JSON value}`. A session takes the measures that
-`config.measures` names of every final run, from the run's bundle.
+`config.measures` names of every final run, from the run's bundle; one that is
+long and has a spread of its own says ONCE = True, and is taken of the first
+seed alone.
 """
+from collections.abc import Sequence
 import importlib
 import pkgutil
 from typing import Any, NamedTuple
@@ -61,6 +64,16 @@ def names() -> tuple[str, ...]:
   return tuple(m.name for m in pkgutil.iter_modules(__path__))
 
 
+def seeds(name: str, given: Sequence[int]) -> Sequence[int]:
+  """Returns the seeds of whose runs a measure is taken."""
+  return given[:1] if getattr(_load(name), "ONCE", False) else given
+
+
+def _load(name):
+  check_known("measure", name, names())
+  return importlib.import_module(f"{__name__}.{name}")
+
+
 def take(name: str, bundle: str, base: Any, task: tasks.Task, limit: int,
          seed: int) -> dict[str, Any]:
   """Takes a measure of a finished run.
@@ -78,8 +91,7 @@ def take(name: str, bundle: str, base: Any, task: tasks.Task, limit: int,
   Raises:
     UserError: an unknown name, or the bundle does not fit the base.
   """
-  check_known("measure", name, names())
-  module = importlib.import_module(f"{__name__}.{name}")
+  module = _load(name)
   saved = bundles.load(bundle)
   pretrained = parallel.unreplicate(base.params)
   found = loaded.attach(bundle, saved, base.backbone, pretrained, merge=False)

@@ -2,7 +2,8 @@
 
 At "fc2" of every block, for 16 channels drawn at random: the true change of
 the training loss when row i of the kernel is removed, L(0) - L, and the first
-order's prediction of it, -S_i with S_i of Eq. 10. Sums over 500 images.
+order's prediction of it, -S_i with S_i of Eq. 10. Sums over the same 250
+images.
 
   predicted, true: [[of each channel], of each block]
   spearman: between them, by block; squared: between S_i^2 and the square of
@@ -17,7 +18,8 @@ from scipy import stats
 
 from ttc_jax import evaluate, importance, parallel
 
-SITE, CHANNELS, IMAGES = "fc2", 16, 500
+SITE, CHANNELS, IMAGES = "fc2", 16, 250
+ONCE = True
 
 
 def measure(trained):

@@ -14,6 +14,7 @@ The training images are cut into two halves at random. For each score:
 Taken of a run without an adapter (linear, layernorm): the model before the
 selection. "random" shows what chance gives.
 """
+import jax
 import numpy as np
 from scipy import stats
 
@@ -29,20 +30,32 @@ def measure(trained):
   split = trained.train
   images, labels = np.asarray(split.images[:]), split.labels
   order = np.random.default_rng(trained.seed).permutation(len(labels))
-  first, second = np.array_split(order, 2)
+  half = -(-len(order) // 2)
+  sizes = [n for n in SIZES if n < len(order)]
+  # Sums over parts, so that no image is seen twice for a score.
+  ends = sorted({*sizes, half, len(order)})
+  of = (trained.model, trained.params, trained.buffers)
+  sums = {name: {end: importance.total(
+      name, *of, images[rows], labels[rows], (SITE,))
+      for end, rows in zip(ends, np.split(order, ends[:-1]), strict=True)}
+      for name in SCORES if name != "random"}
 
-  def scores(name, rows, seed=0):
-    return importance.score(
-        name, trained.model, trained.params, trained.buffers, images[rows],
-        labels[rows], (SITE,), seed)[SITE]
-  squares = [np.square(g) for g in importance.map_gradient(
-      trained.model, trained.params, trained.buffers, images[second],
-      labels[second], (SITE,))[SITE]]
+  def scores(name, begin, end):
+    if name == "random":
+      rng = np.random.default_rng((trained.seed, begin, end))
+      return [rng.random(width) for _ in squares]
+    parts = [part for at, part in sums[name].items() if begin < at <= end]
+    summed = jax.tree.map(lambda *x: np.sum(x, 0), *parts)
+    return importance.of_total(
+        name, summed, trained.model, trained.params, (SITE,))[SITE]
+  squares = [np.square(np.sum(g, 0)) for g in zip(
+      *(part[SITE] for at, part in sums["block"].items() if at > half),
+      strict=True)]
   width = len(squares[0])
   found = {}
   for name in SCORES:
-    one, two = scores(name, first, 1), scores(name, second, 2)
-    everything = scores(name, order, 3)
+    one, two = scores(name, 0, half), scores(name, half, len(order))
+    everything = scores(name, 0, len(order))
     found[name] = {
         "correlation": [float(stats.spearmanr(a, b)[0])
                         for a, b in zip(one, two, strict=True)],
@@ -54,8 +67,8 @@ def measure(trained):
             for g, a in zip(squares, one, strict=True)]))
             for k in _sizes_of_sets(width)},
         "sizes": {str(n): float(np.mean(_overlap(
-            scores(name, order[:n], 4), everything, width // 8)))
-            for n in SIZES if n < len(order)}}
+            scores(name, 0, n), everything, width // 8)))
+            for n in sizes}}
   return found
 
 

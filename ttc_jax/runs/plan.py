@@ -14,8 +14,8 @@ from ttc_jax.vtab import rows as vtab
 # Keys that choose which runs there are or where files lie; they change no
 # run's result.
 _PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid",
-           "grid_steps", "settings_of", "weights", "cache", "cache_gib", "save_seconds",
-           "lease_seconds", "hosts", "in_memory_gib", "workers",
+           "grid_steps", "settings_of", "weights", "cache", "cache_gib",
+           "save_seconds", "lease_seconds", "hosts", "in_memory_gib", "workers",
            "protocol", "plots", "compilation_cache", "eval_every",
            "keep_stages", "method", "experiment", "measures")
 

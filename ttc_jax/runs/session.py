@@ -279,6 +279,7 @@ class Session:
   def _to_measure(self, run: plan.Run) -> list[str]:
     """Names of the measures that a run still lacks."""
     return [name for name in run.config.measures if run.protocol == "final"
+            and run.seed in measures.seeds(name, run.config.seeds)
             and self.workdir.measure(run.name, name) is None]
 
   def _measure(self, run: plan.Run, name: str) -> None:
