@@ -608,17 +608,17 @@ def test_what_would_take_the_settings_of_failed_runs_is_not_run(
 
 
 def test_a_row_of_an_earlier_version_gets_its_measure(data, weights, tmp_path):
-  s = session(data, weights, tmp_path, epochs=1, method="layernorm")
-  s.run_all()
+  values = dict(epochs=1, method="layernorm", measures=("norms",))
+  session(data, weights, tmp_path, **values).run_all()
   run, = (tmp_path / "work" / "runs").iterdir()
   row = json.loads((run / "row.json").read_text())
   later = ("adapter_lr", "stage2_lr", "l2", "bundle_bytes", "frozen_dtype")
   (run / "row.json").write_text(json.dumps(
       {k: v for k, v in row.items() if k not in later}))
   shutil.rmtree(run / "bundle")
-  said = []
-  s = session(data, weights, tmp_path, epochs=1, method="layernorm",
-              measures=("norms",))
+  shutil.rmtree(run / "measures")
+  s = session(data, weights, tmp_path, **values)
+  said: list = []
   s.say = said.append
   s.run_all()
   assert len(said) == 1 and s.workdir.measure(run.name, "norms")
