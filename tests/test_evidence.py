@@ -8,7 +8,6 @@ from scipy import stats
 from ttc_jax.errors import UserError
 from ttc_jax.evidence import claims, page
 from ttc_jax.experiments import Grid, Results
-from ttc_jax.report.tables import Score
 from ttc_jax.runs.workdir import Expected, WorkDir
 
 
@@ -54,17 +53,35 @@ def test_verdicts(gains, claimed, verdict, tmp_path):
   assert judged(gains, claimed, tmp_path).verdict == verdict
 
 
-def test_interval_is_student_s_over_the_seeds_of_the_mean_over_tasks(tmp_path):
-  found = [row("b", t, s, 50) for t in "tu" for s in range(3)]
-  gains = {("t", 0): 1, ("t", 1): 2, ("t", 2): 6, ("u", 0): 3, ("u", 1): 2,
-           ("u", 2): 2}
-  found += [row("a", t, s, 50 + gain) for (t, s), gain in gains.items()]
-  score = claims.over_tasks(claims.differences(
+@pytest.mark.parametrize("other", [(3, 2, 2), (3, 2), (5, 5.1, 5)])
+def test_interval_of_two_tasks_is_welch_s_of_half_of_their_sum(
+    other, tmp_path):
+  gains = dict(t=(1, 2, 6), u=other)
+  found = [row(v, task, s, 50 + (gain if v == "a" else 0))
+           for task, values in gains.items() for s, gain in enumerate(values)
+           for v in ("a", "b")]
+  got = claims.over_tasks(claims.differences(
       results(found, tmp_path), "a", "b"))
-  values = [2, 2, 4]
-  low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-  assert score.mean == pytest.approx(np.mean(values))
-  assert score.interval == pytest.approx((high - low) / 2)
+  # The sum of two means is the difference of one and the other's negative.
+  low, high = stats.ttest_ind(
+      gains["t"], np.negative(other), equal_var=False).confidence_interval()
+  assert got.mean == pytest.approx((low + high) / 4)
+  assert got.half == pytest.approx((high - low) / 4)
+  assert got[2:] == (2, len(other))
+
+
+def test_interval_of_one_task_is_that_of_paired_runs():
+  ours, theirs = [60.0, 61.0, 65.0], [58.0, 60.5, 61.0]
+  got = claims.over_tasks({"t": dict(enumerate(np.subtract(ours, theirs)))})
+  low, high = stats.ttest_rel(ours, theirs).confidence_interval()
+  assert (got.mean - got.half, got.mean + got.half) == pytest.approx(
+      (low, high))
+
+
+def test_seeds_that_agree_have_no_interval_and_one_seed_has_none():
+  same = claims.over_tasks({t: {0: 2.0, 1: 2.0} for t in "tuv"})
+  assert same == (2.0, 0.0, 3, 2)
+  assert claims.over_tasks({"t": {0: 2.0, 1: 2.0}, "u": {0: 1.0}}).half is None
 
 
 def test_seeds_and_tasks_that_one_variant_lacks_are_left_out(tmp_path):
@@ -88,8 +105,8 @@ def test_a_smaller_divergence_moves_less(tmp_path):
     work.write_measure(r["run"], "divergence", {"js": js})
   judge = claims.moves_less("a", "b")
   assert judge(results(found, tmp_path)).verdict == claims.SUPPORTED
-  below = Score(-1.0, (-1.0, -1.1))
-  assert claims.verdict(below, 0, 3) == claims.NOT_SUPPORTED
+  below = claims.Difference(-1.0, 0.5, 3, 3)
+  assert claims.verdict(below, 0) == claims.NOT_SUPPORTED
 
 
 def test_fewer_than_three_tasks_decide_nothing(tmp_path):

@@ -1,8 +1,10 @@
 """The paper's claims, one by one, each judged from rows of finished runs.
 
 A claim says that variant A has a higher accuracy than B, by so many points.
-The runs of the same task and seed are paired. The mean difference over tasks
-has one value for each seed; its 95 % interval is Student's t over the seeds.
+The runs of the same task and seed are paired, and the difference is the mean
+over tasks of the mean over seeds. Its 95 % interval is for these tasks and
+other seeds: every task has a variance over seeds of its own, and Student's t
+has the degrees of freedom of Welch and Satterthwaite.
 
   supported           the whole interval is above 0
   not supported       the whole interval is below 0, or below the gain that the
@@ -18,7 +20,6 @@ import numpy as np
 from scipy import stats
 
 from ttc_jax.experiments import Results
-from ttc_jax.report.tables import Score
 
 SUPPORTED, NOT_SUPPORTED, OPEN = (
     "supported", "not supported", "not decidable here")
@@ -49,6 +50,20 @@ class Claim(NamedTuple):
   judge: Callable[[Results], Finding | None]
 
 
+class Difference(NamedTuple):
+  """A mean over tasks, in points.
+
+  Attributes:
+    half: of the 95 % interval; None where a task has fewer than two seeds.
+    tasks: number of them.
+    seeds: the fewest that a task has.
+  """
+  mean: float
+  half: float | None
+  tasks: int
+  seeds: int
+
+
 def differences(results: Results, one: str, other: str
                 ) -> dict[str, dict[int, float]]:
   """Returns {task: {seed: A - B in points}} of the runs that both have."""
@@ -61,38 +76,43 @@ def differences(results: Results, one: str, other: str
   return found
 
 
-def over_tasks(by_task: dict[str, dict[int, float]]) -> Score | None:
-  """Returns the mean over tasks, with a value for each seed that all have."""
+def over_tasks(by_task: dict[str, dict[int, float]]) -> Difference | None:
+  """Returns the mean over tasks of {task: {seed: value}}, None of nothing."""
   if not by_task:
     return None
-  seeds = set.intersection(*(set(x) for x in by_task.values()))
-  values = [float(np.mean([x[seed] for x in by_task.values()]))
-            for seed in sorted(seeds)]
-  return Score(float(np.mean(values)), tuple(values)) if values else None
+  values = [np.array([*x.values()]) for x in by_task.values()]
+  mean = float(np.mean([v.mean() for v in values]))
+  fewest = min(map(len, values))
+  if fewest < 2:
+    return Difference(mean, None, len(values), fewest)
+  # Of each task's share in the mean.
+  variances = [v.var(ddof=1) / len(v) / len(values) ** 2 for v in values]
+  total, degrees = sum(variances), 1.0
+  if total:
+    degrees = total ** 2 / sum(s ** 2 / (len(v) - 1) for s, v in zip(
+        variances, values, strict=True))
+  half = float(stats.t.ppf(0.975, degrees) * total ** 0.5)
+  return Difference(mean, half, len(values), fewest)
 
 
-def verdict(score: Score, claimed: float, tasks: int) -> str:
-  """Judges a difference against the gain that was claimed, in points.
-
-  Args:
-    tasks: number of tasks that it is the mean of.
-  """
-  if score.interval is None or tasks < TASKS:
+def verdict(found: Difference, claimed: float) -> str:
+  """Judges a difference against the gain that was claimed, in points."""
+  if found.half is None or found.tasks < TASKS:
     return OPEN
-  low, high = score.mean - score.interval, score.mean + score.interval
+  low, high = found.mean - found.half, found.mean + found.half
   if low > 0:
     return SUPPORTED
   return NOT_SUPPORTED if high < max(claimed, 0) or high < 0 else OPEN
 
 
-def interval(score: Score, unit: str = " points") -> str:
+def interval(found: Difference, unit: str = " points") -> str:
   """Formats a difference with its 95 % interval."""
-  spread = "" if score.interval is None else f" ± {score.interval:.1f}"
-  return f"{score.mean:+.1f}{spread}{unit}"
+  spread = "" if found.half is None else f" ± {found.half:.1f}"
+  return f"{found.mean:+.1f}{spread}{unit}"
 
 
-def _plural(things, word):
-  return f"{len(things)} {word}" + "s" * (len(things) != 1)
+def _plural(count, word):
+  return f"{count} {word}" + "s" * (count != 1)
 
 
 def better(one: str, other: str, claimed: float = 0.0
@@ -111,9 +131,9 @@ def better(one: str, other: str, claimed: float = 0.0
                      for task, x in by_task.items())
     said = f"; the paper has {claimed:+.1f}" if claimed else ""
     return Finding(
-        f"{one} - {other}: {interval(score)} over {_plural(by_task, 'task')} "
-        f"({each}), {_plural(score.seeds, 'seed')}{said}",
-        verdict(score, claimed, len(by_task)))
+        f"{one} - {other}: {interval(score)} over "
+        f"{_plural(score.tasks, 'task')} ({each}), "
+        f"{_plural(score.seeds, 'seed')}{said}", verdict(score, claimed))
   return judge
 
 
@@ -142,7 +162,7 @@ def measure_rises(measure: str, variant: str,
     each = ", ".join(f"{task} {np.mean([*x.values()]):+.1f}"
                      for task, x in by_task.items())
     return Finding(f"{what}: {interval(score, '')} ({each})",
-                   verdict(score, 0, len(by_task)))
+                   verdict(score, 0))
   return judge
 
 
@@ -159,7 +179,7 @@ def moves_less(one: str, other: str) -> Callable[[Results], Finding | None]:
     score = over_tasks(by_task)
     return score and Finding(
         f"JS divergence x 100 of {other} minus that of {one}: "
-        f"{interval(score, '')} nats", verdict(score, 0, len(by_task)))
+        f"{interval(score, '')} nats", verdict(score, 0))
   return judge
 
 

@@ -63,9 +63,10 @@ def findings(sections: Sequence[Section]
 
 
 _RULE = ("A claim that one variant is above another is supported if the whole "
-         "95 % interval (Student t over seeds of the mean over tasks, runs "
-         "paired by task and seed) is above 0; not supported if it is below 0 "
-         "or below the gain that the paper prints; else, and on fewer than "
+         "95 % interval is above 0 (of the mean over these tasks, for other "
+         "seeds: runs are paired by task and seed, Student t with the degrees "
+         "of freedom of Welch and Satterthwaite); not supported if it is below "
+         "0 or below the gain that the paper prints; else, and on fewer than "
          "three tasks, it is not decidable here.")
 
 
