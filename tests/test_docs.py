@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -261,9 +262,22 @@ def test_every_key_is_on_its_page_with_a_meaning():
                                   re.MULTILINE)
 
 
-def test_the_page_of_evidence_is_made_of_its_introduction():
-  page = (ROOT / "docs" / "evidence.md").read_text()
-  assert (ROOT / "docs" / "evidence" / "introduction.md").read_text() in page
+@pytest.mark.slow
+def test_the_page_of_evidence_and_readme_s_claims_are_made_of_the_rows(
+    tmp_path):
+  pages = ("README.md", "docs/evidence.md")
+  shutil.copytree(ROOT / "docs" / "evidence", tmp_path / "docs" / "evidence")
+  (tmp_path / "tools").mkdir()
+  shutil.copy(ROOT / "tools" / "evidence.py", tmp_path / "tools")
+  text = PAGES["README.md"]
+  table = text[text.index("<!-- claims -->"):text.index("<!-- /claims -->")]
+  assert table.count("\n|") > 3
+  (tmp_path / "README.md").write_text(text.replace(table, "<!-- claims -->\n"))
+  subprocess.run([sys.executable, "tools/evidence.py", "page"], check=True,
+                 cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+  for name in pages:
+    assert (tmp_path / name).read_text() == PAGES[name], (
+        f"{name}: run python tools/evidence.py page")
 
 
 FILE = re.compile(

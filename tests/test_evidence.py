@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from ttc_jax.errors import UserError
-from ttc_jax.evidence import claims, page
+from ttc_jax.evidence import claims, forest, page
 from ttc_jax.experiments import Grid, Results
 from ttc_jax.runs.workdir import Expected, WorkDir
 
@@ -178,3 +178,29 @@ def test_every_claim_is_a_sentence_of_its_own():
   assert len(set(texts)) == len(texts)
   assert all(t.endswith(".") and t[0].isupper() for t in texts)
   assert Grid("t", [], []).notes == ()
+
+
+def gained(tasks, tmp_path):
+  found = [*rows((9.0, 9.1, 9.2), ("layernorm", "linear"), tasks),
+           *rows((0.5, 0.4, 0.6), ("ttc", "layernorm_2x"), tasks)]
+  return page.Section("small", Results(
+      "t", found, list(tasks), WorkDir(tmp_path)), {})
+
+
+def test_the_picture_and_the_summary_have_what_three_tasks_tell(tmp_path):
+  section = gained("tuv", tmp_path)
+  numbers = forest.draw(page.findings([section])).numbers
+  by_gain = {line[1]: line for line in numbers.lines}
+  assert by_gain["layernorm - linear"][2:4] == ["small", "9.10"]
+  assert by_gain["layernorm - linear"][5] == "20.7"
+  lines = {line[0]: line[1:] for line in page.summary([section]).lines}
+  key, = (text for text in lines if "far above linear" in text)
+  assert lines[key] == ["+20.7", "+9.1 ± 0.1, supported"]
+  both = page.summary([section, section._replace(name="other")])
+  assert both.header == ["", "the paper", "small", "other"]
+
+
+def test_fewer_tasks_are_not_in_the_picture(tmp_path):
+  section = gained("tu", tmp_path)
+  assert forest.draw(page.findings([section])) is None
+  assert page.summary([section]).lines == []

@@ -24,6 +24,8 @@ from absl import flags
 
 from ttc_jax import cli, files
 from ttc_jax.errors import UserError
+from ttc_jax.evidence import page as evidence
+from ttc_jax.report import formats
 from ttc_jax.runs.workdir import WorkDir, from_lines, to_lines
 
 # {set: (tasks, arguments, experiments of configs/paper.py, the most telling
@@ -46,6 +48,7 @@ SETS = {
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDER = os.path.join(HERE, os.pardir, "docs", "evidence")
+BEGIN, END = "<!-- claims -->\n", "<!-- /claims -->\n"  # README's table
 
 _DATA = flags.DEFINE_string("data", None, "folder of the tasks")
 _WEIGHTS = flags.DEFINE_string("weights", None, "of the ViT-S/14")
@@ -94,23 +97,35 @@ def save(name: str) -> None:
 
 
 def page() -> None:
-  """Writes docs/evidence.md: its introduction, then the claims and tables."""
+  """Writes docs/evidence.md, its introduction first, and README's table."""
   docs = os.path.join(FOLDER, os.pardir)
   with tempfile.TemporaryDirectory() as scratch:
     places = [WorkDir(os.path.join(scratch, name)) for name in _ONLY.value]
     for name, place in zip(_ONLY.value, places, strict=True):
       restore(name, place)
+    sections = [evidence.gather(str(place)) for place in places
+                if place.experiments()]
     out = os.path.join(scratch, "page")
-    subprocess.run([
-        sys.executable, "-m", "ttc_jax.report", "paper", f"--out={out}",
-        *(str(place) for place in places if place.experiments())], check=True)
+    evidence.write(sections, out)
+    for old in glob.glob(os.path.join(docs, "evidence-*.png")):
+      os.remove(old)
     for file in glob.glob(os.path.join(out, "*.png")):
       shutil.copy(file, docs)
-    with open(os.path.join(out, "evidence.md"), encoding="utf-8") as file:
-      heading, _, rest = file.read().partition("\n\n")
-  with open(os.path.join(FOLDER, "introduction.md"), encoding="utf-8") as file:
-    files.write_text(os.path.join(docs, "evidence.md"),
-                     f"{heading}\n\n{file.read()}\n{rest}")
+    heading, _, rest = read(out, "evidence.md").partition("\n\n")
+  introduction = read(FOLDER, "introduction.md")
+  files.write_text(os.path.join(docs, "evidence.md"),
+                   f"{heading}\n\n{introduction}\n{rest}")
+  before, begin, rest = read(HERE, "../README.md").partition(BEGIN)
+  _, end, after = rest.partition(END)
+  table = evidence.summary(sections)
+  files.write_text(os.path.join(HERE, "../README.md"), "".join((
+      before, begin, formats.pipes([table.header, *table.lines]), "\n", end,
+      after)))
+
+
+def read(folder: str, name: str) -> str:
+  with open(os.path.join(folder, name), encoding="utf-8") as file:
+    return file.read()
 
 
 def run(name: str, experiment: str) -> None:

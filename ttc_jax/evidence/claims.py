@@ -26,15 +26,43 @@ SUPPORTED, NOT_SUPPORTED, OPEN = (
 TASKS = 3  # that a verdict needs
 
 
+class Difference(NamedTuple):
+  """A mean over tasks, in points.
+
+  Attributes:
+    half: of the 95 % interval; None where a task has fewer than two seeds.
+    tasks: number of them.
+    seeds: the fewest that a task has.
+  """
+  mean: float
+  half: float | None
+  tasks: int
+  seeds: int
+
+
+class Gain(NamedTuple):
+  """A difference in accuracy that a claim is about.
+
+  Attributes:
+    name: "A - B".
+    claimed: the paper's, in points; 0 where it prints none.
+  """
+  name: str
+  found: Difference
+  claimed: float
+
+
 class Finding(NamedTuple):
   """What was measured for a claim in one work directory.
 
   Attributes:
     measured: a sentence with numbers.
     verdict: one of the three above.
+    gain: the difference, where the claim is about one.
   """
   measured: str
   verdict: str
+  gain: Gain | None = None
 
 
 class Claim(NamedTuple):
@@ -48,20 +76,6 @@ class Claim(NamedTuple):
   source: str
   text: str
   judge: Callable[[Results], Finding | None]
-
-
-class Difference(NamedTuple):
-  """A mean over tasks, in points.
-
-  Attributes:
-    half: of the 95 % interval; None where a task has fewer than two seeds.
-    tasks: number of them.
-    seeds: the fewest that a task has.
-  """
-  mean: float
-  half: float | None
-  tasks: int
-  seeds: int
 
 
 def differences(results: Results, one: str, other: str
@@ -133,7 +147,8 @@ def better(one: str, other: str, claimed: float = 0.0
     return Finding(
         f"{one} - {other}: {interval(score)} over "
         f"{_plural(score.tasks, 'task')} ({each}), "
-        f"{_plural(score.seeds, 'seed')}{said}", verdict(score, claimed))
+        f"{_plural(score.seeds, 'seed')}{said}", verdict(score, claimed),
+        Gain(f"{one} - {other}", score, claimed))
   return judge
 
 

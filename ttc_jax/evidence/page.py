@@ -2,13 +2,15 @@
 from collections.abc import Sequence
 import html
 import io
+import os
 import re
 from typing import NamedTuple
 import zlib
 
-from ttc_jax import experiments
+from ttc_jax import experiments, files
 from ttc_jax.errors import UserError, printable
-from ttc_jax.evidence.claims import CLAIMS, Finding
+from ttc_jax.evidence import forest
+from ttc_jax.evidence.claims import CLAIMS, OPEN, TASKS, Finding, interval
 from ttc_jax.experiments import Grid, Picture, Results
 from ttc_jax.report import grid
 from ttc_jax.report import rows as rows_lib
@@ -62,6 +64,23 @@ def findings(sections: Sequence[Section]
           if (found := claim.judge(section.results))]
 
 
+def summary(sections: Sequence[Section]) -> Grid:
+  """Returns the claims about accuracy, a column for each work directory.
+
+  Only those that were measured on as many tasks as a verdict needs.
+  """
+  names = [section.name for section in sections]
+  lines: dict[str, list[str]] = {}
+  for _, text, name, found in findings(sections):
+    if found.gain and found.gain.found.tasks >= TASKS:
+      line = lines.setdefault(text, [text, f"{found.gain.claimed:+.1f}"
+                                     if found.gain.claimed else "-",
+                                     *["-"] * len(names)])
+      said = "open" if found.verdict == OPEN else found.verdict
+      line[2 + names.index(name)] = f"{interval(found.gain.found, '')}, {said}"
+  return Grid("Claims", ["", "the paper", *names], [*lines.values()], [_RULE])
+
+
 _RULE = ("A claim that one variant is above another is supported if the whole "
          "95 % interval is above 0 (of the mean over these tasks, for other "
          "seeds: runs are paired by task and seed, Student t with the degrees "
@@ -70,18 +89,44 @@ _RULE = ("A claim that one variant is above another is supported if the whole "
          "three tasks, it is not decidable here.")
 
 
+def write(sections: Sequence[Section], folder: str) -> list[str]:
+  """Writes evidence.html, evidence.md and its pictures; returns the paths."""
+  from ttc_jax import plots  # an extra
+  os.makedirs(folder, exist_ok=True)
+  drawn = {"claims": forest.draw(findings(sections))} | {
+      f"{section.name}/{name}-{i}": one for section in sections
+      for name, (_, shown) in section.shown.items()
+      for i, one in enumerate(shown) if isinstance(one, Picture)}
+  written, pictures = [], {}
+  for key, one in drawn.items():
+    if one:
+      stem = f"evidence-{key.removesuffix('-0').replace('/', '-')}"
+      png, svg = plots.save(one.figure, os.path.join(folder, stem))
+      os.remove(svg)
+      written.append(png)
+      pictures[key] = os.path.basename(png)
+  for name, text in (("evidence.html", page(sections)),
+                     ("evidence.md", markdown(sections, pictures))):
+    written.append(os.path.join(folder, name))
+    files.write_text(written[-1], text)
+  return written
+
+
 # --- Markdown -----------------------------------------------------------------
 
 def markdown(sections: Sequence[Section], pictures: dict[str, str]) -> str:
   """Writes the page as Markdown.
 
   Args:
-    pictures: {"SECTION/EXPERIMENT-NUMBER": path of the drawn picture}.
+    pictures: {"SECTION/EXPERIMENT-NUMBER": path of the drawn picture}, and
+      "claims" for that of `forest`.
   """
   lines = [["", "claim", "on", "measured", "verdict"]] + [
       [source, text, name, found.measured, found.verdict]
       for source, text, name, found in findings(sections)]
-  out = ["# Evidence", _RULE, _pipes(lines)]
+  out = ["# Evidence", _RULE, *(
+      [f"![{forest.TITLE}]({pictures['claims']})"] if "claims" in pictures
+      else []), _pipes(lines)]
   for section in sections:
     out += [f"## {section.name}", section.results.setting]
     for name, (title, shown) in section.shown.items():
@@ -124,8 +169,9 @@ svg { max-width: 100%; height: auto }
 
 def page(sections: Sequence[Section]) -> str:
   """Writes the page as one HTML file that needs no other."""
+  picture = forest.draw(findings(sections))
   body = ["<h1>Evidence</h1>", f"<p>{html.escape(_RULE)}</p>",
-          _claims(sections)]
+          *([_svg(picture)] if picture else []), _claims(sections)]
   for section in sections:
     body.append(f"<h2>{_text(section.name)}</h2>"
                 f"<p class=note>{_text(section.results.setting)}</p>")

@@ -69,25 +69,9 @@ def show(workdirs: Sequence[str]) -> None:
 
 def paper(workdirs: Sequence[str], folder: str) -> None:
   """Writes the page of claims, tables and figures as HTML and Markdown."""
-  from ttc_jax import plots  # an extra
   from ttc_jax.evidence import page
-  from ttc_jax.experiments import Picture
   sections = [page.gather(workdir) for workdir in workdirs]
-  os.makedirs(folder, exist_ok=True)
-  written, pictures = [os.path.join(folder, "evidence.html")], {}
-  files.write_text(written[0], page.page(sections))
-  for section in sections:
-    for name, (_, shown) in section.shown.items():
-      for i, one in enumerate(shown):
-        if not isinstance(one, Picture):
-          continue
-        stem = f"evidence-{section.name}-{name}" + (f"-{i}" if i else "")
-        png, svg = plots.save(one.figure, os.path.join(folder, stem))
-        os.remove(svg)
-        written.append(png)
-        pictures[f"{section.name}/{name}-{i}"] = os.path.basename(png)
-  written.append(os.path.join(folder, "evidence.md"))
-  files.write_text(written[-1], page.markdown(sections, pictures))
+  written = page.write(sections, folder)
   for *start, found in page.findings(sections):
     print(printable("  ".join([*start, found.measured, found.verdict])))
   for path in written:

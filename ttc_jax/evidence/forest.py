@@ -1,0 +1,53 @@
+"""The claims about accuracy as one picture: printed gains and measured ones."""
+from collections.abc import Sequence
+
+from ttc_jax.evidence.claims import TASKS, Finding
+from ttc_jax.experiments import Grid, Picture
+
+TITLE = "Gains in test accuracy that are claimed, and what was measured"
+
+
+def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
+  """Returns the picture of all claims on enough tasks, or None without any.
+
+  A dot and its 95 % interval for each work directory, a hollow diamond for the
+  gain that the paper prints.
+
+  Args:
+    findings: as `page.findings` returns them.
+  """
+  known = [(source, section, found.gain) for source, _, section, found
+           in findings if found.gain and found.gain.found.tasks >= TASKS]
+  if not known:
+    return None
+  from ttc_jax import plots  # an extra
+  rows = [*dict.fromkeys((source, gain.name) for source, _, gain in known)]
+  sections = [*dict.fromkeys(section for _, section, _ in known)]
+  figure, axes = plots.subplots(figsize=(7, 0.32 * len(rows) + 1.1))
+  for source, section, gain in known:
+    place = sections.index(section)
+    y = rows.index((source, gain.name))
+    shift = 0.4 * ((place + 0.5) / len(sections) - 0.5)
+    axes.errorbar(gain.found.mean, y + shift, xerr=gain.found.half or 0,
+                  color=f"C{place}", marker="os^D"[place % 4], markersize=4,
+                  capsize=2, linestyle="none")
+    if gain.claimed:
+      axes.plot(gain.claimed, y, marker="D", markersize=6, color="0.3",
+                markerfacecolor="none", linestyle="none")
+  for place, section in enumerate(sections):
+    axes.plot([], [], color=f"C{place}", marker="os^D"[place % 4],
+              linestyle="none", markersize=4, label=plots.label(section))
+  axes.plot([], [], marker="D", color="0.3", markerfacecolor="none",
+            linestyle="none", label="the paper")
+  axes.axvline(0, color="0.4", linewidth=0.8)
+  axes.set_yticks(range(len(rows)), [
+      plots.label(f"{name}  ({source})") for source, name in rows], fontsize=8)
+  axes.set_ylim(len(rows) - 0.5, -0.5)
+  axes.set_xlabel("points, mean over tasks, 95 % interval")
+  axes.legend(fontsize=8, frameon=False)
+  return Picture(figure, Grid(
+      TITLE, ["source", "gain", "on", "points", "half interval", "paper"],
+      [[source, gain.name, section, f"{gain.found.mean:.2f}",
+        "" if gain.found.half is None else f"{gain.found.half:.2f}",
+        f"{gain.claimed}" if gain.claimed else ""]
+       for source, section, gain in known]))
