@@ -44,7 +44,8 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
       plots.label(f"{name}  ({source})") for source, name in rows], fontsize=8)
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_xlabel("points, mean over tasks, 95 % interval")
-  axes.legend(fontsize=8, frameon=False)
+  axes.legend(fontsize=8, frameon=False, ncols=len(sections) + 1,
+              loc="lower left", bbox_to_anchor=(0, 1))
   return Picture(figure, Grid(
       TITLE, ["source", "gain", "on", "points", "half interval", "paper"],
       [[source, gain.name, section, f"{gain.found.mean:.2f}",
