@@ -1,11 +1,13 @@
 """The tools of the repository."""
 import os
 import runpy
+import types
 
 import numpy as np
+import pytest
 
 from tests.command import ROOT, fresh_flags
-from ttc_jax import bundles, checkpoint
+from ttc_jax import backbones, bundles, checkpoint
 from ttc_jax.runs.workdir import WorkDir
 
 
@@ -31,3 +33,40 @@ def test_the_kills_aim_at_states_and_bundles(tmp_path, monkeypatch):
   bundles.put(workdir.store, workdir.bundle_name("run"),
               bundles.Bundle(arrays, {}, {}))
   assert any(seen) and not writing(str(workdir))
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+  with fresh_flags():
+    return types.SimpleNamespace(
+        **runpy.run_path(str(ROOT / "tools" / "pretrain.py")))
+
+
+@pytest.mark.parametrize("name, fields, count", [
+    ("vit_ti16", {}, 1 + 16), ("swin_mu", dict(window=4), 4)])
+def test_a_student_learns_every_token_of_its_teacher(
+    pretrain, name, fields, count):
+  student = backbones.make(name, 64, gelu="tanh", **fields)
+  params = backbones.init(student)
+  images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype("f")
+  out = pretrain.tokens(student, params, images)
+  assert out.shape == (2, count, student.width)
+  target = np.random.default_rng(1).normal(size=(2, 17, 8)).astype("f")
+  rng = np.random.default_rng(2)
+  heads = {key: rng.normal(size=(student.width, n)).astype("f")
+           for key, n in (("to_cls", 8), ("to_patches", 8), ("to_label", 3))}
+  _, (cls, patches, _) = pretrain.loss_fn(
+      {"backbone": params, **heads}, student, target, images,
+      np.array([0, 2]))
+  # The same by hand: a coarser grid learns the means of the teacher's.
+  wanted = target[:, 1:] if count == 17 else np.stack([
+      target[:, 1:].reshape(2, 4, 4, 8)[:, 2 * i:2 * i + 2, 2 * j:2 * j + 2
+                                        ].mean((1, 2))
+      for i in (0, 1) for j in (0, 1)], 1)
+  out = np.asarray(out)
+  own = out[:, 1:] if count == 17 else out
+  assert patches == pytest.approx(np.square(
+      own @ heads["to_patches"] - wanted).mean(), rel=1e-3)
+  whole = out[:, 0] if count == 17 else out.mean(1)
+  assert cls == pytest.approx(np.square(
+      whole @ heads["to_cls"] - target[:, 0]).mean(), rel=1e-3)

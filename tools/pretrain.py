@@ -1,13 +1,15 @@
-"""Trains the small ViT of `checkpoints/` by distillation on CIFAR-10.
+"""Trains the small ViT and Swin of `checkpoints/` by distillation on CIFAR-10.
 
 The student learns every output token of a pretrained ViT teacher on random
 crops of the 50,000 CIFAR-10 training images, and the labels. Teacher and
-student see the same crop, each at its own size, with the same grid of
-tokens. The state is saved every `--save_every` steps; the same command resumes
-from it.
+student see the same crop, each at its own size; where the student's grid of
+tokens is coarser, as a Swin's, it learns the means of the teacher's tokens,
+and its own mean stands for [CLS]. The state is saved every `--save_every`
+steps; the same command resumes from it.
 
   python tools/pretrain.py --images=cifar10_train.tar.xz \
       --teacher=vit_s14.safetensors --out=checkpoints/vit_ti16_64.safetensors
+  ... --student=swin_mu --window=4 --out=checkpoints/swin_mu_64.safetensors
 """
 import functools
 import io
@@ -33,6 +35,9 @@ _TEACHER = flags.DEFINE_string(
     "teacher", None, "the teacher's weights", required=True)
 _OUT = flags.DEFINE_string(
     "out", None, "safetensors file to write", required=True)
+_STUDENT = flags.DEFINE_string("student", "vit_ti16", "a backbone, at 64 px")
+_WINDOW = flags.DEFINE_integer("window", 0, "of a Swin, tokens a side")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "of the teacher's computation")
 _STEPS = flags.DEFINE_integer("steps", 1500, "updates in all")
 _BATCH = flags.DEFINE_integer("batch", 128, "images an update")
 _LR = flags.DEFINE_float("lr", 1e-3, "peak learning rate")
@@ -65,6 +70,8 @@ def crop(images, key, size, smallest=0.35):
 def tokens(module, params, images):
   """All output tokens (B, N, D), after the final norm."""
   seen = []
+  if hasattr(module, "every_token"):  # a ViT norms [CLS] alone
+    module = module.clone(every_token=True)
 
   def tap(site, block, y, x):
     del block, x
@@ -75,14 +82,22 @@ def tokens(module, params, images):
   return seen[0]
 
 
+def coarser(patches, count):
+  """Means of a square grid (B, N, D) over cells: (B, count, D)."""
+  B, N, D = patches.shape
+  n, cell = round(count ** 0.5), round((N / count) ** 0.5)
+  return patches.reshape(B, n, cell, n, cell, D).mean((2, 4)).reshape(B, -1, D)
+
+
 def loss_fn(params, student, target, images, labels):
   """Squared error of the standardised teacher tokens, plus cross-entropy."""
   out = tokens(student, params["backbone"], images)
-  cls = out[:, :1] @ params["to_cls"]
-  patches = out[:, 1:] @ params["to_patches"]
-  logits = out[:, 0] @ params["to_label"]
-  cls_loss = jnp.square(cls - target[:, :1]).mean()
-  patch_loss = jnp.square(patches - target[:, 1:]).mean()
+  patches = out[:, student.prefix:]
+  whole = out[:, :1] if student.prefix else patches.mean(1, keepdims=True)
+  logits = whole[:, 0] @ params["to_label"]
+  cls_loss = jnp.square(whole @ params["to_cls"] - target[:, :1]).mean()
+  patch_loss = jnp.square(patches @ params["to_patches"] - coarser(
+      target[:, 1:], patches.shape[1])).mean()
   label_loss = optax.softmax_cross_entropy_with_integer_labels(
       logits, labels).mean()
   return cls_loss + patch_loss + 0.5 * label_loss, (
@@ -105,7 +120,7 @@ def make_update_fn(student, teacher, teacher_params, moments, tx):
     small = crop(images, key, student.image_size)
     large = crop(images, key, teacher.image_size)
     target = tokens(teacher, teacher_params, normalise(large, "imagenet"))
-    target = (target - mean) / std
+    target = (target.astype(jnp.float32) - mean) / std
     grads, losses = jax.grad(loss_fn, has_aux=True)(
         params, student, target, normalise(small, "half"), labels)
     updates, opt_state = tx.update(grads, opt_state, params)
@@ -134,9 +149,12 @@ def main(argv):
   held_out = _HELD_OUT.value
   teacher, teacher_params = backbones.load(
       "vit_s14", weights=_TEACHER.value, image_size=56)
-  student = backbones.make("vit_ti16", 64, gelu="tanh")
+  fields = dict(window=_WINDOW.value) if _WINDOW.value else {}
+  teacher = teacher.clone(dtype=jnp.dtype(_DTYPE.value))
+  student = backbones.make(_STUDENT.value, 64, gelu="tanh", **fields)
   sample = crop(images[:500], jax.random.key(0), 56)
   out = tokens(teacher, teacher_params, normalise(sample, "imagenet"))
+  out = out.astype(jnp.float32)
   moments = out.mean(0, keepdims=True), out.std(0, keepdims=True)
 
   D, E = student.width, teacher.width
@@ -172,8 +190,8 @@ def main(argv):
       print(f"  k-NN {top1:.1f} %", flush=True)
   weights.write(
       _OUT.value, params["backbone"],
-      {"gelu": student.gelu, "epsilon": student.epsilon}, dtype="float16",
-      normalisation="half")
+      {"gelu": student.gelu, "epsilon": student.epsilon, **fields},
+      dtype="float16", normalisation="half")
 
 
 if __name__ == "__main__":

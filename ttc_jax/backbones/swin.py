@@ -26,6 +26,7 @@ from ttc_jax.errors import UserError, check_known
 
 # name: (width of stage 1, depths, heads of stage 1)
 SIZES = {
+    "mu": (32, (2, 2, 6, 2), 1),  # ours: small enough to be trained on a CPU
     "ti": (96, (2, 2, 6, 2), 3),
     "s": (96, (2, 2, 18, 2), 3),
     "b": (128, (2, 2, 18, 2), 4),
