@@ -13,8 +13,9 @@ V2, Sketch, A and R, prepared by TFDS, on 16 images a class:
 Augmentation as NOAH's: random resized crop, flip, RandAugment m9, erasing 0.25,
 mixup 0.8, CutMix 1.0, label smoothing 0.1. RandAugment takes the place of the
 colour jitter, as in timm. NOAH trains 100 epochs with AdamW and a learning rate
-of 5e-4 on 16 images a class; here every method searches the same rates on
-validation images of the training domain. Images are resized to a short side of
+of 5e-4 on 16 images a class; here methods search the same rates on validation
+images of the training domain, and variants take what was chosen for the method
+(`SETTINGS` of ttc_jax/experiments). Images are resized to a short side of
 8/7 of `size` and cropped at the centre (256 and 224), in training too: random
 crops are areas of 8 % and more of that square, not of the whole photograph.
 """

@@ -3,11 +3,12 @@
   python -m ttc_jax.main --workdir=DIR --config=configs/paper.py:table3,\
 task=dtd10,rsscn7,data=DIR,backbone=vit_s14,weights=FILE,size=56
 
-The name comes first: a file of ttc_jax/experiments/. Every method tries the
+The name comes first: a file of ttc_jax/experiments/. A method tries the
 learning rates of one grid on val200 (train on 800), and up to three more at
 either end while the best one lies there; the best one trains on 1000 and is
-tested once for each seed. Experiments of the same tasks share a work directory
-and their runs.
+tested once for each seed. A variant of a method takes what was chosen for it
+(`SETTINGS` of ttc_jax/experiments). Experiments of the same tasks share a work
+directory and their runs.
 """
 import os
 

@@ -253,7 +253,7 @@ def test_settings_are_taken_from_a_variant_that_has_a_search(source, message):
   c.variants.two.settings_of = "one"
   jobs.check_config(c)
   alone = config_lib.default()
-  alone.settings_of = "one"
+  alone.settings_of, alone.variants = "one", c.variants
   with pytest.raises(UserError, match="config.settings_of is of a variant"):
     jobs.check_config(alone)
 
@@ -273,6 +273,43 @@ def test_what_takes_settings_keeps_of_the_grid_what_it_sets_itself():
       dict(stage2_lr=0.1), dict(stage2_lr=1.0)]
   assert [jobs.takes_all(found[v]) for v in found] == [False, False, True]
   assert jobs.searched(found, "three") == {"lr", "weight_decay", "stage2_lr"}
+  assert [jobs.expected(found[v]).runs for v in found] == [2, 3, 1]
+
+
+def test_what_the_other_variant_cannot_try_is_tried_here():
+  """LayerNorm has no scale: it is searched by `two`, and taken by `three`."""
+  c = config_lib.default()
+  c.protocol, c.grid.lr, c.grid.scale = "select", (0.1, 0.2), (1.0, 2.0)
+  c.variants = config_lib.variants(
+      one=dict(method="layernorm"),
+      two=dict(method="ttc", settings_of="one"),
+      three=dict(method="ttc", settings_of="two"),
+      four=dict(method="ttc", settings_of="one", grid=dict(scale=())))
+  found = jobs.variants(c)
+  assert jobs.settings(found["two"]) == [dict(scale=1.0), dict(scale=2.0)]
+  assert jobs.searched(found, "one") == {"lr"}
+  assert jobs.takes_all(found["three"]) and jobs.takes_all(found["four"])
+
+
+def test_a_schedule_is_checked_where_the_rate_is_searched():
+  c = config_lib.default()
+  c.protocol, c.grid.lr, c.min_lr = "select", (0.1, 0.2), 0.01
+  c.variants = config_lib.variants(
+      one=dict(method="layernorm"), two=dict(settings_of="one"))
+  jobs.check_config(c)  # config.lr, which no run has, is below min_lr
+  c.min_lr = 0.15
+  with pytest.raises(UserError, match="config.min_lr is 0.15"):
+    jobs.check_config(c)
+
+
+def test_settings_are_those_of_a_variant_for_all_tasks():
+  c = config_lib.default()
+  c.grid.lr, c.protocol = (0.1, 0.2), "select"
+  c.variants = config_lib.variants(
+      one=dict(method="layernorm"),
+      two=dict(per_task=dict(dtd=dict(settings_of="one"))))
+  with pytest.raises(UserError, match="one for all tasks"):
+    jobs.check_config(c)
 
 
 def test_scale_is_tried_with_the_methods_that_have_one():

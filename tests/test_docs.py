@@ -262,6 +262,11 @@ def test_every_key_is_on_its_page_with_a_meaning():
                                   re.MULTILINE)
 
 
+def test_the_page_of_evidence_has_its_introduction():
+  page = (ROOT / "docs" / "evidence.md").read_text()
+  assert (ROOT / "docs" / "evidence" / "introduction.md").read_text() in page
+
+
 @pytest.mark.slow
 def test_the_page_of_evidence_and_readme_s_claims_are_made_of_the_rows(
     tmp_path):
@@ -271,7 +276,6 @@ def test_the_page_of_evidence_and_readme_s_claims_are_made_of_the_rows(
   shutil.copy(ROOT / "tools" / "evidence.py", tmp_path / "tools")
   text = PAGES["README.md"]
   table = text[text.index("<!-- claims -->"):text.index("<!-- /claims -->")]
-  assert table.count("\n|") > 3
   (tmp_path / "README.md").write_text(text.replace(table, "<!-- claims -->\n"))
   subprocess.run([sys.executable, "tools/evidence.py", "page"], check=True,
                  cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -125,6 +125,25 @@ def test_settings_come_from_a_variant_that_searches(name):
       assert plan.searched(found, label) >= {"lr", "stage2_lr"}
 
 
+def test_variants_share_no_part_of_a_configuration():
+  c = config("selection,epochs=3")
+  c.variants.ttc.grid.stage2_lr = (0.5,)
+  c.variants.tuned_random_k2.grid.adapter_lr = (7.0,)
+  again = config("selection,epochs=3").variants
+  assert again.ttc.grid.stage2_lr == (0.01, 0.1, 1.0)
+  assert c.variants.tuned_random_k8.grid.adapter_lr == (1.0, 10.0, 100.0)
+
+
+def test_variants_whose_settings_are_taken_are_run_too():
+  spec = importlib.util.spec_from_file_location(
+      "domain", f"{ROOT}/configs/domain.py")
+  domain = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(domain)
+  found = domain.get_config("method=ttc_random").variants
+  assert [*found] == ["layernorm", "ttc", "ttc_random"]
+  assert [*domain.get_config("method=lora").variants] == ["lora"]
+
+
 def test_a_long_measure_is_taken_of_the_first_seed():
   assert measures.seeds("norms", (4, 5)) == (4, 5)
   assert measures.seeds("removal", (4, 5)) == (4,)

@@ -596,6 +596,35 @@ def test_a_variant_takes_the_settings_that_the_search_chose_for_another(
           ] == [2, 4, 4]
 
 
+def test_stage_2_starts_from_the_stage_1_whose_settings_it_takes(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, protocol="select", epochs=2,
+              grid_lr=(1e-3, 1e-2), keep_stages=True)
+  s.config.variants = variants_of(
+      norm=dict(method="layernorm"),
+      ttc=dict(method="ttc", settings_of="norm", stage2_lr=0.1))
+  s.run_all()
+  # Two of the search, one of 1000 images, one of stage 2 that starts there.
+  assert len(list((tmp_path / "work" / "stages").iterdir())) == 4
+
+
+def test_settings_are_waited_for_while_another_process_searches(
+    data, weights, tmp_path):
+  s = session(data, weights, tmp_path, protocol="select", epochs=1,
+              grid_lr=(1e-3, 1e-2))
+  s.config.variants = variants_of(
+      norm=dict(method="layernorm"),
+      ttc=dict(method="ttc", settings_of="norm"))
+  found = variants(s.config, "colours")
+  tried = found["norm"].copy_and_resolve_references()
+  tried.lr = 1e-3
+  run = s.make_run("colours", "norm", tried, "val", 0)
+  with s.workdir.claim(run.name):
+    assert s.select("colours", "ttc", found["ttc"]) is None
+  config = s.select("colours", "ttc", found["ttc"])
+  assert config.lr == s.select("colours", "norm", found["norm"]).lr
+
+
 def test_what_would_take_the_settings_of_failed_runs_is_not_run(
     data, weights, tmp_path):
   s = session(data, weights, tmp_path, protocol="select", epochs=1,

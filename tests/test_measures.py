@@ -1,10 +1,12 @@
 """Measures against their formulas, written here with numpy and SciPy."""
 import math
+import types
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from ttc_jax import measures
+from ttc_jax import importance, measures, parallel
 from ttc_jax.errors import UserError
 from ttc_jax.experiments import fig3
 from ttc_jax.measures import (
@@ -106,3 +108,30 @@ def test_overlap_of_selections():
   one = {("fc2", 0): {1, 2, 3, 4}, ("fc2", 10): {1, 2, 3, 4}}
   other = {("fc2", 0): {3, 4, 5, 6}, ("fc2", 10): {1, 2, 3, 4}}
   assert fig3.overlap(one, other) == [0.5, 1.0]
+
+
+def test_scores_of_parts_are_those_of_the_images_in_them(
+    model, params, split, monkeypatch):
+  monkeypatch.setattr(scores, "SIZES", (3, len(split.labels)))
+  trained = types.SimpleNamespace(
+      model=model, params=parallel.replicate(params), buffers={}, train=split,
+      seed=5)
+  found = scores.measure(trained)
+  order = np.random.default_rng(5).permutation(len(split.labels))
+  halves = np.array_split(order, 2)
+  for name in set(scores.SCORES) - {"random"}:
+    def of(rows, name=name):
+      return importance.score(
+          name, model, trained.params, {}, split.images[rows],
+          split.labels[rows], (scores.SITE,))[scores.SITE]
+    one, two = map(of, halves)
+    got = found[name]
+    assert got["correlation"] == pytest.approx(
+        [stats.spearmanr(a, b)[0] for a, b in zip(one, two, strict=True)],
+        abs=1e-3)
+    assert got["negative"] == pytest.approx(np.mean(np.array(one) < 0))
+    k = got["k"]
+    shared = [len({*importance.top_k(a, k)} & {*importance.top_k(b, k)}) / k
+              for a, b in zip(of(order[:3]), of(order), strict=True)]
+    assert got["sizes"] == {"3": pytest.approx(np.mean(shared))}
+  assert {*found} == {*scores.SCORES}

@@ -11,6 +11,7 @@ machine, and a killed command goes on. SET is one backbone with its tasks.
 experiment on these before the others; `--until=HOURS` starts no further
 experiment after that time.
 """
+from collections.abc import Sequence
 import glob
 import json
 import os
@@ -24,6 +25,7 @@ from absl import flags
 
 from ttc_jax import cli, files
 from ttc_jax.errors import UserError
+from ttc_jax.evidence import forest
 from ttc_jax.evidence import page as evidence
 from ttc_jax.report import formats
 from ttc_jax.runs.workdir import WorkDir, from_lines, to_lines
@@ -117,10 +119,18 @@ def page() -> None:
                    f"{heading}\n\n{introduction}\n{rest}")
   before, begin, rest = read(HERE, "../README.md").partition(BEGIN)
   _, end, after = rest.partition(END)
-  table = evidence.summary(sections)
   files.write_text(os.path.join(HERE, "../README.md"), "".join((
-      before, begin, formats.pipes([table.header, *table.lines]), "\n", end,
-      after)))
+      before, begin, claims(sections, docs), end, after)))
+
+
+def claims(sections: Sequence[evidence.Section], docs: str) -> str:
+  """Returns README's table and picture of the claims."""
+  table = evidence.summary(sections)
+  if not table.lines:
+    return "No claim was measured on three tasks yet.\n"
+  assert os.path.exists(os.path.join(docs, "evidence-claims.png"))
+  return (f"{formats.pipes([table.header, *table.lines])}\n\n"
+          f"![{forest.TITLE}](docs/evidence-claims.png)\n")
 
 
 def read(folder: str, name: str) -> str:

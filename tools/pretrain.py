@@ -1,7 +1,7 @@
-"""Trains the small ViT and Swin of `checkpoints/` by distillation on CIFAR-10.
+"""Trains the small ViT of `checkpoints/`, or a Swin, by distillation.
 
 The student learns every output token of a pretrained ViT teacher on random
-crops of the 50,000 CIFAR-10 training images, and the labels. Teacher and
+crops of the 50,000 training images of CIFAR-10, and the labels. Teacher and
 student see the same crop, each at its own size; where the student's grid of
 tokens is coarser, as a Swin's, it learns the means of the teacher's tokens,
 and its own mean stands for [CLS]. The state is saved every `--save_every`

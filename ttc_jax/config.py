@@ -383,6 +383,8 @@ def _check_schedule(config):
   if warmup is not None and not 0 <= warmup < config.epochs:
     raise UserError(f"config.warmup_epochs is {warmup}; give 0 to below "
                     f"config.epochs ({config.epochs}), or None for a tenth")
+  if config.settings_of and not config.grid.lr:
+    return  # the rate is another variant's, where it is checked
   lowest = min(config.grid.lr or (config.lr,))
   for key in ("warmup_lr", "min_lr"):
     if config[key] > lowest:
@@ -408,12 +410,9 @@ def _check_seeds_and_grid(config):
 
 
 def _check_settings_of(config):
-  """Checks that what a variant takes from another one comes from a search."""
+  """Checks that each variant takes the settings of another one, if any."""
   sources = {label: values.get("settings_of", "")
              for label, values in config.variants.items()}
-  if config.settings_of and not sources:
-    raise UserError("config.settings_of is of a variant; set "
-                    "config.variants.NAME.settings_of")
   for label, source in sources.items():
     chain = [label]
     while source:
@@ -460,7 +459,10 @@ def _check_present(where, values, like):
 def _check_per_task(where, holder, config):
   for task, overrides in holder.get("per_task", {}).items():
     _check_keys(f"{where}.per_task.{task}", overrides, config,
-                (*SHARED, *OF_A_BASE, "per_task", "method", "settings_of"))
+                (*SHARED, *OF_A_BASE, "per_task", "method"))
+    if "settings_of" in overrides:
+      raise UserError(f"{where}.per_task.{task} sets settings_of, which is one "
+                      "for all tasks; set config.variants.NAME.settings_of")
 
 
 def _check_keys(where, overrides, config, refused):

@@ -110,7 +110,7 @@ def over_tasks(by_task: dict[str, dict[int, float]]) -> Difference | None:
 
 
 def verdict(found: Difference, claimed: float) -> str:
-  """Judges a difference against the gain that was claimed, in points."""
+  """Judges a difference against the gain that is asked for, in points."""
   if found.half is None or found.tasks < TASKS:
     return OPEN
   low, high = found.mean - found.half, found.mean + found.half
@@ -129,12 +129,13 @@ def _plural(count, word):
   return f"{count} {word}" + "s" * (count != 1)
 
 
-def better(one: str, other: str, claimed: float = 0.0
+def better(one: str, other: str, claimed: float = 0.0, asked: float = 0.0
            ) -> Callable[[Results], Finding | None]:
   """Judges whether variant `one` is above `other`.
 
   Args:
     claimed: gain in points that the paper prints; 0 where it prints none.
+    asked: gain in points that is asked for where the paper prints none.
   """
   def judge(results):
     by_task = differences(results, one, other)
@@ -143,11 +144,14 @@ def better(one: str, other: str, claimed: float = 0.0
       return None
     each = ", ".join(f"{task} {np.mean([*x.values()]):+.1f}"
                      for task, x in by_task.items())
-    said = f"; the paper has {claimed:+.1f}" if claimed else ""
+    said = (f"; the paper has {claimed:+.1f}" if claimed else
+            f"; {asked:+.1f} is asked for, the paper's gain of stage 2"
+            if asked else "")
     return Finding(
         f"{one} - {other}: {interval(score)} over "
         f"{_plural(score.tasks, 'task')} ({each}), "
-        f"{_plural(score.seeds, 'seed')}{said}", verdict(score, claimed),
+        f"{_plural(score.seeds, 'seed')}{said}",
+        verdict(score, claimed or asked),
         Gain(f"{one} - {other}", score, claimed))
   return judge
 
@@ -283,9 +287,9 @@ CLAIMS: Sequence[Claim] = (
     Claim("Table 3", "Stage 2 adds to stage 1.",
           better("ttc", "layernorm", 1.2)),
     Claim(_OURS, "Stage 2 adds more than stage 1 does when it trains for as "
-          "long as both.", better("ttc", "layernorm_2x", 1.2)),
+          "long as both.", better("ttc", "layernorm_2x", asked=1.2)),
     Claim(_OURS, "With one learning rate for both stages, stage 2 adds to "
-          "stage 1.", better("ttc_one_rate", "layernorm", 1.2)),
+          "stage 1.", better("ttc_one_rate", "layernorm", asked=1.2)),
     Claim("Table 3", "Two stages are above one joint stage.",
           better("ttc", "ttc_joint", 0.7)),
     Claim("Table 3", "Without the alignment of stage 1 the map brings less.",

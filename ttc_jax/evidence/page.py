@@ -1,5 +1,5 @@
 """The evidence as one page: claims with verdicts, then tables and figures."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import html
 import io
 import os
@@ -38,20 +38,27 @@ def gather(workdir: str) -> Section:
   """
   place = WorkDir(workdir)
   rows = rows_lib.of(workdir)
+  finals = rows_lib.latest([r for r in rows if r["protocol"] == "final"])
+  rows = [*finals, *(r for r in rows if r["protocol"] != "final")]
   plans = place.experiments()
   if not rows or not plans:
     raise UserError(f"'{workdir}' has no finished run of an experiment: start "
                     "configs/paper.py with that --workdir first")
   shown = {}
   for name, planned in plans.items():
-    mine = [r for r in rows if r["variant"] in planned.get(r["task"], ())]
+    variants = {v for of_task in planned.values() for v in of_task}
+    mine = [r for r in rows if r["variant"] in variants]
     if not any(r["protocol"] == "final" for r in mine):
       continue
     title = experiments.title(name)
-    drawn = experiments.show(name, Results(title, mine, [*planned], place))
+    # Also those of an earlier plan.
+    tasks = dict.fromkeys([*planned, *(r["task"] for r in mine)])
+    drawn = experiments.show(name, Results(title, mine, [*tasks], place))
     if drawn:
       shown[name] = title, drawn
-  tasks = dict.fromkeys(task for planned in plans.values() for task in planned)
+  tasks = dict.fromkeys([*(
+      task for planned in plans.values() for task in planned),
+      *(r["task"] for r in rows)])
   label = place.name
   return Section(label, Results(label, rows, [*tasks], place), shown)
 
@@ -114,7 +121,7 @@ def write(sections: Sequence[Section], folder: str) -> list[str]:
 
 # --- Markdown -----------------------------------------------------------------
 
-def markdown(sections: Sequence[Section], pictures: dict[str, str]) -> str:
+def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
   """Writes the page as Markdown.
 
   Args:

@@ -12,6 +12,7 @@ Every other file here is an experiment: `experiments/NAME.py` has
 same work directory, because a name stands for the same values everywhere.
 """
 from collections.abc import Mapping, Sequence
+import copy
 import importlib
 import os
 import pkgutil
@@ -60,9 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Which settings a variant takes from another one's search; all others search
 # the whole grid. Stage 2 starts from the very stage 1 that `layernorm` has and
-# tries the rate of its own; what differs from `ttc` in the choice of channels
-# alone, or in their number or place, has the settings of `ttc`: runs are then
-# compared in pairs that one thing tells apart.
+# tries a rate of its own. What differs from `ttc` in the choice of channels, or
+# in their number or place, has the settings of `ttc`: one thing tells these
+# runs apart.
 _STAGE2 = dict(settings_of="layernorm", grid=dict(stage2_lr=(0.01, 0.1, 1.0)))
 _ABLATION = dict(settings_of="ttc")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -199,7 +200,9 @@ def settled(given: Mapping[str, Mapping[str, Any]],
     given: as `VARIANTS`.
     epochs: of one stage; may be a reference of a configuration.
   """
-  return {label: {**values, **({"epochs": 2 * epochs}
+  # Copies: a configuration keeps what it is given, and one that several
+  # variants have would be set for all of them at once.
+  return {label: {**copy.deepcopy(dict(values)), **({"epochs": 2 * epochs}
                                if values.get("epochs") == BOTH else {})}
           for label, values in given.items()}
 
@@ -267,8 +270,9 @@ def accuracy(results: Results,
   header = ["", *tasks, *(["mean"] if len(tasks) > 1 else []),
             *(["paper"] if paper else []), "module", "norm", "lr"]
   under = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
-           "chosen on val200. ±: standard deviation over seeds. Columns "
-           "module, norm: tuned parameters.", results.setting]
+           "chosen on val200, for this variant or the one whose settings it "
+           "has. ±: standard deviation over seeds. Columns module, norm: tuned "
+           "parameters.", results.setting]
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")
@@ -276,7 +280,15 @@ def accuracy(results: Results,
 
 
 def _rates(rows):
-  """The learning rates that were chosen."""
-  rates = sorted({r["lr"] for r in rows})
-  return " to ".join(f"{rate:g}" for rate in dict.fromkeys(
-      (rates[0], rates[-1])))
+  """The learning rates that were chosen, and the factors on them."""
+  said = _from_to([r["lr"] for r in rows])
+  for what, key in (("stage 2", "stage2_lr"), ("map", "adapter_lr")):
+    factors = [1 if r.get(key) is None else r[key] for r in rows]
+    if set(factors) != {1}:
+      said += f", {what} x {_from_to(factors)}"
+  return said
+
+
+def _from_to(values):
+  return " to ".join(dict.fromkeys(
+      f"{value:g}" for value in (min(values), max(values))))

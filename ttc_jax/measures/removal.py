@@ -5,6 +5,7 @@ the training loss when row i of the kernel is removed, L(0) - L, and the first
 order's prediction of it, -S_i with S_i of Eq. 10. Sums over the same 250
 images.
 
+  images: number of them
   predicted, true: [[of each channel], of each block]
   spearman: between them, by block; squared: between S_i^2 and the square of
   the true change, as Eq. 6 has it
@@ -23,7 +24,7 @@ ONCE = True
 
 
 def measure(trained):
-  """Returns {"predicted", "true", "spearman", "squared"}."""
+  """Returns {"images", "predicted", "true", "spearman", "squared"}."""
   split = trained.train
   rows = np.random.default_rng(trained.seed).permutation(
       len(split.labels))[:IMAGES]
@@ -41,7 +42,7 @@ def measure(trained):
   predicted = [(-s[channels]).tolist()
                for s, channels in zip(scores, drawn, strict=True)]
   return {
-      "predicted": predicted, "true": true,
+      "images": len(labels), "predicted": predicted, "true": true,
       "spearman": [_spearman(p, t) for p, t in zip(predicted, true,
                                                    strict=True)],
       "squared": [_spearman(np.square(p), np.square(t))

@@ -124,7 +124,7 @@ def chosen(rows: Sequence[Row], protocol: str) -> list[Row]:
   mine = [r for r in rows if r["protocol"] == protocol]
   if not mine:
     raise UserError(f"no finished run of protocol '{protocol}'")
-  return best(mine) if protocol == "val" else _latest(mine)
+  return best(mine) if protocol == "val" else latest(mine)
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
@@ -141,14 +141,15 @@ def best(rows: Sequence[Row]) -> list[Row]:
   return [best_of[key] for key in dict.fromkeys(map(_key, rows))]
 
 
-def _latest(rows):
-  latest: dict[tuple, Row] = {}
+def latest(rows: Sequence[Row]) -> list[Row]:
+  """Returns the latest row of each task, variant and seed."""
+  found: dict[tuple, Row] = {}
   for row in rows:
-    if _key(row) in latest:
+    if _key(row) in found:
       logging.warning("%s is left out: a later run has its task, variant and "
-                      "seed", latest[_key(row)]["run"])
-    latest[_key(row)] = row
-  return list(latest.values())
+                      "seed", found[_key(row)]["run"])
+    found[_key(row)] = row
+  return list(found.values())
 
 
 def _key(row):

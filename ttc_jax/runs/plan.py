@@ -69,20 +69,24 @@ def variants(config, task: str = "") -> dict[str, ml_collections.ConfigDict]:
   """{label: configuration} of the rows that are compared, on a task.
 
   Later ones win: the configuration, its `per_task`, the variant, its own
-  `per_task`. A variant that takes the settings of another one keeps of the
-  grid only what it sets itself.
+  `per_task`. What a variant takes from another one's search is no longer in its
+  grid, unless it sets that itself.
   """
   given = dict(config.variants.items()) or {config.method: {}}
-  out = {}
+  out, set_itself = {}, {}
   for label, overrides in given.items():
     out[label] = c = config.copy_and_resolve_references()
     where, own = f"config.variants.{label}", dict(overrides.items())
     per_task = own.pop("per_task", {})
     _override(c, f"config.per_task.{task}", _of_task(config.per_task, task))
-    if own.get("settings_of"):
-      c.grid.update(dict.fromkeys(c.grid, ()))
     _override(c, where, own)
     _override(c, f"{where}.per_task.{task}", _of_task(per_task, task))
+    set_itself[label] = {*own.get("grid", ()),
+                         *_of_task(per_task, task).get("grid", ())}
+  for label, c in out.items():
+    if c.settings_of:
+      taken = searched(out, c.settings_of) - set_itself[label]
+      c.grid.update(dict.fromkeys(taken, ()))
   return out
 
 
@@ -124,7 +128,7 @@ def searched(found: dict[str, ml_collections.ConfigDict],
   Args:
     found: `variants` of a task.
   """
-  own = {key for key, values in found[label].grid.items() if values}
+  own = set(settings(found[label])[0])
   source = found[label].settings_of
   return own | searched(found, source) if source else own
 
@@ -158,7 +162,7 @@ def expected(config) -> Expected:
 
 def takes_all(config) -> bool:
   """Tells whether a variant takes its settings and tries none itself."""
-  return bool(config.settings_of) and not any(config.grid.values())
+  return bool(config.settings_of) and settings(config) == [{}]
 
 
 def task_names(config) -> tuple[str, ...]:
@@ -179,6 +183,9 @@ def task_names(config) -> tuple[str, ...]:
 def check_config(config) -> None:
   """Checks all values that need no file."""
   check(config)
+  if config.settings_of:
+    raise UserError("config.settings_of is of a variant; set "
+                    "config.variants.NAME.settings_of")
   for task in ("", *tasks_set_apart(config)):
     try:
       for c in variants(config, task).values():
