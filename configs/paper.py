@@ -8,7 +8,7 @@ learning rates of one grid on val200 (train on 800), and up to three more at
 either end while the best one lies there; the best one trains on 1000 and is
 tested once for each seed. A variant of a method takes what was chosen for it
 (`SETTINGS` of ttc_jax/experiments). Experiments of the same tasks share a work
-directory and their runs.
+directory and their runs; `method=linear,layernorm` runs some of the variants.
 """
 import os
 
@@ -16,7 +16,7 @@ import ml_collections
 
 from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, check_known
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -31,7 +31,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   trains = getattr(experiments.load(name), "TRAINS", True)
   arg = parse_arg(
       rest, task=("digits", "sprites_location"), data="", backbone="",
-      weights=os.path.normpath(WEIGHTS), size=64, normalisation="", epochs=20)
+      weights=os.path.normpath(WEIGHTS), size=64, normalisation="", epochs=20,
+      method=())
   config = default()
   config.experiment = name
   config.tasks, config.data = arg.task if trains else (), arg.data
@@ -41,6 +42,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.grid.lr, config.grid_steps = (6e-3, 2e-2, 6.7e-2), 3
   config.seeds = (0, 1, 2)
   config.epochs = arg.epochs
-  config.variants = variants(
-      **experiments.variants(name, config.get_ref("epochs")))
+  chosen = experiments.variants(name, config.get_ref("epochs"))
+  config.variants = variants(**experiments.with_sources(
+      {name: chosen[check_known("method", name, chosen)]
+       for name in arg.method or chosen}, chosen))
   return config

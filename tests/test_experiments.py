@@ -142,6 +142,8 @@ def test_variants_whose_settings_are_taken_are_run_too():
   found = domain.get_config("method=ttc_random").variants
   assert [*found] == ["layernorm", "ttc", "ttc_random"]
   assert [*domain.get_config("method=lora").variants] == ["lora"]
+  assert [*config("table3,method=ttc_random,linear").variants] == [
+      "layernorm", "ttc", "ttc_random", "linear"]
 
 
 def test_a_long_measure_is_taken_of_the_first_seed():
