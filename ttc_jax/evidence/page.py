@@ -46,7 +46,10 @@ def gather(workdir: str) -> Section:
                     "configs/paper.py with that --workdir first")
   shown = {}
   for name, planned in plans.items():
-    variants = {v for of_task in planned.values() for v in of_task}
+    # A name stands for the same values in every experiment, so what another
+    # one has run is shown too.
+    variants = {*experiments.variants(name, 1), *(
+        v for of_task in planned.values() for v in of_task)}
     mine = [r for r in rows if r["variant"] in variants]
     if not any(r["protocol"] == "final" for r in mine):
       continue
