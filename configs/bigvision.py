@@ -76,10 +76,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             for name, values in experiments.VARIANTS.items()}
   lsr = dict(method="fewshot_lsr", grid=dict(lr=(), l2=L2))
   known = {**theirs, "fewshot_lsr": lsr, **ours}
-  config.variants = variants(**{
-      name: known[check_known("method", name, known)]
-      for name in arg.method or ("bv_full", "bv_linear", "fewshot_lsr",
-                                 *METHODS)})
+  config.variants = variants(**experiments.some(
+      known, arg.method or ("bv_full", "bv_linear", "fewshot_lsr", *METHODS)))
   return config
 
 

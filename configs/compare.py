@@ -16,7 +16,6 @@ import ml_collections
 
 from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
-from ttc_jax.errors import check_known
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -49,7 +48,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   everything["full"]["grid"] = dict(lr=GRID_FULL)
   everything["noah"]["noah"] = dict(
       population=16, generations=5, parents=4, mutations=8, crossovers=4)
-  config.variants = variants(**{
-      name: everything[check_known("method", name, everything)]
-      for name in arg.method or everything})
+  config.variants = variants(**experiments.some(everything, arg.method))
   return config

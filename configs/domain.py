@@ -25,7 +25,6 @@ import ml_collections
 
 from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
-from ttc_jax.errors import check_known
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -52,7 +51,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.augment.update(dict(randaugment=9.0, erasing=0.25, mixup=0.8,
                                cutmix=1.0))
   chosen = experiments.variants("table6", config.get_ref("epochs"))
-  config.variants = variants(**experiments.with_sources(
-      {name: chosen[check_known("method", name, chosen)]
-       for name in arg.method or chosen}, chosen))
+  config.variants = variants(**experiments.some(chosen, arg.method))
   return config

@@ -16,7 +16,7 @@ import ml_collections
 
 from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
-from ttc_jax.errors import UserError, check_known
+from ttc_jax.errors import UserError
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -43,7 +43,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.seeds = (0, 1, 2)
   config.epochs = arg.epochs
   chosen = experiments.variants(name, config.get_ref("epochs"))
-  config.variants = variants(**experiments.with_sources(
-      {name: chosen[check_known("method", name, chosen)]
-       for name in arg.method or chosen}, chosen))
+  config.variants = variants(**experiments.some(chosen, arg.method))
   return config

@@ -120,15 +120,14 @@ def page() -> None:
   before, begin, rest = read(HERE, "../README.md").partition(BEGIN)
   _, end, after = rest.partition(END)
   files.write_text(os.path.join(HERE, "../README.md"), "".join((
-      before, begin, claims(sections, docs), end, after)))
+      before, begin, claims(sections), end, after)))
 
 
-def claims(sections: Sequence[evidence.Section], docs: str) -> str:
+def claims(sections: Sequence[evidence.Section]) -> str:
   """Returns README's table and picture of the claims."""
   table = evidence.summary(sections)
   if not table.lines:
     return "No claim was measured on three tasks yet.\n"
-  assert os.path.exists(os.path.join(docs, "evidence-claims.png"))
   return (f"{formats.pipes([table.header, *table.lines])}\n\n"
           f"![{forest.TITLE}](docs/evidence-claims.png)\n")
 

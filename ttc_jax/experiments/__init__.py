@@ -66,6 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # runs apart.
 _STAGE2 = dict(settings_of="layernorm", grid=dict(stage2_lr=(0.01, 0.1, 1.0)))
 _ABLATION = dict(settings_of="ttc")
+ABLATION = VARIANTS["ttc"] | _ABLATION  # to which a file adds what differs
 SETTINGS: dict[str, dict[str, Any]] = {
     "layernorm_2x": dict(settings_of="layernorm"),
     "ttc": _STAGE2, "ttc_map": _STAGE2, "ttc_rows": _STAGE2,
@@ -190,6 +191,20 @@ def with_sources(given: Mapping[str, Mapping[str, Any]],
   lacking = {source: known[source] for values in given.values()
              if (source := values.get("settings_of")) and source not in given}
   return with_sources({**lacking, **given}, known) if lacking else dict(given)
+
+
+def some(known: Mapping[str, Mapping[str, Any]],
+         names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+  """Returns the variants with these names and those whose settings they take.
+
+  Args:
+    names: none for all.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  return with_sources({name: known[check_known("method", name, known)]
+                       for name in names or known}, known)
 
 
 def settled(given: Mapping[str, Mapping[str, Any]],

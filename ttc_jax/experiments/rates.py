@@ -4,14 +4,14 @@ Beyond the paper, which does not say. `ttc_one_rate` has one rate for both
 stages, chosen for both together; stage 2 of `ttc` has a rate of its own, 0.01,
 0.1 or 1 times that of stage 1, and the map's may be higher still in `ttc_fast`.
 """
+from ttc_jax.experiments import ABLATION, Grid, Results, accuracy
 from ttc_jax.experiments import VARIANTS as KNOWN
-from ttc_jax.experiments import Grid, Results, accuracy
 
 VARIANTS = {
     **{label: KNOWN[label] for label in (
         "layernorm", "layernorm_2x", "ttc_one_rate", "ttc")},
-    "ttc_fast": KNOWN["ttc"] | dict(
-        settings_of="ttc", grid=dict(adapter_lr=(1.0, 10.0, 100.0)))}
+    "ttc_fast": ABLATION | dict(
+        grid=dict(adapter_lr=(1.0, 10.0, 100.0)))}
 
 
 def draw(results: Results) -> list[Grid]:

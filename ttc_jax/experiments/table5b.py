@@ -2,14 +2,13 @@
 
 0 blocks are stage 1 alone; `layernorm_2x` is that with equal compute.
 """
+from ttc_jax.experiments import ABLATION, Grid, Results, accuracy
 from ttc_jax.experiments import VARIANTS as KNOWN
-from ttc_jax.experiments import Grid, Results, accuracy
 from ttc_jax.experiments.table5a import OTHER_MEAN
 
-_TTC = KNOWN["ttc"] | dict(settings_of="ttc")
 VARIANTS = {"layernorm": KNOWN["layernorm"],
             "layernorm_2x": KNOWN["layernorm_2x"],
-            **{f"ttc_last{n}": _TTC | dict(blocks=n)
+            **{f"ttc_last{n}": ABLATION | dict(blocks=n)
                for n in (2, 4, 8)}, "ttc": KNOWN["ttc"]}
 PAPER = {"layernorm": 74.9, "ttc_last2": 77.8, "ttc_last8": 77.9, "ttc": 78.4}
 

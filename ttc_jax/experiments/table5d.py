@@ -2,16 +2,15 @@
 
 `ttc` has the paper's share, an eighth of the width D.
 """
+from ttc_jax.experiments import ABLATION, Grid, Results, accuracy
 from ttc_jax.experiments import VARIANTS as KNOWN
-from ttc_jax.experiments import Grid, Results, accuracy
 from ttc_jax.experiments.table5a import OTHER_MEAN
 
 K = (4, 12, 96, 192)
-_TTC = KNOWN["ttc"] | dict(settings_of="ttc")
 VARIANTS = {"layernorm_2x": KNOWN["layernorm_2x"],
-            **{f"ttc_k{k}": _TTC | dict(k=k) for k in K[:2]},
+            **{f"ttc_k{k}": ABLATION | dict(k=k) for k in K[:2]},
             "ttc": KNOWN["ttc"],
-            **{f"ttc_k{k}": _TTC | dict(k=k) for k in K[2:]}}
+            **{f"ttc_k{k}": ABLATION | dict(k=k) for k in K[2:]}}
 PAPER = {"ttc": 78.4}
 
 

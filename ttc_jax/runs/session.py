@@ -178,7 +178,7 @@ class Session:
     seeds if all settings have failed.
     """
     if config.settings_of:
-      config = self._take_settings(task, variant, config)
+      config = self._take_settings(task, config)
       if config is None or not config.seeds or plan.takes_all(config):
         return config
     by_run: dict[str, ml_collections.ConfigDict] = {}
@@ -200,7 +200,7 @@ class Session:
           config, [c.lr for c in by_run.values()], chosen["lr"])
     return by_run[chosen["run"]]
 
-  def _take_settings(self, task: str, variant: str, config):
+  def _take_settings(self, task: str, config):
     """Returns a variant's configuration with what `settings_of` has chosen.
 
     None and without seeds as `select`.
