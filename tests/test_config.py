@@ -1,3 +1,4 @@
+import ml_collections
 import pytest
 
 from ttc_jax import config as config_lib
@@ -323,11 +324,14 @@ def test_scale_is_tried_with_the_methods_that_have_one():
   assert jobs.settings(c) == [dict(lr=0.1), dict(lr=0.2)]
 
 
-def further(tried, best, steps=2, **grid):
+def further(tried, best, steps=2, key="lr", **grid):
   c = config_lib.default()
-  c.grid.lr, c.grid_steps = (1e-2, 1e-3), steps
+  c.grid[key], c.grid_steps = (1e-2, 1e-3), steps
   c.grid.update(grid)
-  return jobs.further_settings(c, tried, best)
+  setting = dict(lr=c.lr, stage2_lr=c.stage2_lr, adapter_lr=c.adapter_lr)
+  return jobs.further_settings(
+      c, [ml_collections.ConfigDict(setting | {key: x}) for x in tried],
+      setting | {key: best})
 
 
 def test_the_grid_grows_where_the_best_rate_is_at_its_edge():
@@ -343,6 +347,26 @@ def test_the_grid_does_not_grow_where_the_best_rate_is_within_or_steps_are_out(
   assert further([1e-3, 1e-2, 0.1], 1e-2) == []
   assert further([1e-3, 1e-2], 1e-2, steps=0) == []
   assert further([1e-3, 1e-2, 0.1, 1.0], 1.0) == []
+
+
+@pytest.mark.parametrize("key", ["stage2_lr", "adapter_lr"])
+def test_the_grid_grows_in_another_rate_where_it_has_one_learning_rate(key):
+  assert further([1e-3, 1e-2], 1e-3, key=key) == [{key: 1e-4}]
+  assert further([1e-3, 1e-2], 1e-2, key=key, lr=(0.3,)) == [
+      {"lr": 0.3, key: 0.1}]
+
+
+def test_the_grid_of_several_rates_grows_in_the_learning_rate_alone():
+  rates = dict(lr=(0.01, 0.1, 1.0), stage2_lr=(0.1, 1.0))
+  assert further(rates["lr"], 1.0, **rates) == [
+      dict(lr=10.0, stage2_lr=x) for x in (0.1, 1.0)]
+  assert further(rates["lr"], 0.1, **rates) == []
+
+
+def test_the_grid_does_not_grow_in_a_rate_that_the_method_lacks():
+  c = config_lib.default()
+  c.method, c.grid.stage2_lr, c.grid_steps = "layernorm", (0.1, 1.0), 3
+  assert jobs.further_settings(c, [c], dict(lr=c.lr, stage2_lr=1.0)) == []
 
 
 @pytest.mark.parametrize("key", ["warmup_lr", "min_lr"])

@@ -69,7 +69,8 @@ def default() -> ml_collections.ConfigDict:
       stage2_lr=(),       # likewise
       l2=()))             # likewise
   # How many rates beyond grid.lr may be tried, at its spacing, while the best
-  # one is the lowest or the highest.
+  # one is the lowest or the highest; where the grid has one lr or none, beyond
+  # grid.stage2_lr or grid.adapter_lr.
   c.grid_steps = 0
   # Of a variant: another variant. What the search chose for that one is taken,
   # but for the keys of the grid that this variant's own `grid` tries.

@@ -1,5 +1,5 @@
 """What is to be run: tasks, variants, settings and seeds -> runs."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import itertools
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ _PLACES = ("tasks", "data", "seeds", "variants", "per_task", "grid",
            "save_seconds", "lease_seconds", "hosts", "in_memory_gib", "workers",
            "protocol", "plots", "compilation_cache", "eval_every",
            "keep_stages", "method", "experiment", "measures")
+
+
+# Of the grid, which goes on beyond an edge that is best.
+RATES = ("lr", "stage2_lr", "adapter_lr")
 
 
 class Run(NamedTuple):
@@ -133,24 +137,34 @@ def searched(found: dict[str, ml_collections.ConfigDict],
   return own | searched(found, source) if source else own
 
 
-def further_settings(config, tried: Iterable[float],
-                     best: float) -> list[dict[str, float]]:
-  """The settings with a learning rate beyond those tried, or none.
+def further_settings(config, tried: Iterable[ml_collections.ConfigDict],
+                     best: Mapping[str, Any]) -> list[dict[str, float]]:
+  """The settings with a rate beyond those tried, or none.
 
   There is one while the best rate is the lowest or the highest one and fewer
-  than `config.grid_steps` were added; the distance is that of the grid.
+  than `config.grid_steps` were added; the distance is that of the grid. The
+  rate is the first of `RATES` that the grid has two values of.
+
+  Args:
+    tried: configurations of the settings.
+    best: values of the best one.
   """
-  given, rates = sorted(set(config.grid.lr)), sorted(set(tried))
-  if len(given) < 2 or len(rates) - len(given) >= config.grid_steps:
+  key = next((k for k in RATES if k in settings(config)[0]
+              and len(set(config.grid[k])) > 1), None)
+  if not key:
     return []
-  if best == rates[-1]:
-    new = best * given[-1] / given[-2]
-  elif best == rates[0]:
-    new = best * given[0] / given[1]
+  given = sorted(set(config.grid[key]))
+  rates = sorted({c[key] for c in tried})
+  if len(rates) - len(given) >= config.grid_steps:
+    return []
+  if best[key] == rates[-1]:
+    new = rates[-1] * given[-1] / given[-2]
+  elif best[key] == rates[0]:
+    new = rates[0] * given[0] / given[1]
   else:
     return []
   wider = config.copy_and_resolve_references()
-  wider.grid.lr = (float(f"{new:.2g}"),)
+  wider.grid[key] = (float(f"{new:.2g}"),)
   return settings(wider)
 
 

@@ -197,7 +197,7 @@ class Session:
         return ml_collections.ConfigDict({"seeds": ()})
       chosen = best(rows)[0]
       settings = plan.further_settings(
-          config, [c.lr for c in by_run.values()], chosen["lr"])
+          config, by_run.values(), chosen)
     return by_run[chosen["run"]]
 
   def _take_settings(self, task: str, config):
