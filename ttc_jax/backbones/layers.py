@@ -251,13 +251,28 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
     scores = tap("scores", scores, q)
   implementation = fused(q.dtype, D // heads)
   if implementation and scores is plain:  # which XLA then leaves out
-    y = jax.nn.dot_product_attention(
-        q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), scale=1.0,
-        implementation=implementation)
-    return y.reshape(B, M, D)
+    return _fused_attention(q, k, v, implementation).reshape(B, M, D)
   weights = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
   y = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
   return y.swapaxes(1, 2).reshape(B, M, D)
+
+
+def _fused_attention(q, k, v, implementation):
+  """(B, H, M, d), (B, H, N, d) twice -> (B, M, H, d), by JAX's own function.
+
+  Odd numbers of tokens, as [CLS] makes them, get one more, which no query sees:
+  for the sake of a bias, also where there is none, JAX 0.10 to 0.12 refuses to
+  differentiate cuDNN's kernel at odd numbers (check_is_flash_attention).
+  """
+  B, M, N = q.shape[0], q.shape[2], k.shape[2]
+
+  def even(x):
+    return jnp.pad(x.swapaxes(1, 2), (
+        (0, 0), (0, x.shape[2] % 2), (0, 0), (0, 0)))
+  y = jax.nn.dot_product_attention(
+      even(q), even(k), even(v), scale=1.0, implementation=implementation,
+      key_value_seq_lengths=jnp.full(B, N, jnp.int32) if N % 2 else None)
+  return y[:, :M]
 
 
 def fused(dtype: Any, width: int) -> Literal["cudnn"] | None:
