@@ -3,6 +3,7 @@ import json
 import runpy
 
 from absl import flags
+import numpy as np
 import pytest
 
 from tests.command import ROOT, fresh_flags
@@ -34,6 +35,15 @@ def test_it_checks_and_measures(tmp_path, monkeypatch, capsys):
   names = [row["name"] for row in found["measured"]["rows"]]
   assert names == ["forward", "stage 1", "stage 2"]
   assert "images/s" in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_noise_is_not_compared_with_itself():
+  with fresh_flags():
+    difference = runpy.run_path(SCRIPT)["difference"]
+  large, noise = np.array([3.0, -1.0]), np.array([1e-9, -2e-9])
+  assert difference([large, noise], [large, -noise]) < 1e-6
+  assert difference([large, noise], [1.1 * large, noise]) > 0.05
+  assert difference([large, 0.1 * large], [large, 0.11 * large]) > 0.05
 
 
 def test_fused_attention_that_differs_is_seen(monkeypatch):

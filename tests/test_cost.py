@@ -1,11 +1,16 @@
 """FLOPs of use, and the list of methods."""
 import json
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.command import run_command
 from ttc_jax import backbones, cost, methods
+from ttc_jax.backbones import layers
 from ttc_jax.bench import programs
+from ttc_jax.errors import UserError
 from ttc_jax.methods import __main__ as listing
 from ttc_jax.model import Model, init_head
 
@@ -17,6 +22,27 @@ def test_flops_are_those_of_the_products_and_little_more():
   got = cost.flops(Model(vit, "half"), params, {})
   needed = programs.flops_needed(vit, 96, 100)["forward"]
   assert 1 <= got / needed < 1.03
+
+
+def test_flops_are_the_same_where_a_gpu_trains(monkeypatch):
+  """Whose programs JAX does not count, and whose attention is one call."""
+  vit = backbones.make("vit_ti16", 32).clone(dtype=jnp.bfloat16)
+  params = {"backbone": backbones.shapes(vit), "adapter": {},
+            "head": init_head(192, 10, 0)}
+  here, real = cost.flops(Model(vit, "half"), params, {}), jax.local_devices
+  gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+  monkeypatch.setattr(jax, "local_devices", lambda backend=None: (
+      real(backend=backend) if backend else [gpu]))
+  assert layers.fused(jnp.bfloat16, 64) == "cudnn"
+  assert cost.flops(Model(vit, "half"), params, {}) == here
+
+
+def test_without_a_cpu_nothing_is_trained(monkeypatch):
+  def none(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+  monkeypatch.setattr(jax, "local_devices", none)
+  with pytest.raises(UserError, match="add it to JAX_PLATFORMS"):
+    cost.counter()
 
 
 def list_methods(*arguments):

@@ -152,10 +152,12 @@ def test_a_tap_that_changes_the_scores_is_heard(fused, monkeypatch):
     ("tpu", "9.0", jnp.bfloat16, 64, None)])
 def test_where_attention_is_fused(
     monkeypatch, backend, capability, dtype, width, found):
-  device = types.SimpleNamespace(compute_capability=capability)
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  device = types.SimpleNamespace(platform=backend,
+                                 compute_capability=capability)
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
   assert layers.fused(dtype, width) == found
+  with jax.default_device(jax.devices("cpu")[0]):
+    assert layers.fused(dtype, width) is None
 
 
 def test_attention_in_bfloat16_has_its_softmax_in_float32():

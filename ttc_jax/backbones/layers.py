@@ -284,9 +284,10 @@ def fused(dtype: Any, width: int) -> Literal["cudnn"] | None:
   """
   if jnp.dtype(dtype).itemsize != 2 or width % 8 or width > 128:
     return None
-  if jax.default_backend() != "gpu":
+  device = jax.config.jax_default_device or jax.local_devices()[0]
+  if getattr(device, "platform", device) != "gpu":
     return None
-  capability = getattr(jax.local_devices()[0], "compute_capability", "")
+  capability = getattr(device, "compute_capability", "")
   number = re.fullmatch(r"(\d+)\.\d+", str(capability))  # AMD's is "gfx90a"
   return "cudnn" if number and int(number[1]) >= 8 else None
 

@@ -12,6 +12,7 @@ from ttc_jax import (
   bundles,
   checkpoint,
   compilation,
+  cost,
   hosts,
   interrupt,
   measures,
@@ -72,6 +73,7 @@ class Session:
     self.stages = checkpoint.Stages(
         self.workdir.store, self.workdir.claims, STAGES)
     plan.check_config(config)
+    cost.counter()  # which every row needs, after its training
     compilation.start(config.compilation_cache)
     self.inputs = inputs.Inputs(config)
     self.tasks, self.missing = self.inputs.tasks, self.inputs.missing
