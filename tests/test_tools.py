@@ -3,11 +3,13 @@ import os
 import runpy
 import types
 
+from absl import flags
 import numpy as np
 import pytest
 
 from tests.command import ROOT, fresh_flags
 from ttc_jax import backbones, bundles, checkpoint
+from ttc_jax.errors import UserError
 from ttc_jax.runs.workdir import WorkDir
 
 
@@ -70,3 +72,51 @@ def test_a_student_learns_every_token_of_its_teacher(
   whole = out[:, 0] if count == 17 else out.mean(1)
   assert cls == pytest.approx(np.square(
       whole @ heads["to_cls"] - target[:, 0]).mean(), rel=1e-3)
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+  """`run(*flags)` of tools/evidence.py -> the commands that it gives."""
+  def run(*given):
+    with fresh_flags():
+      script = runpy.run_path(str(ROOT / "tools" / "evidence.py"))
+      flags.FLAGS(["evidence", "--data=D", f"--workdir={tmp_path / 'work'}",
+                   *given])
+      here = script["main"].__globals__
+      monkeypatch.setitem(here, "FOLDER", str(tmp_path / "evidence"))
+      commands: list[list[str]] = []
+      monkeypatch.setitem(here, "subprocess", types.SimpleNamespace(
+          run=lambda command, check: commands.append(command)))
+      here["main"](["evidence", "run"])
+      return here["SETS"], commands
+  return run
+
+
+def config_of(command):
+  """The configuration that a command of `evidence` is given."""
+  path, _, arg = next(word for word in command if word.startswith(
+      "--config=")).removeprefix("--config=").partition(":")
+  return runpy.run_path(path)["get_config"](arg)
+
+
+def test_all_experiments_of_the_evidence_have_a_configuration(evidence):
+  sets, commands = evidence("--weights=W")
+  found = [(c.experiment, tuple(c.tasks)) for c in map(config_of, commands)]
+  assert found == [(experiment, tasks) for tasks, _, experiments
+                   in sets.values() for experiment in experiments]
+
+
+def test_tasks_of_the_evidence_run_at_once_and_then_together(evidence):
+  sets, commands = evidence("--only=ti16", "--experiments=table3,table8",
+                            "--tasks=2", "--at_once=4")
+  found = [(c.experiment, *c.tasks) for c in map(config_of, commands)]
+  one, other = sets["ti16"][0][:2]
+  assert sorted(found[:4]) == sorted(
+      (experiment, task) for experiment in ("table3", "table8")
+      for task in (one, other))
+  assert found[4:] == [("table3", one, other), ("table8", one, other)]
+
+
+def test_the_evidence_of_other_weights_needs_them(evidence):
+  with pytest.raises(UserError, match="--weights=FILE"):
+    evidence("--only=s14")

@@ -9,9 +9,12 @@ them into the work directory first, so nothing is run twice, on whatever
 machine, and a killed command goes on. SET is one backbone with its tasks.
 `--only=SET,...` runs some; `--tasks=N` the first N tasks of each, to have every
 experiment on these before the others; `--until=HOURS` starts no further
-experiment after that time.
+experiment after that time. `--at_once=6` runs the tasks of all sets beside one
+another, six at a time, where there are cores or a GPU for them; a GPU that
+processes share needs XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 import glob
 import json
 import os
@@ -38,6 +41,10 @@ SETS = {
             "normalisation=imagenet,epochs=20",
             ("table8", "table5a", "table3", "fig2", "fig3", "fig7", "scores",
              "table7", "table5d", "table1", "fig4")),
+    "s14_224": (("rsscn7", "gtsrb", "shapes_location"),
+                "backbone=vit_s14,weights={weights},size=224,"
+                "normalisation=imagenet,epochs=20",
+                ("table8", "table5a", "table3", "table7", "table5d")),
     "ti16": (("shapes_location", "rsscn7", "gtsrb", "dtd10", "fashion_mnist",
               "shapes_count"),
              "backbone=vit_ti16,size=64,epochs=20",
@@ -62,6 +69,7 @@ _EXPERIMENTS = flags.DEFINE_list("experiments", None, "default: all of a set")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of the computation")
 _TASKS = flags.DEFINE_integer("tasks", None, "the first ones of each set",
                               lower_bound=1)
+_AT_ONCE = flags.DEFINE_integer("at_once", 1, "processes", lower_bound=1)
 _UNTIL = flags.DEFINE_float("until", float("inf"), "hours")
 
 
@@ -137,11 +145,22 @@ def read(folder: str, name: str) -> str:
     return file.read()
 
 
-def run(name: str, experiment: str) -> None:
-  """Runs an experiment of a set to its end."""
-  tasks, arguments, _ = SETS[name]
-  arguments = (f"task={','.join(tasks[:_TASKS.value])},"
-               f"{arguments.format(weights=_WEIGHTS.value)}")
+def tasks_of(name: str) -> tuple[str, ...]:
+  return SETS[name][0][:_TASKS.value]
+
+
+def run(name: str, tasks: Sequence[str], end: float) -> None:
+  """Runs the experiments of a set on some of its tasks, until a time."""
+  for experiment in _EXPERIMENTS.value or SETS[name][2]:
+    if time.monotonic() < end:
+      run_experiment(name, experiment, tasks)
+      save(name)
+
+
+def run_experiment(name: str, experiment: str, tasks: Sequence[str]) -> None:
+  """Runs an experiment to its end."""
+  arguments = (f"task={','.join(tasks)},"
+               f"{SETS[name][1].format(weights=_WEIGHTS.value)}")
   config = ("domain.py:" if experiment == "table6" else
             f"paper.py:{experiment},") + f"{arguments},data={_DATA.value}"
   subprocess.run([
@@ -150,24 +169,33 @@ def run(name: str, experiment: str) -> None:
       f"--config.dtype={_DTYPE.value}", "--config.keep_stages"], check=True)
 
 
-def main(argv: list[str]) -> None:
-  begin = time.monotonic()
-  if argv[1:] not in (["run"], ["save"], ["page"]):
-    raise UserError("say run, save or page")
-  if argv[1] == "page":
-    page()
-    return
+def run_all() -> None:
+  """Runs everything, at last with all tasks of a set, which draws it."""
+  end = time.monotonic() + 3600 * _UNTIL.value
   for name in _ONLY.value:
-    if argv[1] == "save":
-      save(name)
-      continue
-    if not _DATA.value or not _WEIGHTS.value and name == "s14":
-      raise UserError("run needs --data=DIR, and --weights=FILE for s14")
+    if not _DATA.value or not _WEIGHTS.value and "{weights}" in SETS[name][1]:
+      raise UserError("run needs --data=DIR, and --weights=FILE for s14 and "
+                      "s14_224")
     restore(name, workdir(name))
-    for experiment in _EXPERIMENTS.value or SETS[name][2]:
-      if time.monotonic() - begin < 3600 * _UNTIL.value:
-        run(name, experiment)
-        save(name)
+  if _AT_ONCE.value > 1:
+    with ThreadPoolExecutor(_AT_ONCE.value) as pool:
+      for done in [pool.submit(run, name, [task], end)
+                   for name in _ONLY.value for task in tasks_of(name)]:
+        done.result()
+  for name in _ONLY.value:
+    run(name, tasks_of(name), end)
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:] == ["page"]:
+    page()
+  elif argv[1:] == ["save"]:
+    for name in _ONLY.value:
+      save(name)
+  elif argv[1:] == ["run"]:
+    run_all()
+  else:
+    raise UserError("say run, save or page")
 
 
 if __name__ == "__main__":

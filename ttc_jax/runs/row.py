@@ -10,6 +10,7 @@ import flax
 import jax
 import numpy as np
 import optax
+import PIL
 
 from ttc_jax import (
   bundles,
@@ -157,7 +158,7 @@ def versions() -> dict[str, str]:
   """Returns the versions that a result depends on."""
   return {"python": platform.python_version(), "jax": jax.__version__,
           "flax": flax.__version__, "optax": optax.__version__,
-          "numpy": np.__version__}
+          "numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def _now() -> str:
