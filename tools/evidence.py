@@ -52,7 +52,7 @@ SETS = {
               "table5c", "table5d", "table7", "selection", "table1")),
     "domains": (("pacs/from_photo", "sprites_location_shifted",
                  "pacs/except_photo"),
-                "backbone=vit_ti16,size=64,epochs=20,method=linear,layernorm,"
+                "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
                 "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
