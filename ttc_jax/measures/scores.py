@@ -27,49 +27,72 @@ SIZES = (100, 250, 500)
 
 def measure(trained):
   """Returns {score: {"correlation", "overlap", "energy", ...}}."""
-  split = trained.train
-  images, labels = np.asarray(split.images[:]), split.labels
-  order = np.random.default_rng(trained.seed).permutation(len(labels))
-  half = -(-len(order) // 2)
-  sizes = [n for n in SIZES if n < len(order)]
-  # Sums over parts, so that no image is seen twice for a score.
-  ends = sorted({*sizes, half, len(order)})
-  of = (trained.model, trained.params, trained.buffers)
-  sums = {name: {end: importance.total(
-      name, *of, images[rows], labels[rows], (SITE,))
-      for end, rows in zip(ends, np.split(order, ends[:-1]), strict=True)}
-      for name in SCORES if name != "random"}
+  sums = _Sums(trained)
+  return {name: _agreement(name, sums) for name in SCORES}
 
-  def scores(name, begin, end):
+
+class _Sums:
+  """What scores are made of, summed over parts of the images in random order.
+
+  Attributes:
+    half, count: where the second half begins; number of images.
+    sizes: those of `SIZES` that are smaller than all.
+  """
+
+  def __init__(self, trained):
+    split = trained.train
+    images, labels = np.asarray(split.images[:]), split.labels
+    order = np.random.default_rng(trained.seed).permutation(len(labels))
+    self.trained, self.count = trained, len(order)
+    self.half = -(-len(order) // 2)
+    self.sizes = [n for n in SIZES if n < len(order)]
+    # Parts, so that no image is seen twice for a score.
+    ends = sorted({*self.sizes, self.half, self.count})
+    of = (trained.model, trained.params, trained.buffers)
+    self._parts = {name: {end: importance.total(
+        name, *of, images[rows], labels[rows], (SITE,))
+        for end, rows in zip(ends, np.split(order, ends[:-1]), strict=True)}
+        for name in SCORES if name != "random"}
+
+  def _of(self, name, begin, end):
+    return [part for at, part in self._parts[name].items()
+            if begin < at <= end]
+
+  def scores(self, name, begin, end):
+    """Scores (D,) of each block, from the images of an interval."""
     if name == "random":
-      rng = np.random.default_rng((trained.seed, begin, end))
-      return [rng.random(width) for _ in squares]
-    parts = [part for at, part in sums[name].items() if begin < at <= end]
-    summed = jax.tree.map(lambda *x: np.sum(x, 0), *parts)
-    return importance.of_total(
-        name, summed, trained.model, trained.params, (SITE,))[SITE]
-  squares = [np.square(np.sum(g, 0)) for g in zip(
-      *(part[SITE] for at, part in sums["block"].items() if at > half),
-      strict=True)]
+      rng = np.random.default_rng((self.trained.seed, begin, end))
+      return [rng.random(len(s)) for s in self.squares()]
+    summed = jax.tree.map(lambda *x: np.sum(x, 0), *self._of(name, begin, end))
+    return importance.of_total(name, summed, self.trained.model,
+                               self.trained.params, (SITE,))[SITE]
+
+  def squares(self):
+    """G^2 (D, D) of each block, from the second half."""
+    return [np.square(np.sum(g, 0)) for g in zip(*(
+        part[SITE] for part in self._of("block", self.half, self.count)),
+        strict=True)]
+
+
+def _agreement(name, sums):
+  """What is measured of one score."""
+  one, two = (sums.scores(name, *at) for at in (
+      (0, sums.half), (sums.half, sums.count)))
+  everything, squares = sums.scores(name, 0, sums.count), sums.squares()
   width = len(squares[0])
-  found = {}
-  for name in SCORES:
-    one, two = scores(name, 0, half), scores(name, half, len(order))
-    everything = scores(name, 0, len(order))
-    found[name] = {
-        "correlation": [float(stats.spearmanr(a, b)[0])
-                        for a, b in zip(one, two, strict=True)],
-        "overlap": _overlap(one, two, width // 8),
-        "negative": float(np.mean([a < 0 for a in one])),
-        "k": width // 8,
-        "energy": {str(k): float(np.mean([
-            energy(g, importance.top_k(a, k))
-            for g, a in zip(squares, one, strict=True)]))
-            for k in _sizes_of_sets(width)},
-        "sizes": {str(n): float(np.mean(_overlap(
-            scores(name, 0, n), everything, width // 8)))
-            for n in sizes}}
-  return found
+  k = width // 8
+  return {
+      "correlation": [float(stats.spearmanr(a, b)[0])
+                      for a, b in zip(one, two, strict=True)],
+      "overlap": _overlap(one, two, k),
+      "negative": float(np.mean([a < 0 for a in one])),
+      "k": k,
+      "energy": {str(n): float(np.mean([
+          energy(g, importance.top_k(a, n))
+          for g, a in zip(squares, one, strict=True)]))
+          for n in _sizes_of_sets(width)},
+      "sizes": {str(n): float(np.mean(_overlap(
+          sums.scores(name, 0, n), everything, k))) for n in sums.sizes}}
 
 
 def _sizes_of_sets(width):
