@@ -120,18 +120,26 @@ def measure(against):
   return timing.measure(config, against, _STEPS.value, _SECONDS.value)
 
 
+def keep(found):
+  """Writes what there is by now: a lent device may be gone before the end."""
+  if _JSON.value:
+    suite.write(_JSON.value, found)
+
+
 def main(argv):
   cli.check_no_arguments(argv)
-  found = {"checks": checks(_DTYPE.value), "measured": measure(other())}
-  print(json.dumps(found["checks"], indent=2))
-  print(text.table(found["measured"]))
+  found = {"checks": checks(_DTYPE.value)}
+  print(json.dumps(found["checks"], indent=2), flush=True)
+  keep(found)
+  found["measured"] = measure(other())
+  print(text.table(found["measured"]), flush=True)
+  keep(found)
   if found["checks"][f"attention, {_DTYPE.value}, fused and formula"][
       "equal"] is not None:
     with mock.patch.object(layers, "fused", lambda *_: None):
       found["not fused"] = measure("")
     print("\nattention by the formula:\n" + text.table(found["not fused"]))
-  if _JSON.value:
-    suite.write(_JSON.value, found)
+    keep(found)
   return int(any(c["equal"] is False for c in found["checks"].values()))
 
 
