@@ -198,6 +198,8 @@ def test_the_picture_and_the_summary_have_what_three_tasks_tell(tmp_path):
   assert lines[key] == ["+20.7", "+9.1 ± 0.1, supported"]
   both = page.summary([section, section._replace(name="other")])
   assert both.header == ["", "the paper", "small", "other"]
+  two = gained("tu", tmp_path / "two")._replace(name="two tasks")
+  assert page.summary([two, section]).header == ["", "the paper", "small"]
 
 
 def test_fewer_tasks_are_not_in_the_picture(tmp_path):

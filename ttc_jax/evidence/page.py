@@ -77,17 +77,19 @@ def findings(sections: Sequence[Section]
 def summary(sections: Sequence[Section]) -> Grid:
   """Returns the claims about accuracy, a column for each work directory.
 
-  Only those that were measured on as many tasks as a verdict needs.
+  Only those, of both, that were measured on as many tasks as a verdict needs.
   """
-  names = [section.name for section in sections]
+  judged = [(text, name, gain, found.verdict)
+            for _, text, name, found in findings(sections)
+            if (gain := found.gain) and gain.found.tasks >= TASKS]
+  names = [*dict.fromkeys(name for _, name, *_ in judged)]
   lines: dict[str, list[str]] = {}
-  for _, text, name, found in findings(sections):
-    if found.gain and found.gain.found.tasks >= TASKS:
-      line = lines.setdefault(text, [text, f"{found.gain.claimed:+.1f}"
-                                     if found.gain.claimed else "-",
-                                     *["-"] * len(names)])
-      said = "open" if found.verdict == OPEN else found.verdict
-      line[2 + names.index(name)] = f"{interval(found.gain.found, '')}, {said}"
+  for text, name, gain, verdict in judged:
+    line = lines.setdefault(text, [
+        text, f"{gain.claimed:+.1f}" if gain.claimed else "-",
+        *["-"] * len(names)])
+    said = "open" if verdict == OPEN else verdict
+    line[2 + names.index(name)] = f"{interval(gain.found, '')}, {said}"
   return Grid("Claims", ["", "the paper", *names], [*lines.values()], [_RULE])
 
 
