@@ -33,6 +33,7 @@ def test_flops_are_the_same_where_a_gpu_trains(monkeypatch):
   gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
   monkeypatch.setattr(jax, "local_devices", lambda backend=None: (
       real(backend=backend) if backend else [gpu]))
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
   assert layers.fused(jnp.bfloat16, 64) == "cudnn"
   assert cost.flops(Model(vit, "half"), params, {}) == here
 

@@ -86,6 +86,8 @@ def test_compiled_programs_are_kept_in_a_bucket(objects):
 import jax
 from ttc_jax import compilation
 compilation.start("gs://b/programs")
+# On a GPU XLA would write beside JAX, and knows no gs://.
+assert jax.config.values["jax_persistent_cache_enable_xla_caches"] == "none"
 jax.jit(lambda x: x * 3 + 1)(2.0)
 print(compilation.count().compiled)
 """

@@ -142,16 +142,18 @@ def test_a_tap_that_changes_the_scores_is_heard(fused, monkeypatch):
   np.testing.assert_array_equal(*seen)
 
 
-@pytest.mark.parametrize("backend, capability, dtype, width, found", [
-    ("gpu", "9.0", jnp.bfloat16, 64, "cudnn"),
-    ("gpu", "12.0", jnp.bfloat16, 80, "cudnn"),
-    ("gpu", "7.5", jnp.bfloat16, 64, None),
-    ("gpu", "gfx90a", jnp.bfloat16, 64, None),
-    ("gpu", "9.0", jnp.float32, 64, None),
-    ("gpu", "9.0", jnp.bfloat16, 12, None),
-    ("tpu", "9.0", jnp.bfloat16, 64, None)])
+@pytest.mark.parametrize("backend, capability, dtype, width, version, found", [
+    ("gpu", "9.0", jnp.bfloat16, 64, (0, 11, 0), "cudnn"),
+    ("gpu", "12.0", jnp.bfloat16, 80, (0, 12, 0), "cudnn"),
+    ("gpu", "7.5", jnp.bfloat16, 64, (0, 11, 0), None),
+    ("gpu", "gfx90a", jnp.bfloat16, 64, (0, 11, 0), None),
+    ("gpu", "9.0", jnp.float32, 64, (0, 11, 0), None),
+    ("gpu", "9.0", jnp.bfloat16, 12, (0, 11, 0), None),
+    ("gpu", "9.0", jnp.bfloat16, 64, (0, 10, 2), None),
+    ("tpu", "9.0", jnp.bfloat16, 64, (0, 11, 0), None)])
 def test_where_attention_is_fused(
-    monkeypatch, backend, capability, dtype, width, found):
+    monkeypatch, backend, capability, dtype, width, version, found):
+  monkeypatch.setattr(jax, "__version_info__", version)
   device = types.SimpleNamespace(platform=backend,
                                  compute_capability=capability)
   monkeypatch.setattr(jax, "local_devices", lambda: [device])

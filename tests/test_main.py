@@ -21,6 +21,7 @@ from ttc_jax import (
   checkpoint,
   config_file,
   predict,
+  train,
   trees,
 )
 from ttc_jax import weights as weights_lib
@@ -548,6 +549,20 @@ def test_variants_may_differ_in_backbone_and_size(data, weights, tmp_path):
   row, = rows(tmp_path / "alone" / "work")
   for key in ("test_top1", "data_digest", "flops", "image_size"):
     assert row[key] == found["large"][key], key
+
+
+def test_the_precision_of_products_is_that_of_the_session_alone(
+    data, weights, tmp_path, monkeypatch):
+  seen, real = [], train.run
+
+  def noted(*args):
+    seen.append(jax.config.jax_default_matmul_precision)
+    return real(*args)
+  monkeypatch.setattr(train, "run", noted)
+  session(data, weights, tmp_path, method="linear", epochs=1,
+          matmul_precision="highest").run_all()
+  assert seen == ["highest"]
+  assert jax.config.jax_default_matmul_precision is None
 
 
 def test_select_goes_on_beyond_the_grid_while_the_edge_is_best(

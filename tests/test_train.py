@@ -462,6 +462,43 @@ def test_an_epoch_visits_each_image_at_most_once_and_differs(
   assert (visited[0] != visited[1]).any()
 
 
+def test_a_program_has_the_precision_that_holds():
+  fn = parallel.pmap(lambda x: x @ x)
+  arguments = (lambda *_: fn, None, (), PLAN,
+               (parallel.replicate(np.eye(4, dtype=np.float32)),))
+
+  def made():
+    return step.compiled(*arguments)
+  usual, _ = made()
+  with jax.default_matmul_precision("highest"):
+    exact, _ = made()
+  assert exact is not usual
+  assert made() == (usual, 0.0)
+
+
+def test_joined_hosts_compile_by_the_first_call(monkeypatch):
+  fn = parallel.pmap(lambda x: x)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert step.compiled(lambda *_: fn, None, (), PLAN, (
+      jax.ShapeDtypeStruct((2, 5), np.float32),)) == (fn, 0.0)
+
+
+def test_any_of_joined_hosts_writes_its_arrays(tmp_path, monkeypatch):
+  arrays = {"tuned": {"a/b": np.arange(5, dtype=np.float32)}, "buffers": {}}
+  monkeypatch.setattr(jax, "process_index", lambda backend=None: 1)
+  checkpoint.write_folder(str(tmp_path / "state"), arrays, {"epoch": 1})
+  found, meta = checkpoint.read_folder(str(tmp_path / "state"))
+  np.testing.assert_array_equal(found["tuned"]["a/b"], arrays["tuned"]["a/b"])
+  assert meta == {"epoch": 1}
+
+
+def test_the_first_device_s_copy_is_taken_to_the_bit():
+  leaf = np.array([-0.0, np.nan, 1e-45, 1.5], np.float32)
+  found = parallel.unreplicate(parallel.replicate({"a": leaf, "b": leaf[0]}))
+  assert found["a"].tobytes() == leaf.tobytes()
+  assert found["b"].tobytes() == leaf[0].tobytes()
+
+
 def test_label_smoothing_is_optax_on_smoothed_targets(
     model, params, split):
   plan = PLAN._replace(label_smoothing=0.2)

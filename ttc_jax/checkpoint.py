@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import re
+import sys
 from typing import Any, NamedTuple, TypeVarTuple, Unpack
 
 from absl import logging
@@ -221,7 +222,7 @@ def write_folder(path: str, arrays: Mapping[str, Flat],
 
   A folder of that name is replaced.
   """
-  with _checkpointer() as writer:
+  with _every_host_writes(), _checkpointer() as writer:
     writer.save(path, force=True, args=ocp.args.Composite(
         arrays=ocp.args.StandardSave(_fill(arrays)),
         meta=ocp.args.JsonSave(dict(meta))))
@@ -243,6 +244,36 @@ def read_folder(path: str, check: Callable[[Any], None] | None = None
     got = reader.restore(path, args=ocp.args.Composite(
         arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()))
   return _unfill(got.arrays), got.meta
+
+
+class _First:
+  """A module in which this process is the first one."""
+
+  def __init__(self, module: Any):
+    self._module = module
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._module, name)
+
+  def process_index(self) -> int:
+    return 0
+
+
+@contextlib.contextmanager
+def _every_host_writes() -> Iterator[None]:
+  """Within the block, Orbax writes numpy arrays on this host too.
+
+  Where JAX has joined hosts, its handler of numpy arrays writes them on the
+  first one alone, whatever `primary_host` says, and raises nothing.
+  """
+  handlers: Any = sys.modules[ocp.type_handlers.NumpyHandler.__module__]
+  real = handlers.multihost
+  if jax.process_index():
+    handlers.multihost = _First(real)
+  try:
+    yield
+  finally:
+    handlers.multihost = real
 
 
 def _checkpointer():

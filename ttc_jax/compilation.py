@@ -77,6 +77,8 @@ def keep(cache: str) -> str | None:
     return None
   if "://" in cache:
     _keep_in(f"{_address(cache)}/{_host()}")
+    # Those that XLA itself writes: its file system knows no gs://.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     return None
   folder = os.path.join(files.cache_folder("programs", cache), _host())
   try:

@@ -229,6 +229,12 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   """
   config = _config(method, backbone, weights, image_size, seed, settings)
   compilation.keep(config.compilation_cache)
+  with inputs.precision(config):
+    return _fit(config, images, labels, val, classes, seed, progress)
+
+
+def _fit(config, images, labels, val, classes, seed, progress):
+  """`fit` with a checked configuration."""
   base = inputs.load_base(config)
   config = inputs.resolved(config, base)
   task = _task(images, labels, config)
@@ -237,7 +243,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     train_split = _at(task, config, _size(config)).split("trainval")
   else:
     names, train_split = _split(images, labels, classes, config, _size(config))
-  val_split = _split(*val, names, config)[1] if val else None
+  val_split = _split(val[0], val[1], names, config)[1] if val else None
   config.batch_size = _batch_size(config, train_split)
   job, scores = _job(config, base, names, train_split, val_split, seed)
   config = job.config

@@ -104,7 +104,8 @@ def map_gradient(model: Model, params: trees.Tree, buffers: trees.Tree,
 
 def _sum(fn, model, params, buffers, images, labels, sites, batch_size):
   """The sum of `fn` over all images and devices, on the host."""
-  # A bfloat16 sum over a batch would reorder the channels.
+  # A bfloat16 sum over a batch would reorder the channels; so could products
+  # in fewer bits, which are the default of accelerators.
   model = model._replace(
       backbone=model.backbone.clone(dtype=jnp.float32, drop_path=0.0))
   batch_size = parallel.round_up(min(batch_size, len(images)))
@@ -225,7 +226,8 @@ SCORES = {
 @functools.cache
 def _accumulate(fn, model, sites):
   def step(params, buffers, *batch):
-    return parallel.psum(fn(model, sites, params, buffers, batch))
+    with jax.default_matmul_precision("highest"):
+      return parallel.psum(fn(model, sites, params, buffers, batch))
   return parallel.pmap(step)
 
 

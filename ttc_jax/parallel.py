@@ -132,7 +132,10 @@ def replicate(tree: Tree) -> Tree:
 
 def unreplicate(tree: Tree) -> Tree:
   """Returns the first device's copy of every leaf, as numpy."""
-  return jax.tree.map(lambda x: np.asarray(x[0]), tree)
+  def first(x):  # not x[0], a program over all devices for every shape
+    shards = getattr(x, "addressable_shards", None)
+    return np.array(shards[0].data if shards else x)[0]
+  return jax.tree.map(first, tree)
 
 
 def shard(tree: Tree) -> Tree:

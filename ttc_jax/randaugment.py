@@ -87,7 +87,8 @@ def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
   """Changes the sharpness; 0 gives Pillow's SMOOTH filter, 1 the image."""
   kernel = jnp.array([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
   smooth = jax.lax.conv_general_dilated(
-      jnp.moveaxis(image, -1, 0)[:, None], kernel[None, None], (1, 1), "VALID")
+      jnp.moveaxis(image, -1, 0)[:, None], kernel[None, None], (1, 1), "VALID",
+      precision="highest")
   smooth = jnp.round(jnp.moveaxis(smooth[:, 0], 0, -1))
   whole = image.at[1:-1, 1:-1].set(smooth)  # the border stays
   return _blend(whole, image, factor)
@@ -102,7 +103,8 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
   S = image.shape[0]
   axis = jnp.arange(S) - (S - 1) / 2
   y, x = jnp.meshgrid(axis, axis, indexing="ij")
-  at = jnp.einsum("ij,jhw->ihw", matrix, jnp.stack([x, y, jnp.ones_like(x)]))
+  at = jnp.einsum("ij,jhw->ihw", matrix, jnp.stack([x, y, jnp.ones_like(x)]),
+                  precision="highest")
   where = at[::-1] + (S - 1) / 2  # rows first
   return jax.vmap(lambda channel: jax.scipy.ndimage.map_coordinates(
       channel, list(where), order=1, mode="constant", cval=_GREY), -1, -1)(

@@ -304,18 +304,19 @@ def compiled(make_fn: Callable, model: Model, rules: trees.Rules, plan: Plan,
              args: tuple) -> tuple[Any, float]:
   """Returns (a compiled function, seconds spent on compiling it; 0 if known).
 
-  Across hosts it is compiled by its first call: only then does pmap make global
-  arrays of each host's part.
+  Where JAX has joined hosts it is compiled by its first call: only then does
+  pmap make global arrays of each host's part.
 
   Args:
     make_fn: `make_epoch_fn` or `make_chunk_fn`.
     args: of the function, or their shapes.
   """
   fn = make_fn(model, rules, plan)
-  if parallel.spans_hosts():
+  if jax.process_count() > 1:
     return fn, 0.0
   avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
-  key = (make_fn, model, rules, plan, str(avals))
+  key = (make_fn, model, rules, plan, str(avals),
+         jax.config.jax_default_matmul_precision)
   if key in _COMPILED:
     return _COMPILED[key], 0.0
   start = time.perf_counter()

@@ -280,8 +280,11 @@ def fused(dtype: Any, width: int) -> Literal["cudnn"] | None:
   scores in memory; None where the device has none.
 
   cuDNN's is for 16 bits, heads of a multiple of 8 up to 128, and NVIDIA GPUs
-  from Ampere (compute capability 8.0).
+  from Ampere (compute capability 8.0). JAX before 0.11 cannot vmap it, as
+  serving several tasks does, where an operand is the same for all.
   """
+  if jax.__version_info__ < (0, 11):
+    return None
   if jnp.dtype(dtype).itemsize != 2 or width % 8 or width > 128:
     return None
   device = jax.config.jax_default_device or jax.local_devices()[0]

@@ -1,4 +1,5 @@
 """What runs start from: the backbone with its weights, and the tasks."""
+import contextlib
 import itertools
 from typing import Any, NamedTuple
 
@@ -84,15 +85,19 @@ class Inputs:
     return self._sized[name, *how]
 
 
+def precision(config) -> contextlib.AbstractContextManager[None]:
+  """Within the block, float32 products are as `config.matmul_precision` says;
+  empty: as JAX's own setting."""
+  return (jax.default_matmul_precision(config.matmul_precision)
+          if config.matmul_precision else contextlib.nullcontext())
+
+
 def load_base(config) -> Base:
   """Reads the weights and puts them on every device."""
   fields = {"dtype": jnp.dtype(config.dtype)}
   for field in ("gelu", "window"):
     if config[field]:
       fields[field] = config[field]
-  if config.matmul_precision:
-    jax.config.update(
-        "jax_default_matmul_precision", config.matmul_precision)
   if not config.weights:
     raise UserError(
         f"{config.backbone or 'a run'} needs pretrained weights: add "

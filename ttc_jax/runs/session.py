@@ -97,6 +97,10 @@ class Session:
 
   def run_all(self) -> None:
     """Returns when all runs are done or have failed, in whatever process."""
+    with inputs.precision(self.config):
+      self._run_all()
+
+  def _run_all(self) -> None:
     pause, longest = _POLL_SECONDS
     self._stop_together()
     while not all([self._settle_task(*pair) for pair in itertools.zip_longest(
