@@ -28,18 +28,29 @@ def devices(count):
           + SMALL)
 
 
-def start(count, args, each=None, **config):
+# Code after which a process takes itself for a host of a TPU slice, where JAX
+# joins hosts that take runs of their own too.
+ON_TPU = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: (
+    "found" if name == "libtpu" else find_spec(name, *args))
+"""
+
+
+def start(count, args, each=None, before="", **config):
   """Starts the processes of a pod, one device each.
 
   Args:
     each: {process: other arguments}.
+    before: code that each process runs first.
   """
   port = free_port()
   more = [f"--config.{k}={v}" for k, v in config.items()]
   return [start_command(
       "main", *(each or {}).get(i, args), *more,
       f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}",
-      f"--process_id={i}", before=devices(1)) for i in range(count)]
+      f"--process_id={i}", before=before + devices(1)) for i in range(count)]
 
 
 def finish(processes):
@@ -84,20 +95,30 @@ def test_a_batch_over_hosts_is_a_batch_over_devices(
 
 
 @pytest.mark.slow
-def test_hosts_that_take_runs_share_them(data, weights, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("before, in_memory_gib", [
+    ("", 4.0), (ON_TPU, 4.0), (ON_TPU, 0.0)])
+def test_hosts_that_take_runs_share_them(
+    before, in_memory_gib, data, weights, tmp_path):  # noqa: F811
+  """Each writes what it does: rows, states and bundles."""
+  settings = dict(method="layernorm", epochs=2, seeds="0,1,2,3")
   args = arguments(data, weights, tmp_path / "images", tmp_path / "pod",
-                   method="linear", epochs=2, seeds="0,1,2,3")
-  said = finish(start(2, args))
+                   **settings)
+  said = finish(start(2, args, before=before, in_memory_gib=in_memory_gib))
   for seed in range(4):  # each run is one host's
-    line = f"colours  linear  seed {seed}"
+    line = f"colours  layernorm  seed {seed}"
     assert sum(line in out for out in said) == 1, said
+  assert all("seed" in out for out in said)
   alone = arguments(data, weights, tmp_path / "images", tmp_path / "alone",
-                    method="linear", epochs=2, seeds="0,1,2,3")
+                    **settings)
   finish([start_command("main", *alone, before=devices(1))])
-  rows, others = ({row["run"]: row["test_top1"]
-                   for row in WorkDir(tmp_path / name).rows()}
-                  for name in ("pod", "alone"))
-  assert rows == others and len(rows) == 4
+  pod, other = (WorkDir(tmp_path / name) for name in ("pod", "alone"))
+  rows = {row["run"]: row["test_top1"] for row in pod.rows()}
+  assert rows == {row["run"]: row["test_top1"] for row in other.rows()}
+  assert len(rows) == 4
+  for run in rows:
+    found, expected = (bundles.load(w.bundle(run)) for w in (pod, other))
+    for name, x in expected.tuned.items():
+      np.testing.assert_allclose(found.tuned[name], x, atol=1e-4)
 
 
 @pytest.mark.slow
