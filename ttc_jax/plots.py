@@ -36,11 +36,12 @@ def subplots(*args: int, figsize: tuple[float, float],
   """
   with matplotlib.rc_context(_STYLE):
     if "inline" not in os.environ.get("MPLBACKEND", ""):
-      figure = Figure(figsize=figsize)
+      figure = Figure(figsize=figsize, layout="constrained")
       FigureCanvasAgg(figure)
       return figure, figure.subplots(*args, **options)
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(*args, figsize=figsize, **options)
+    figure, axes = pyplot.subplots(*args, figsize=figsize,
+                                   layout="constrained", **options)
     pyplot.close(figure)  # else a notebook would draw it a second time
     return figure, axes
 

@@ -145,11 +145,17 @@ def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
       out.append(f"### {title}")
       for i, one in enumerate(shown):
         if isinstance(one, Grid):
-          out.append(grid.markdown(one).rstrip())
+          out.append(grid.markdown(_under(title, one)).strip())
         else:
           path = pictures[f"{section.name}/{name}-{i}"]
           out.append(f"![{title}]({path})")
   return "\n\n".join(out) + "\n"
+
+
+def _under(title, table):
+  """A table under its experiment's title, which it does not repeat."""
+  rest = table.title.removeprefix(title).lstrip(" :.")
+  return table._replace(title=rest[:1].upper() + rest[1:])
 
 
 def _pipes(lines):
@@ -189,8 +195,8 @@ def page(sections: Sequence[Section]) -> str:
                 f"<p class=note>{_text(section.results.setting)}</p>")
     for title, shown in section.shown.values():
       body.append(f"<h3>{_text(title)}</h3>")
-      body += [_table(one) if isinstance(one, Grid) else _svg(one)
-               for one in shown]
+      body += [_table(_under(title, one)) if isinstance(one, Grid)
+               else _svg(one) for one in shown]
   return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
           "<meta name=viewport content='width=device-width'>"
           f"<title>ttc_jax: evidence</title><style>{_STYLE}</style></head>"
@@ -217,7 +223,8 @@ def _table(one):
   body = "\n".join("<tr>" + "".join(f"<td>{_text(x)}" for x in line) + "</tr>"
                    for line in one.lines)
   notes = "<br>".join(map(_text, one.notes))
-  return (f"<p>{_text(one.title)}.</p><table><tr>{head}</tr>\n{body}</table>"
+  title = f"<p>{_text(one.sentence)}</p>" if one.title else ""
+  return (f"{title}<table><tr>{head}</tr>\n{body}</table>"
           f"<p class=note>{notes}</p>")
 
 

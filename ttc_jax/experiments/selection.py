@@ -34,12 +34,16 @@ VARIANTS = {
 def draw(results: Results) -> list[Grid | Picture]:
   """Returns the table of all, and a panel for each task: accuracy by K."""
   from ttc_jax import plots  # an extra
+  rows = [norms for norms in _NORMS
+          if any(v.startswith(norms) for v in results.variants)]
+  if not rows:
+    return [accuracy(results)]
   figure, axes = plots.subplots(
-      2, max(1, len(results.tasks)), squeeze=False, sharex=True,
-      figsize=(3.5 * max(1, len(results.tasks)), 6))
+      len(rows), len(results.tasks), squeeze=False,
+      figsize=(3.5 * len(results.tasks), 3 * len(rows)))
   numbers = []
   for j, task in enumerate(results.tasks):
-    for i, norms in enumerate(_NORMS):
+    for i, norms in enumerate(rows):
       ax = axes[i, j]
       ax.set_title(f"{plots.label(task)}, norms {norms}", fontsize=8)
       for n, score in enumerate(SCORES):
@@ -49,11 +53,15 @@ def draw(results: Results) -> list[Grid | Picture]:
         numbers += [[task, norms, score, str(k), f"{np.mean(v):.2f}",
                      f"{np.std(v, ddof=1):.2f}" if len(v) > 1 else ""]
                     for k, v in points]
-        ax.errorbar([k for k, _ in points], [np.mean(v) for _, v in points],
+        ax.errorbar([k * 1.08 ** (n - 1.5) for k, _ in points],  # apart
+                    [np.mean(v) for _, v in points],
                     [np.std(v, ddof=1) if len(v) > 1 else 0
                      for _, v in points],
                     color=f"C{n}", marker=".", capsize=2, label=score)
       ax.set_xscale("log")
+      ax.set_xlim(K[0] / 1.5, K[-1] * 1.5)  # also without a point
+      ax.set_xticks(K, map(str, K))
+      ax.minorticks_off()
       ax.set_xlabel("K")
       ax.set_ylabel("test top-1 (%)")
   axes[0, 0].legend(frameon=False, fontsize=7)

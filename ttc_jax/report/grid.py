@@ -22,18 +22,24 @@ class Grid(NamedTuple):
   lines: Sequence[Sequence[str]]
   notes: Sequence[str] = ()
 
+  @property
+  def sentence(self) -> str:
+    """The title with a full stop, unless it is a question; "" without one."""
+    end = "" if self.title[-1:] in ("", "?") else "."
+    return self.title + end
+
 
 def text(grid: Grid) -> str:
   """Writes plain text."""
   body = "\n".join("  ".join(x).rstrip()
                    for x in formats.align([grid.header, *grid.lines]))
-  return formats.paragraphs(f"{grid.title}.", body, "\n".join(grid.notes))
+  return formats.paragraphs(grid.sentence, body, "\n".join(grid.notes))
 
 
 def markdown(grid: Grid) -> str:
   """Writes Markdown."""
   return formats.paragraphs(
-      f"{grid.title}.", formats.pipes([grid.header, *grid.lines]),
+      grid.sentence, formats.pipes([grid.header, *grid.lines]),
       "\n".join(grid.notes))
 
 
@@ -42,7 +48,7 @@ def latex(grid: Grid) -> str:
   return formats.latex_table(
       formats.latex_line(grid.header),
       [[formats.latex_line(x) for x in grid.lines]],
-      [f"{grid.title}.", *grid.notes], len(grid.header))
+      [grid.sentence, *grid.notes], len(grid.header))
 
 
 def comma_separated(grid: Grid) -> str:
