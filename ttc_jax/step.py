@@ -315,8 +315,9 @@ def compiled(make_fn: Callable, model: Model, rules: trees.Rules, plan: Plan,
   if jax.process_count() > 1:
     return fn, 0.0
   avals = jax.tree.map(lambda x: (x.shape, str(x.dtype)), args)
+  config: Any = jax.config  # of whose keys JAX 0.10 declares few
   key = (make_fn, model, rules, plan, str(avals),
-         jax.config.jax_default_matmul_precision)
+         config.jax_default_matmul_precision)
   if key in _COMPILED:
     return _COMPILED[key], 0.0
   start = time.perf_counter()

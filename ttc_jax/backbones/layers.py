@@ -287,7 +287,8 @@ def fused(dtype: Any, width: int) -> Literal["cudnn"] | None:
     return None
   if jnp.dtype(dtype).itemsize != 2 or width % 8 or width > 128:
     return None
-  device = jax.config.jax_default_device or jax.local_devices()[0]
+  config: Any = jax.config  # of whose keys JAX 0.10 declares few
+  device = config.jax_default_device or jax.local_devices()[0]
   if getattr(device, "platform", device) != "gpu":
     return None
   capability = getattr(device, "compute_capability", "")
