@@ -146,6 +146,7 @@ def read(folder: str, name: str) -> str:
 
 
 def tasks_of(name: str) -> tuple[str, ...]:
+  """Returns the tasks of a set that are asked for."""
   return SETS[name][0][:_TASKS.value]
 
 

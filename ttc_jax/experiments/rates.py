@@ -1,8 +1,8 @@
 """Rates: does stage 2 want a learning rate of its own?
 
 Beyond the paper, which does not say. `ttc_one_rate` has one rate for both
-stages, chosen for both together; stage 2 of `ttc` has a rate of its own, 0.01,
-0.1 or 1 times that of stage 1, and the map's may be higher still in `ttc_fast`.
+stages, chosen for both together; stage 2 of `ttc` has a rate of its own, and
+the map's may be higher still in `ttc_fast`.
 """
 from ttc_jax.experiments import ABLATION, Grid, Results, accuracy
 from ttc_jax.experiments import VARIANTS as KNOWN

@@ -1,7 +1,7 @@
 """Table 1: all methods, test accuracy by task.
 
 The paper's methods, with equal training and the same grid of learning rates
-(TTC starts from the stage 1 of `layernorm` and tries three rates of stage 2),
+(TTC starts from the stage 1 of `layernorm` and tries rates of stage 2),
 and its missing controls: LayerNorm of equal compute, TTC with random channels
 and with our block score.
 """

@@ -14,6 +14,8 @@ The training images are cut into two halves at random. For each score:
 Taken of a run without an adapter (linear, layernorm): the model before the
 selection. "random" shows what chance gives.
 """
+import functools
+
 import jax
 import numpy as np
 from scipy import stats
@@ -62,11 +64,12 @@ class _Sums:
     """Scores (D,) of each block, from the images of an interval."""
     if name == "random":
       rng = np.random.default_rng((self.trained.seed, begin, end))
-      return [rng.random(len(s)) for s in self.squares()]
+      return [rng.random(len(s)) for s in self.squares]
     summed = jax.tree.map(lambda *x: np.sum(x, 0), *self._of(name, begin, end))
     return importance.of_total(name, summed, self.trained.model,
                                self.trained.params, (SITE,))[SITE]
 
+  @functools.cached_property
   def squares(self):
     """G^2 (D, D) of each block, from the second half."""
     return [np.square(np.sum(g, 0)) for g in zip(*(
@@ -78,7 +81,7 @@ def _agreement(name, sums):
   """What is measured of one score."""
   one, two = (sums.scores(name, *at) for at in (
       (0, sums.half), (sums.half, sums.count)))
-  everything, squares = sums.scores(name, 0, sums.count), sums.squares()
+  everything, squares = sums.scores(name, 0, sums.count), sums.squares
   width = len(squares[0])
   k = width // 8
   return {
