@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     raise UserError("configs/paper.py needs an experiment, e.g. "
                     "configs/paper.py:table3; there are "
                     f"{', '.join(experiments.names())}")
-  trains = getattr(experiments.load(name), "TRAINS", True)
+  trains = experiments.trains(name)
   arg = parse_arg(
       rest, task=("digits", "sprites_location"), data="", backbone="",
       weights=os.path.normpath(WEIGHTS), size=64, normalisation="", epochs=20,

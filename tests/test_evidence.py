@@ -1,13 +1,16 @@
 """Claims are judged by the rule that they state; the page holds them all."""
 from html.parser import HTMLParser
+import json
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from ttc_jax import experiments
 from ttc_jax.errors import UserError
 from ttc_jax.evidence import claims, forest, page
 from ttc_jax.experiments import Grid, Results
+from ttc_jax.report import grid
 from ttc_jax.runs.workdir import Expected, WorkDir
 
 
@@ -171,6 +174,59 @@ def test_a_directory_without_experiments_is_refused(tmp_path):
   work.write_row(row("a", "t", 0, 50))
   with pytest.raises(UserError, match="no finished run of an experiment"):
     page.gather(str(work))
+
+
+def table4(counted, added, merged="0"):
+  return Grid("Table 4: parameters and FLOPs", [""] * 8, [
+      ["ttc", "LK^2", "1,234", counted, "N K^2", "10.00", added, merged]],
+      ["Of a ViT."])
+
+
+@pytest.mark.parametrize("cells, expected", [
+    (("1,234", "10.40"), claims.SUPPORTED),
+    (("1,235 !", "10.40"), claims.NOT_SUPPORTED),
+    (("1,234", "21.00"), claims.NOT_SUPPORTED),
+    (("1,234", "10.40", "cannot merge"), claims.NOT_SUPPORTED)])
+def test_table_4_is_on_the_page_without_any_run(cells, expected, tmp_path):
+  work = WorkDir(tmp_path)
+  work.write_plan({}, {}, "table4")
+  with pytest.raises(UserError, match="no finished run"):
+    page.gather(str(work))
+  experiments.write("table4", [table4(*cells)], work)
+  section = page.gather(str(work))
+  text = page.markdown([section], {})
+  assert "Of a ViT." in text and "### Table 4" in text
+  assert "No finished run" not in text + page.page([section])
+  (*_, finding), = page.findings([section])
+  assert finding.verdict == expected and "1,234" in finding.measured
+
+
+@pytest.mark.parametrize("lines", [
+    [], [["ssf", *"1234567"]], [["ttc", *"1234567"]] * 2,
+    [["ttc", *"abc", "d", "e", "f", "g"]]])
+def test_a_table_4_of_other_cells_gives_no_finding(lines, tmp_path):
+  work = WorkDir(tmp_path)
+  experiments.write("table4", [table4("", "")._replace(lines=lines)], work)
+  assert claims._costs(results([], tmp_path)) is None
+
+
+@pytest.mark.parametrize("change", [
+    {"lines": None}, {"lines": [["ttc", 3]]}, {"lines": [["ttc"]]},
+    {"lines": [None]}, {"title": 1}, {"header": "ab"}, {"notes": {}}])
+def test_a_table_that_was_written_is_read_again_or_is_none(change):
+  table = table4("1,234", "10.40")
+  fields = json.loads(grid.as_json(table))
+  assert grid.from_fields(fields) == table
+  assert grid.from_fields(fields | change) is None
+  assert grid.from_fields({}) is None
+
+
+def test_an_experiment_shows_no_empty_table(tmp_path):
+  work = WorkDir(tmp_path)
+  for r in rows((3.0, 2.9), ("layernorm", "linear")):
+    work.write_row(r)
+  work.write_plan({"t": {}}, {}, "scores")
+  assert "scores" not in page.gather(str(work)).shown
 
 
 def test_every_claim_is_a_sentence_of_its_own():

@@ -4,8 +4,8 @@
   python tools/evidence.py save      # while it runs, or after
   python tools/evidence.py page      # docs/evidence.md, of what was saved
 
-Finished rows, measures and plans lie in docs/evidence/SET.jsonl; `run` puts
-them into the work directory first, so nothing is run twice, on whatever
+Finished rows, measures, plans and Table 4 lie in docs/evidence/SET.jsonl; `run`
+puts them into the work directory first, so nothing is run twice, on whatever
 machine, and a killed command goes on. SET is one backbone with its tasks.
 `--only=SET,...` runs some; `--tasks=N` the first N tasks of each, to have every
 experiment on these before the others; `--until=HOURS` starts no further
@@ -26,7 +26,7 @@ import time
 
 from absl import flags
 
-from ttc_jax import cli, files
+from ttc_jax import cli, experiments, files
 from ttc_jax.errors import UserError
 from ttc_jax.evidence import forest
 from ttc_jax.evidence import page as evidence
@@ -54,6 +54,7 @@ SETS = {
                  "pacs/except_photo"),
                 "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
                 "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
+    "b16": ((), "backbone=vit_b16,weights=random,size=224", ("table4",)),
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDER = os.path.join(HERE, os.pardir, "docs", "evidence")
@@ -82,8 +83,8 @@ def restore(name: str, place: WorkDir) -> None:
   """Puts what docs/evidence has of a set into a work directory."""
   path = os.path.join(FOLDER, f"{name}.jsonl")
   for line in from_lines(path) if os.path.exists(path) else ():
-    if "plan" in line:
-      place.store.create(line["plan"], json.dumps(line["content"]).encode())
+    if "file" in line:
+      place.store.create(line["file"], json.dumps(line["content"]).encode())
       continue
     row, measures = line["row"], line["measures"]
     if place.row(row["run"]) is None:
@@ -94,14 +95,18 @@ def restore(name: str, place: WorkDir) -> None:
 
 
 def save(name: str) -> None:
-  """Writes rows, measures and plans of a work directory to docs/evidence."""
+  """Writes what a work directory has to show to docs/evidence."""
   place = workdir(name)
   os.makedirs(FOLDER, exist_ok=True)
   lines = [{"row": row, "measures": place.measures(row["run"])}
            for row in place.rows()]
+  kept = [file for file in place.store.names("") if file.startswith("plan-")]
+  kept += [f"{place.experiment(experiment)}/{experiment}.json"
+           for experiment in place.experiments()
+           if not experiments.trains(experiment)]
+  lines += [{"file": file, "content": json.loads(content)} for file in kept
+            if (content := place.store.read(file))]
   if lines:
-    lines += [{"plan": plan, "content": json.loads(place.store.read(plan))}
-              for plan in place.store.names("") if plan.startswith("plan-")]
     files.write_text(os.path.join(FOLDER, f"{name}.jsonl"), to_lines(lines))
     print(f"{name}: {len(lines)} rows")
 

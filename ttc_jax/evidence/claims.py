@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from ttc_jax import experiments
 from ttc_jax.experiments import Results
 
 SUPPORTED, NOT_SUPPORTED, OPEN = (
@@ -202,6 +203,23 @@ def moves_less(one: str, other: str) -> Callable[[Results], Finding | None]:
   return judge
 
 
+def _costs(results):
+  """Judges TTC's line of Table 4: formulas against what the program has."""
+  tables = experiments.read("table4", results.workdir)
+  lines = [line for table in tables for line in table.lines
+           if line[:1] == ["ttc"]]
+  try:
+    (_, _, formula, counted, _, work, added, merged), = lines
+    ratio = float(added) / float(work)
+  except (ValueError, ZeroDivisionError):
+    return None  # not drawn, or changed by hand
+  agree = counted == formula and merged == "0" and 1 <= ratio < 1.1
+  return Finding(
+      f"{counted} parameters with the norms ({formula} by the formula), "
+      f"{added} million FLOPs added ({work}; XLA counts sums and gathers too), "
+      f"{merged} after merging", SUPPORTED if agree else NOT_SUPPORTED)
+
+
 def _overlap(results):
   """Judges whether tasks choose other channels: overlap beside chance."""
   from ttc_jax.experiments import fig3
@@ -299,6 +317,8 @@ CLAIMS: Sequence[Claim] = (
     Claim("Table 1", "TTC is above SSF.", better("ttc", "ssf", 1.7)),
     Claim("Table 1", "TTC is above VPT-Deep.",
           better("ttc", "vpt_deep", 5.3)),
+    Claim("Table 4", "TTC's maps have L K^2 parameters and add N K^2 products "
+          "each, which merging removes.", _costs),
     Claim("Table 5a", "The Taylor score is above random channels.",
           better("ttc", "ttc_random")),
     Claim("Table 5a", "The Taylor score is above the L2 norm.",

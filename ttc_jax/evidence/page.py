@@ -27,7 +27,7 @@ class Section(NamedTuple):
   """
   name: str
   results: Results
-  shown: dict[str, tuple[str, list[Grid | Picture]]]
+  shown: dict[str, tuple[str, Sequence[Grid | Picture]]]
 
 
 def gather(workdir: str) -> Section:
@@ -41,29 +41,35 @@ def gather(workdir: str) -> Section:
   finals = rows_lib.latest([r for r in rows if r["protocol"] == "final"])
   rows = [*finals, *(r for r in rows if r["protocol"] != "final")]
   plans = place.experiments()
-  if not rows or not plans:
+  shown = {name: (experiments.title(name), drawn)
+           for name, planned in plans.items()
+           if (drawn := _drawn(name, planned, rows, place))}
+  if not plans or not rows and not shown:
     raise UserError(f"'{workdir}' has no finished run of an experiment: start "
                     "configs/paper.py with that --workdir first")
-  shown = {}
-  for name, planned in plans.items():
-    # A name stands for the same values in every experiment, so what another
-    # one has run is shown too.
-    variants = {*experiments.variants(name, 1), *(
-        v for of_task in planned.values() for v in of_task)}
-    mine = [r for r in rows if r["variant"] in variants]
-    if not any(r["protocol"] == "final" for r in mine):
-      continue
-    title = experiments.title(name)
-    # Also those of an earlier plan.
-    tasks = dict.fromkeys([*planned, *(r["task"] for r in mine)])
-    drawn = experiments.show(name, Results(title, mine, [*tasks], place))
-    if drawn:
-      shown[name] = title, drawn
   tasks = dict.fromkeys([*(
       task for planned in plans.values() for task in planned),
       *(r["task"] for r in rows)])
   label = place.name
   return Section(label, Results(label, rows, [*tasks], place), shown)
+
+
+def _drawn(name, planned, rows, place):
+  """What an experiment shows by now."""
+  if not experiments.trains(name):
+    return experiments.read(name, place)
+  # A name stands for the same values in every experiment, so what another one
+  # has run is shown too.
+  variants = {*experiments.variants(name, 1), *(
+      v for of_task in planned.values() for v in of_task)}
+  mine = [r for r in rows if r["variant"] in variants]
+  if not any(r["protocol"] == "final" for r in mine):
+    return []
+  # Also those of an earlier plan.
+  tasks = dict.fromkeys([*planned, *(r["task"] for r in mine)])
+  drawn = experiments.show(
+      name, Results(experiments.title(name), mine, [*tasks], place))
+  return [x for x in drawn if isinstance(x, Picture) or x.lines]
 
 
 def findings(sections: Sequence[Section]
@@ -124,6 +130,11 @@ def write(sections: Sequence[Section], folder: str) -> list[str]:
   return written
 
 
+def _setting(section):
+  """What the runs have in common; nothing where there are none."""
+  return [section.results.setting] if section.results.rows else []
+
+
 # --- Markdown -----------------------------------------------------------------
 
 def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
@@ -140,7 +151,7 @@ def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
       [f"![{forest.TITLE}]({pictures['claims']})"] if "claims" in pictures
       else []), _pipes(lines)]
   for section in sections:
-    out += [f"## {section.name}", section.results.setting]
+    out += [f"## {section.name}", *_setting(section)]
     for name, (title, shown) in section.shown.items():
       out.append(f"### {title}")
       for i, one in enumerate(shown):
@@ -191,8 +202,8 @@ def page(sections: Sequence[Section]) -> str:
   body = ["<h1>Evidence</h1>", f"<p>{html.escape(_RULE)}</p>",
           *([_svg(picture)] if picture else []), _claims(sections)]
   for section in sections:
-    body.append(f"<h2>{_text(section.name)}</h2>"
-                f"<p class=note>{_text(section.results.setting)}</p>")
+    body.append(f"<h2>{_text(section.name)}</h2>")
+    body += [f"<p class=note>{_text(x)}</p>" for x in _setting(section)]
     for title, shown in section.shown.values():
       body.append(f"<h3>{_text(title)}</h3>")
       body += [_table(_under(title, one)) if isinstance(one, Grid)

@@ -156,6 +156,11 @@ def title(name: str) -> str:
   return " ".join(text.split()).rstrip(".")
 
 
+def trains(name: str) -> bool:
+  """Tells whether an experiment is drawn from runs."""
+  return getattr(load(name), "TRAINS", True)
+
+
 def variants(name: str, epochs: Any) -> dict[str, dict[str, Any]]:
   """Returns {variant: configuration values} of an experiment.
 
@@ -231,7 +236,7 @@ def write(name: str, shown: Sequence[Grid | Picture],
           workdir: WorkDir) -> list[str]:
   """Writes tables and pictures into the work directory; returns the paths.
 
-  Tables as text, Markdown, LaTeX and CSV; pictures as PNG, SVG and CSV.
+  Tables as text, Markdown, LaTeX, CSV and JSON; pictures as PNG, SVG and CSV.
   """
   folder = workdir.experiment(name)
   with workdir.output(folder) as scratch:
@@ -246,6 +251,12 @@ def write(name: str, shown: Sequence[Grid | Picture],
         plots.save(one.figure, stem)
     return [workdir.store.place(f"{folder}/{file}")
             for file in sorted(os.listdir(scratch))]
+
+
+def read(name: str, workdir: WorkDir) -> list[Grid]:
+  """Returns the table that `write` has put there; none if it has not."""
+  found = grid.from_fields(workdir.table(name) or {})
+  return [found] if found else []
 
 
 # --- Cells and tables of accuracy ---------------------------------------------

@@ -2,10 +2,11 @@
 
 For what is no table of accuracies by task, which `tables.py` makes.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import csv
 import io
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 from ttc_jax.report import formats
 
@@ -60,5 +61,25 @@ def comma_separated(grid: Grid) -> str:
   return out.getvalue()
 
 
+def as_json(grid: Grid) -> str:
+  """Writes all fields as JSON, which `from_fields` takes."""
+  return json.dumps(grid._asdict(), ensure_ascii=False, indent=1) + "\n"
+
+
+def from_fields(fields: Mapping[str, Any]) -> Grid | None:
+  """Returns a table of its fields, as JSON has them; None if it is none."""
+  title, header, lines, notes = map(fields.get, Grid._fields)
+  if (isinstance(title, str) and _are_texts(header) and _are_texts(notes)
+      and isinstance(lines, list) and all(
+          _are_texts(line) and len(line) == len(header) for line in lines)):
+    return Grid(title, header, lines, notes)
+  return None
+
+
+def _are_texts(value):
+  return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+
 WRITERS: dict[str, Callable[[Grid], str]] = {
-    "txt": text, "md": markdown, "tex": latex, "csv": comma_separated}
+    "txt": text, "md": markdown, "tex": latex, "csv": comma_separated,
+    "json": as_json}

@@ -239,6 +239,11 @@ class WorkDir:
     """Folder of an experiment's tables and pictures, for `output`."""
     return f"paper/{name}"
 
+  def table(self, name: str) -> dict[str, Any] | None:
+    """Reads an experiment's first table; None where it is missing or
+    damaged."""
+    return self._read(f"{self.experiment(name)}/{name}.json")
+
   # --- Runs -------------------------------------------------------------------
 
   @contextlib.contextmanager
