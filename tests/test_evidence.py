@@ -165,6 +165,8 @@ def test_markdown_has_the_same_findings(workdir):
   for *_, finding in found:
     assert finding.measured.replace("|", r"\|") in text
   assert "## a<b>" in text and "Table 3" in text
+  for written in text, page.page([section]):
+    assert written.count("learning rates tried") == 1
 
 
 def test_a_directory_without_experiments_is_refused(tmp_path):

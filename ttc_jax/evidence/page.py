@@ -55,7 +55,7 @@ def gather(workdir: str) -> Section:
 
 
 def _drawn(name, planned, rows, place):
-  """What an experiment shows by now."""
+  """What an experiment shows by now; the setting is its section's."""
   if not experiments.trains(name):
     return experiments.read(name, place)
   # A name stands for the same values in every experiment, so what another one
@@ -67,9 +67,11 @@ def _drawn(name, planned, rows, place):
     return []
   # Also those of an earlier plan.
   tasks = dict.fromkeys([*planned, *(r["task"] for r in mine)])
-  drawn = experiments.show(
-      name, Results(experiments.title(name), mine, [*tasks], place))
-  return [x for x in drawn if isinstance(x, Picture) or x.lines]
+  results = Results(experiments.title(name), mine, [*tasks], place)
+  return [x if isinstance(x, Picture) else x._replace(
+      notes=[note for note in x.notes if note != results.setting])
+          for x in experiments.show(name, results)
+          if isinstance(x, Picture) or x.lines]
 
 
 def findings(sections: Sequence[Section]
