@@ -49,6 +49,7 @@ def judged(gains, claimed, tmp_path):
     ((0.1, -0.1, 0.0), 3.0, claims.NOT_SUPPORTED),   # 3 points are excluded
     ((0.1, -0.1, 0.0), 0.0, claims.OPEN),
     ((3.0, -3.0, 1.0), 2.0, claims.OPEN),            # too noisy to tell
+    ((-1.0, 0.5, -0.4), 0.0, claims.OPEN),
     ((-2.0, -2.2, -1.8), 0.0, claims.NOT_SUPPORTED),
     ((5.0,), 1.0, claims.OPEN),                      # one seed
 ])
@@ -188,6 +189,7 @@ def table4(counted, added, merged="0"):
     (("1,234", "10.40"), claims.SUPPORTED),
     (("1,235 !", "10.40"), claims.NOT_SUPPORTED),
     (("1,234", "21.00"), claims.NOT_SUPPORTED),
+    (("1,234", "1,021.00"), claims.NOT_SUPPORTED),
     (("1,234", "10.40", "cannot merge"), claims.NOT_SUPPORTED)])
 def test_table_4_is_on_the_page_without_any_run(cells, expected, tmp_path):
   work = WorkDir(tmp_path)
@@ -229,6 +231,131 @@ def test_an_experiment_shows_no_empty_table(tmp_path):
     work.write_row(r)
   work.write_plan({"t": {}}, {}, "scores")
   assert "scores" not in page.gather(str(work)).shown
+
+
+@pytest.mark.parametrize("experiment, measure", [
+    ("table8", ("neighbours", {"before": {"1": 1}})),
+    ("fig7", ("norms", {"gamma": [1.0]})),
+    ("fig2", ("separation", {"silhouette": 3})),
+    ("fig3", ("channels", {"sites": {"mlp": {"0": [1]}}})),
+    ("scores", ("scores", {"taylor": {}})),
+    ("scores", ("removal", {}))])
+def test_a_measure_of_another_shape_is_one_sentence(
+    experiment, measure, tmp_path):
+  work = WorkDir(tmp_path)
+  found = [row(v, t, s, 50) for v in ("layernorm", "layernorm_2x", "ttc")
+           for t in "tuv" for s in (0, 1)]
+  for r in found:
+    work.write_row(r)
+    work.write_measure(r["run"], *measure)
+  work.write_plan({t: {} for t in "tuv"}, {}, experiment)
+  with pytest.raises(UserError, match="has not the form"):
+    page.gather(str(work))
+
+
+@pytest.mark.parametrize("damaged", [
+    {"tasks": []}, {"tasks": {"t": None}}, {"tasks": {"t": {"ttc": {}}}},
+    {"tasks": {"t": {"ttc": {"seed": 1}}}}, {"missing": 1}, []])
+def test_a_damaged_plan_is_left_out(damaged, workdir, caplog):
+  work = WorkDir(workdir)
+  work.store.write("plan-fig7.json", json.dumps(damaged).encode())
+  assert set(page.gather(workdir).shown) == {"table3"}
+  assert work.plan()["tasks"].keys() == {"t<i>", "u|v"}
+  assert "damaged" in caplog.text
+
+
+def test_two_directories_of_one_name_are_refused(workdir, tmp_path):
+  section = page.gather(workdir)
+  with pytest.raises(UserError, match="two work directories are called 'a<b>'"):
+    page.write([section, section], str(tmp_path / "out"))
+
+
+def test_rows_of_another_setting_are_on_no_page(workdir):
+  WorkDir(workdir).write_row(row("layernorm", "t<i>", 0, 99.0, lr=0.5,
+                                 run="late", finished="2027"))
+  shown = page.gather(workdir).results.final("layernorm", "t<i>")
+  assert [r["run"] for r in shown] == ["late"]
+
+
+def domain(variant, seed, own, *others):
+  tests = {f"d{i}": {"top1": x} for i, x in enumerate((own, *others))}
+  return [row(variant, task, seed, own, tests=tests) for task in "tuv"]
+
+
+def test_domains_have_claims_of_their_own(tmp_path):
+  work = WorkDir(tmp_path)
+  for seed in (0, 1):
+    for r in [*domain("ttc", seed, 50.0, 40.0, 30.0 + 0.1 * seed),
+              *domain("lora", seed, 60.0, 30.0, 20.0),
+              *domain("layernorm", seed, 40.0, 35.0, 25.0)]:
+      work.write_row(r)
+  work.write_plan({t: {} for t in "tuv"}, {}, "table6")
+  found = {claim: finding for _, claim, _, finding in page.findings(
+      [page.gather(str(work))])}
+  assert [*found] == ["On other domains TTC is above LoRA."]
+  gain = found.popitem()[1].gain
+  assert gain.name == "ttc - lora, other domains"
+  # 35 and 35.05 against 25.
+  assert gain.found.mean == pytest.approx(10.025)
+
+
+def test_table_6_has_published_numbers_beside_imagenet_alone(tmp_path):
+  from ttc_jax.experiments import table6
+  def drawn(task, names):
+    tests = {n: {"top1": 1.0} for n in names}
+    found = [row("ttc", task, 0, 1.0, tests=tests)]
+    return table6.draw(Results("t", found, [task], WorkDir(tmp_path)))[0]
+  table = drawn("imagenet", ("test", "sketch", "mine"))
+  lines = {line[0]: line[1:] for line in table.lines}
+  assert lines["noah (published)"] == ["71.5", "24.8", "-", "-"]
+  assert any("PACE" in note for note in table.notes)
+  pacs = drawn("pacs", ("test", "sketch", "v2", "a", "r"))
+  assert "published" not in str(pacs)
+
+
+def test_energy_predicts_if_the_order_is_that_of_accuracy(tmp_path):
+  """Rank correlations of 1: their mean of 3 is above 1.96 / sqrt(9)."""
+  from ttc_jax.experiments import selection
+  work, found = WorkDir(tmp_path), []
+  for t in "tuv":
+    linear = row("linear", t, 0, 50)
+    work.write_measure(linear["run"], "scores", {
+        score: {"energy": {"24": float(i)}}
+        for i, score in enumerate(selection.SCORES)})
+    found += [linear, *(row(f"frozen_{s}_k24", t, 0, 60 + i)
+                        for i, s in enumerate(selection.SCORES))]
+  # The other way round, and with half of the scores in the wrong order.
+  for order, verdict in (((3, 2, 1, 0), claims.NOT_SUPPORTED),
+                         ((1, 0, 3, 2), claims.OPEN)):
+    top1 = {f"frozen_{s}_k24": 60 + i
+            for s, i in zip(selection.SCORES, order, strict=True)}
+    other = [r | {"test_top1": top1.get(r["variant"], 50)} for r in found]
+    assert claims._energy(results(other, tmp_path)).verdict == verdict
+  finding = claims._energy(results(found, tmp_path))
+  assert finding.verdict == claims.SUPPORTED
+  assert "3 pairs of task and K: 1.00" in finding.measured
+  assert "± 0.65" in finding.measured
+  two = claims._energy(Results("t", found, ["t", "u"], work))
+  assert two.verdict == claims.OPEN
+
+
+@pytest.mark.parametrize("value, tasks, expected", [
+    (0.8, 3, claims.SUPPORTED), (0.8, 2, claims.OPEN), (0.6, 3, claims.OPEN),
+    (0.4, 3, claims.NOT_SUPPORTED)])
+def test_numbers_are_judged_by_two_thresholds(value, tasks, expected):
+  assert claims.graded(value, 0.5, 0.75, tasks) == expected
+
+
+def test_a_table_says_what_each_variant_tried(tmp_path):
+  found = [*rows((1.0,)), row("a", "t", 0, None, protocol="val", lr=0.1),
+           row("a", "t", 0, None, protocol="val", lr=0.2, stage2_lr=0.01),
+           row("a", "u", 0, None, protocol="val", lr=0.1)]
+  table = experiments.accuracy(results(found, tmp_path))
+  assert table.header[-1] == "tried" and table.header[4] == "mean of 3"
+  assert {line[0]: line[-1] for line in table.lines} == {
+      "a": "0 to 2", "b": "0"}
+  setting = results(found, tmp_path).setting
+  assert "on val200: 0.1, 0.2; factors of stage 2: 0.01, 1." in setting
 
 
 def test_every_claim_is_a_sentence_of_its_own():

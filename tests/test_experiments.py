@@ -79,14 +79,14 @@ def done(tmp_path_factory):
     return folder, {name: run(folder, name) for name in ("table8", "fig7")}
 
 
-def test_a_table_is_printed_and_written_in_four_formats(done):
+def test_a_table_is_printed_and_written_in_all_formats(done):
   folder, outputs = done
   output = outputs["table8"]
   assert output.returncode == 0, output.stderr
   assert "before stage 1" in output.stdout
   files = shown(folder, "table8")
   assert set(files) == {f"table8{n}.{suffix}" for n in ("", "-2")
-                        for suffix in ("txt", "md", "tex", "csv")}
+                        for suffix in ("txt", "md", "tex", "csv", "json")}
   header, first, *_ = csv.reader(files["table8.csv"].read_text().splitlines())
   assert header == ["", "digits"] and first[0] == "before stage 1"
 

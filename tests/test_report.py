@@ -475,3 +475,33 @@ def test_a_work_directory_without_a_row_is_an_error(tmp_path):
   WorkDir(tmp_path).write_row({"run": "x"})
   with pytest.raises(UserError, match="row of x has no 'task'"):
     report.collect([str(tmp_path)])
+
+
+@pytest.mark.parametrize("change, key", [
+    ({"test_top1": None}, "test_top1"), ({"test_top1": "50"}, "test_top1"),
+    ({"protocol": "val"}, "val_top1"), ({"protocol": []}, "protocol")])
+def test_a_row_without_its_accuracy_is_an_error(change, key, tmp_path):
+  good = row("a", "ttc", 0, 50.0) | {
+      "run": "x", "val_top1": None, "dtype": "float32", "epochs": 1}
+  WorkDir(tmp_path / "good").write_row(good)
+  assert report.collect([str(tmp_path / "good")]) == [good]
+  WorkDir(tmp_path / "bad").write_row(good | change)
+  with pytest.raises(UserError, match=f"row of x has no '{key}'"):
+    report.collect([str(tmp_path / "bad")])
+
+
+@pytest.mark.parametrize("change", [
+    dict(lr=0.5), dict(stage2_lr=0.1), dict(options={"k": 3}),
+    dict(data_digest="b")])
+def test_rows_of_another_setting_are_not_compared(change, caplog):
+  """The newest row decides: of its variant, and about images of its task."""
+  old = [row("a", "ttc", s, 50.0, run=f"old{s}", data_digest="a")
+         for s in (0, 1)]
+  new = row("a", "ttc", 2, 50.0, run="new", data_digest="a") | change
+  other = row("b", "ttc", 0, 50.0, run="b", data_digest="a")
+  assert rows_lib.of_one_setting([*old, other, new]) == [other, new]
+  assert "old1 is left out: new has another" in caplog.text
+  others = row("a", "linear", 0, 50.0, run="linear", data_digest="a")
+  left = rows_lib.of_one_setting([others, *old, new])
+  assert (others in left) == ("data_digest" not in change)
+  assert rows_lib.of_one_setting(old) == old

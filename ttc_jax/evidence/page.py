@@ -1,5 +1,6 @@
 """The evidence as one page: claims with verdicts, then tables and figures."""
 from collections.abc import Mapping, Sequence
+import contextlib
 import html
 import io
 import os
@@ -34,24 +35,41 @@ def gather(workdir: str) -> Section:
   """Reads a work directory of experiments and draws what is finished.
 
   Raises:
-    UserError: it has no finished run of an experiment.
+    UserError: it has no finished run of an experiment, or cannot be read.
   """
   place = WorkDir(workdir)
   rows = rows_lib.of(workdir)
-  finals = rows_lib.latest([r for r in rows if r["protocol"] == "final"])
+  finals = rows_lib.latest(rows_lib.of_one_setting(
+      [r for r in rows if r["protocol"] == "final"]))
   rows = [*finals, *(r for r in rows if r["protocol"] != "final")]
   plans = place.experiments()
-  shown = {name: (experiments.title(name), drawn)
-           for name, planned in plans.items()
-           if (drawn := _drawn(name, planned, rows, place))}
+  shown = {}
+  for name, planned in plans.items():
+    with _reading(workdir, experiments.title(name)):
+      if drawn := _drawn(name, planned, rows, place):
+        shown[name] = experiments.title(name), drawn
   if not plans or not rows and not shown:
     raise UserError(f"'{workdir}' has no finished run of an experiment: start "
                     "configs/paper.py with that --workdir first")
   tasks = dict.fromkeys([*(
       task for planned in plans.values() for task in planned),
       *(r["task"] for r in rows)])
-  label = place.name
-  return Section(label, Results(label, rows, [*tasks], place), shown)
+  results = Results(place.name, rows, [*tasks], place)
+  with _reading(workdir, "setting"):
+    str(results.setting)
+  return Section(place.name, results, shown)
+
+
+@contextlib.contextmanager
+def _reading(workdir, what):
+  """Says what was read when a row or a measure turns out to be another's."""
+  try:
+    yield
+  except (LookupError, TypeError, ValueError, AttributeError) as e:
+    raise UserError(
+        f"'{workdir}': '{what}' cannot be told: a row or a measure in runs/ "
+        f"has not the form that this program writes ({type(e).__name__}: {e}); "
+        "remove it and start the experiment again") from e
 
 
 def _drawn(name, planned, rows, place):
@@ -71,15 +89,20 @@ def _drawn(name, planned, rows, place):
   return [x if isinstance(x, Picture) else x._replace(
       notes=[note for note in x.notes if note != results.setting])
           for x in experiments.show(name, results)
-          if isinstance(x, Picture) or x.lines]
+          if (x.numbers if isinstance(x, Picture) else x).lines]
 
 
 def findings(sections: Sequence[Section]
              ) -> list[tuple[str, str, str, Finding]]:
   """Returns (source, claim, section, finding) of all that can be judged."""
-  return [(claim.source, claim.text, section.name, found)
-          for claim in CLAIMS for section in sections
-          if (found := claim.judge(section.results))]
+  told = []
+  for claim in CLAIMS:
+    for section in sections:
+      with _reading(section.results.workdir, claim.text):
+        if (claim.domains == (set(section.shown) == {"table6"})
+            and (found := claim.judge(section.results))):
+          told.append((claim.source, claim.text, section.name, found))
+  return told
 
 
 def summary(sections: Sequence[Section]) -> Grid:
@@ -112,6 +135,10 @@ _RULE = ("A claim that one variant is above another is supported if the whole "
 def write(sections: Sequence[Section], folder: str) -> list[str]:
   """Writes evidence.html, evidence.md and its pictures; returns the paths."""
   from ttc_jax import plots  # an extra
+  names = [section.name for section in sections]
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise UserError(f"two work directories are called '{twice[0]}', which the "
+                    "page cannot tell apart: rename one")
   os.makedirs(folder, exist_ok=True)
   drawn = {"claims": forest.draw(findings(sections))} | {
       f"{section.name}/{name}-{i}": one for section in sections

@@ -112,19 +112,33 @@ class Results(NamedTuple):
 
   @property
   def setting(self) -> str:
-    """A sentence on backbone, size, epochs, seeds and grid."""
-    def values(key, rows=self.rows):
-      found = dict.fromkeys(r[key] for r in rows)
-      return ", ".join(f"{x:g}" if isinstance(x, float) else f"{x}"
-                       for x in sorted(found))
+    """A sentence on backbone, size, device, epochs, seeds and grid."""
     if not self.rows:
       return "No finished run yet."
+
+    def values(key, rows=self.rows):
+      return _listed(r[key] for r in rows)
     tried = [r for r in self.rows if r["protocol"] == "val"]
+    said = [f"learning rates tried on val200: {values('lr', tried) or 'none'}"]
+    for what, key in _FACTORS.items():
+      if found := [r[key] for r in tried if r.get(key) not in (None, 1)]:
+        said.append(f"factors of {what}: {_listed([*found, 1.0])}")
+    jax = _listed(r.get("versions", {}).get("jax", "?") for r in self.rows)
     return (f"{values('backbone')} at {values('image_size')} px, weights "
             f"{values('weights')} (sha256 {self.rows[0]['weights_sha256'][:12]}"
-            f"), {values('dtype')}, epochs of a stage {values('epochs')}, "
-            f"seeds {values('seed')}; learning rates tried on val200: "
-            f"{values('lr', tried) or 'none'}.")
+            f"), {values('dtype')}, "
+            f"{_listed(r.get('device', '?') for r in self.rows)}, JAX {jax}, "
+            f"epochs of a stage {values('epochs')}, seeds {values('seed')}; "
+            f"{'; '.join(said)}.")
+
+
+# Factors on the learning rate, and their keys in rows.
+_FACTORS = {"stage 2": "stage2_lr", "the map": "adapter_lr"}
+
+
+def _listed(values):
+  return ", ".join(f"{x:g}" if isinstance(x, float) else f"{x}"
+                   for x in sorted(set(values)))
 
 
 class Picture(NamedTuple):
@@ -286,19 +300,23 @@ def accuracy(results: Results,
   for variant in results.variants:
     mine = results.final(variant)
     means = report.by_seed(shown, variant)
+    tried = [sum(r["task"] == task for r in results.rows if (
+        r["protocol"], r["variant"]) == ("val", variant)) for task in tasks]
     lines.append([
         (labels or {}).get(variant, variant),
         *(cell([r["test_top1"] for r in results.final(variant, task)])
           for task in tasks),
         *([cell(means)] if len(tasks) > 1 else []),
         *([f"{paper[variant]}" if variant in paper else "-"] if paper else []),
-        *formats.counts(mine)[:2], _rates(mine)])
-  header = ["", *tasks, *(["mean"] if len(tasks) > 1 else []),
-            *(["paper"] if paper else []), "module", "norm", "lr"]
+        *formats.counts(mine)[:2], _rates(mine), _from_to(tried)])
+  finished = len({r["task"] for r in shown})
+  header = ["", *tasks, *([f"mean of {finished}"] if len(tasks) > 1 else []),
+            *(["paper"] if paper else []), "module", "norm", "lr", "tried"]
   under = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
            "chosen on val200, for this variant or the one whose settings it "
            "has. ±: standard deviation over seeds. Columns module, norm: tuned "
-           "parameters.", results.setting]
+           "parameters; tried: how many settings the variant itself had on "
+           "val200, by task.", results.setting]
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")
@@ -308,7 +326,7 @@ def accuracy(results: Results,
 def _rates(rows):
   """The learning rates that were chosen, and the factors on them."""
   said = _from_to([r["lr"] for r in rows])
-  for what, key in (("stage 2", "stage2_lr"), ("map", "adapter_lr")):
+  for what, key in _FACTORS.items():
     factors = [1 if r.get(key) is None else r[key] for r in rows]
     if set(factors) != {1}:
       said += f", {what} x {_from_to(factors)}"

@@ -22,9 +22,9 @@ def draw(results: Results) -> list[Grid | Picture]:
               "separation", variant, task)]) for task in results.tasks)])
   table = Grid(
       f"{results.title}", ["", *results.tasks], lines,
-      ["silhouette: mean coefficient x 100 of 500 test images, Euclidean; "
-       "centroid: top-1 (%) of the nearest class mean of the training images; "
-       "±: standard deviation over seeds.", results.setting])
+      ["silhouette: mean coefficient x 100, Euclidean, of at most 500 test "
+       "images; centroid: top-1 (%) of the nearest class mean of the training "
+       "images; ±: standard deviation over seeds.", results.setting])
   return [table, _picture(results)]
 
 

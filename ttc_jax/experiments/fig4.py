@@ -19,13 +19,13 @@ def draw(results: Results) -> list[Grid | Picture]:
   table = Grid(
       f"{results.title}: divergence x 100 (nats)", ["", *results.tasks],
       [[v, *map(cell, values)] for v, values in found.items()],
-      ["Mean over 500 test images; ±: standard deviation over seeds. "
+      ["Mean over at most 500 test images; ±: standard deviation over seeds. "
        "layernorm has half of the epochs of the others.", results.setting])
   figure, axes = plots.subplots(figsize=(7, 3.5))
   wide = 0.8 / len(VARIANTS)
   for i, (variant, values) in enumerate(found.items()):
     axes.bar(np.arange(len(values)) + i * wide,
-             [np.mean(v) if v else 0.0 for v in values], wide, label=variant)
+             [np.mean(v) if v else np.nan for v in values], wide, label=variant)
   axes.set_xticks(np.arange(len(results.tasks)) + 0.4 - wide / 2,
                   [plots.label(t) for t in results.tasks])
   axes.set_ylabel("JS divergence x 100 (nats)")

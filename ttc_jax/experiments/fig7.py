@@ -14,7 +14,8 @@ NAMES = {"layernorm": "after stage 1", "ttc": "after stage 2"}
 def draw(results: Results) -> list[Grid | Picture]:
   """Returns the picture: gamma above, beta below, a column per task."""
   from ttc_jax import plots  # an extra
-  tasks = [t for t in results.tasks if results.measured("norms", "ttc", t)]
+  tasks = [t for t in results.tasks
+           if all(results.measured("norms", v, t) for v in NAMES)]
   figure, axes = plots.subplots(
       2, max(1, len(tasks)), squeeze=False, sharex=True,
       figsize=(4 * max(1, len(tasks)), 5))
@@ -30,7 +31,8 @@ def draw(results: Results) -> list[Grid | Picture]:
             found[0]["norms"], mean, strict=True)]
       axes[i, 0].set_ylabel(f"mean |change of {leaf}|")
     axes[1, j].set_xlabel("LayerNorm, from input to output")
-  axes[0, 0].legend(frameon=False, fontsize=8)
+  if tasks:
+    axes[0, 0].legend(frameon=False, fontsize=8)
   return [Picture(figure, Grid(results.title,
                                ["task", "when", "leaf", "norm", "change"],
                                numbers))]

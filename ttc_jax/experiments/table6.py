@@ -11,9 +11,9 @@ from ttc_jax.report import rows as rows_lib
 
 VARIANTS = ("full", "linear", "bias", "adapter", "lora", "vpt_deep", "ssf",
             "noah", "layernorm", "layernorm_2x", "ttc", "ttc_random")
-# ViT-B/16, ImageNet-21K, 16 images a class: test, sketch, v2, a, r. All but TTC
-# are PACE's Table 4; TTC's are from the paper's text.
 _SETS = ("test", "sketch", "v2", "a", "r")
+_SOURCE = ("published: ViT-B/16 of ImageNet-21K, 16 images a class; TTC as in "
+           "the paper's text, the others as in PACE's Table 4.")
 PAPER = {
     "full": (63.9, 18.5, 52.5, 3.2, 21.2),
     "linear": (67.9, 14.4, 60.8, 9.4, 25.6),
@@ -38,21 +38,22 @@ def draw(results: Results) -> list[Grid]:
     lines.append([variant,
                   *(cell(_values(results, variant, *at)) for at in columns),
                   cell(_means(results, variant, shifted))])
-  names = {n for _, n in columns}
-  if set(_SETS) <= names:
+  notes = [results.setting]
+  if "imagenet" in first:
     lines += [[f"{name} (published)",
-               *(_printed(values, n) for _, n in columns), "-"]
-              for name, values in PAPER.items()]
+               *(_printed(name, *at) for at in columns), "-"] for name in PAPER]
+    notes.append(_SOURCE)
   return [Grid(
       results.title,
       ["", *(f"{t}: {n}" for t, n in columns), "mean of shifted"], lines,
       ["Top-1 (%) at the last epoch; the learning rate was chosen on "
        "validation images of the training domain. ±: standard deviation over "
-       "seeds.", results.setting])]
+       "seeds.", *notes])]
 
 
-def _printed(values, name):
-  value = dict(zip(_SETS, values, strict=True)).get(name)
+def _printed(method, task, name):
+  known = dict(zip(_SETS, PAPER[method], strict=True))
+  value = known.get(name) if task == "imagenet" else None
   return "-" if value is None else f"{value}"
 
 

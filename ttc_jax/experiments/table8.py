@@ -21,6 +21,6 @@ def draw(results: Results) -> list[Grid]:
   return [Grid(
       f"{results.title}: top-1 (%) of {k} nearest training images",
       ["", *results.tasks], [line(*x, k) for x in LINES],
-      ["Cosine similarity, the first test set, neighbours among the 1000 "
+      ["Cosine similarity, the first test set, neighbours among the "
        "training images; ±: standard deviation over seeds.", results.setting])
           for k in ("1", "20")]

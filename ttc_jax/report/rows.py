@@ -25,6 +25,8 @@ _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
            "weight_decay", "val_top1", "test_top1", "module_params",
            "norm_params", "head_params", "backbone", "image_size", "weights",
            "weights_sha256")
+# What is tuned for a variant, by a search or by hand.
+_SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
 
 
 def read(path: str) -> list[Row]:
@@ -52,7 +54,7 @@ def of(workdir: str) -> list[Row]:
   The list is empty before the first finished run.
 
   Raises:
-    UserError: neither exists, or a row lacks a key.
+    UserError: neither exists, or a row lacks a key or its accuracy.
   """
   place = WorkDir(workdir)
   if not place.exists() and not os.path.isfile(workdir):
@@ -60,7 +62,10 @@ def of(workdir: str) -> list[Row]:
                     "--workdir was, or what it printed last")
   rows = place.rows() if place.exists() else read(workdir)
   for row in rows:
-    if lacking := [key for key in _NEEDED if key not in row]:
+    lacking = [key for key in _NEEDED if key not in row] or [
+        key for key in [SCORE.get(str(row["protocol"]), "protocol")]
+        if not isinstance(row[key], (int, float))]
+    if lacking:
       raise UserError(
           f"'{workdir}': the row of {row['run']} has no {lacking[0]!r}, so "
           "this program did not write it; remove it")
@@ -150,6 +155,30 @@ def latest(rows: Sequence[Row]) -> list[Row]:
                       "seed", found[_key(row)]["run"])
     found[_key(row)] = row
   return list(found.values())
+
+
+def of_one_setting(rows: Sequence[Row]) -> list[Row]:
+  """Returns the rows that can be compared; warns of those left out.
+
+  The newest row of a task tells which images count, and the newest one of a
+  task and variant which settings.
+
+  Args:
+    rows: of one protocol, the newest last.
+  """
+  for kind, keys in ((("task",), ("data_digest",)),
+                     (("task", "variant"), (*_OF_A_VARIANT, *_SETTING))):
+    newest = {tuple(r[k] for k in kind): r for r in rows}
+    kept = []
+    for row in rows:
+      other = newest[tuple(row[k] for k in kind)]
+      if apart := [k for k in keys if row.get(k) != other.get(k)]:
+        logging.warning("%s is left out: %s has another %s", row["run"],
+                        other["run"], apart[0])
+      else:
+        kept.append(row)
+    rows = kept
+  return [*rows]
 
 
 def _key(row):

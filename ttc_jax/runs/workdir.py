@@ -218,8 +218,13 @@ class WorkDir:
     """{experiment: its plan}; "" is the plan of none."""
     found = (re.fullmatch(r"plan(?:-(.+))?\.json", name)
              for name in self.store.names(""))
-    return {match[1] or "": self._read(match[0]) or {}
-            for match in found if match}
+    plans = {match[1] or "": self._read(match[0]) or {}
+             for match in found if match}
+    for plan in plans.values():
+      if not _is_plan(plan):
+        logging.warning("a plan of %s is damaged and left out", self)
+        plan.clear()
+    return plans
 
   def write_table(self, text: str) -> None:
     """Writes the table, Markdown."""
@@ -390,6 +395,14 @@ class WorkDir:
       logging.warning("%s is damaged and left out (%s)",
                       printable(self.store.place(name)), error)
       return None
+
+
+def _is_plan(plan):
+  tasks, missing = plan.get("tasks", {}), plan.get("missing", {})
+  return isinstance(missing, dict) and isinstance(tasks, dict) and all(
+      isinstance(variants, dict) and all(
+          isinstance(fields, dict) and fields.keys() == set(Expected._fields)
+          for fields in variants.values()) for variants in tasks.values())
 
 
 def _json(value: Any) -> bytes:
