@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import csv
 import io
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ttc_jax.report import formats
 
@@ -76,7 +76,7 @@ def from_fields(fields: Mapping[str, Any]) -> Grid | None:
   return None
 
 
-def _are_texts(value):
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
   return isinstance(value, list) and all(isinstance(x, str) for x in value)
 
 
