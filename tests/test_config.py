@@ -349,6 +349,17 @@ def test_the_grid_does_not_grow_where_the_best_rate_is_within_or_steps_are_out(
   assert further([1e-3, 1e-2, 0.1, 1.0], 1.0) == []
 
 
+@pytest.mark.parametrize("tried, best, expected", [
+    ([0.0, 0.1, 1.0], 0.0, []), ([0.0, 0.1, 1.0], 0.1, []),
+    ([0.0, 0.1, 1.0], 1.0, [{"stage2_lr": 10.0}]), ([0.0, 1.0], 1.0, []),
+    ([0.01, 0.0104], 0.0104, [{"stage2_lr": 0.011}]),
+    ([0.01, 0.0104], 0.01, [{"stage2_lr": 0.0096}]),
+    ([0.01, 0.01004], 0.01, [])])
+def test_the_grid_grows_by_new_rates_above_0_alone(tried, best, expected):
+  assert further(tried, best, key="stage2_lr", lr=(),
+                 stage2_lr=tuple(tried)) == expected
+
+
 @pytest.mark.parametrize("key", ["stage2_lr", "adapter_lr"])
 def test_the_grid_grows_in_another_rate_where_it_has_one_learning_rate(key):
   assert further([1e-3, 1e-2], 1e-3, key=key) == [{key: 1e-4}]

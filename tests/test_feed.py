@@ -95,8 +95,11 @@ def test_a_streamed_run_has_the_losses_of_one_in_memory(
     np.testing.assert_allclose(flat[name], x, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("in_memory_gib", [0.0, 1.0])
 def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(
-    config, model, params, split, tmp_path, short_chunks, monkeypatch):
+    config, model, params, split, tmp_path, short_chunks, monkeypatch,
+    in_memory_gib):
+  """Also where the images now fit into memory."""
   split = Split(np.tile(split.images, (3, 1, 1, 1)), np.tile(split.labels, 3))
   job = make_job(config, model, split, "layernorm", dict(
       in_memory_gib=0.0, save_seconds=0.0))
@@ -112,6 +115,7 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(
     patch.setattr(train.StageRun, "_save", kill)
     run(job, params, tmp_path / "b")
   assert names == ["0-2", "0-4", "1", "1-2", "1-4"]
+  job.config.in_memory_gib = in_memory_gib
   got, flat = run(job, params, tmp_path / "b")
   assert [r["loss"] for r in got.history] == [r["loss"] for r in want.history]
   assert all((flat[name] == x).all() for name, x in kept.items())

@@ -237,7 +237,7 @@ class StageRun:
       return state, saved.meta["records"], Clock(**saved.meta["clock"])
     if self.stage.solve:
       return self._solved(state, self.stage.solve)
-    inputs = self._inputs(state)
+    inputs = self._inputs(state, begun=bool(saved and saved.meta.get("losses")))
     tuned, frozen = trees.split(
         inputs.params, trees.label(inputs.params, self.stage.rules), "tune")
     progress = self._start(tuned, frozen, saved, log)
@@ -338,11 +338,14 @@ class StageRun:
     return {} if parts == 1 else {
         "batch_size": min(usual, self.plan.batch_size // parts)}
 
-  def _inputs(self, state):
+  def _inputs(self, state, begun):
     """What the stage trains on.
 
     Where nothing is tuned or random below some block, the frozen part runs
     once and the rest trains on what it gave: the same numbers, sooner.
+
+    Args:
+      begun: an epoch was left within, which streaming alone can go on with.
     """
     plan, stage = self.plan, self.stage
     model, params = with_handlers(self.job, state), state.params
@@ -361,12 +364,12 @@ class StageRun:
         params, buffers = {"head": params["head"]}, {}
       else:
         model = model._replace(start=start)
-    return Inputs(model, params, buffers, self._data(train), val)
+    return Inputs(model, params, buffers, self._data(train, begun), val)
 
-  def _data(self, train):
+  def _data(self, train, stream):
     """The training set on every device, or what feeds it."""
     config = self.job.config
-    if feed.fits(train.images, config.in_memory_gib):
+    if not stream and feed.fits(train.images, config.in_memory_gib):
       return parallel.replicate((np.asarray(train.images), train.labels))
     return feed.Feed(
         train.images, train.labels, config.batch_size, config.workers)

@@ -149,13 +149,14 @@ def further_settings(config, tried: Iterable[ml_collections.ConfigDict],
     tried: configurations of the settings.
     best: values of the best one.
   """
-  key = next((k for k in RATES if k in settings(config)[0]
-              and len(set(config.grid[k])) > 1), None)
+  # A rate of 0 has no distance to others.
+  grid = {k: sorted({x for x in config.grid[k] if x > 0}) for k in RATES
+          if k in settings(config)[0]}
+  key = next((k for k, values in grid.items() if len(values) > 1), None)
   if not key:
     return []
-  given = sorted(set(config.grid[key]))
-  rates = sorted({c[key] for c in tried})
-  if len(rates) - len(given) >= config.grid_steps:
+  given, rates = grid[key], sorted({c[key] for c in tried})
+  if len(rates) - len(set(config.grid[key])) >= config.grid_steps:
     return []
   if best[key] == rates[-1]:
     new = rates[-1] * given[-1] / given[-2]
@@ -163,8 +164,11 @@ def further_settings(config, tried: Iterable[ml_collections.ConfigDict],
     new = rates[0] * given[0] / given[1]
   else:
     return []
+  new = float(f"{new:.2g}")
+  if new in rates:  # 0, or of a grid finer than two digits
+    return []
   wider = config.copy_and_resolve_references()
-  wider.grid[key] = (float(f"{new:.2g}"),)
+  wider.grid[key] = (new,)
   return settings(wider)
 
 
