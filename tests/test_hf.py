@@ -111,6 +111,8 @@ def test_options_choose_columns_and_splits(library, pets, tmp_path):
     ("{parquet}?label=lable", "did you mean label"),
     ("{parquet}?train=trian", "did you mean train"),
     ("{parquet}?image=imago", "did you mean image"),
+    ("{parquet}?test=train", "which one is trained on"),
+    ("{parquet}?val=test&test=test", "test is both val and test"),
     ("{parquet}?label=odd", "split test has 17 images without a class"),
     ("{texts}", "no columns of images"),
 ])

@@ -105,6 +105,10 @@ def without(key):
     ({"splits": {"train": "train[:9]", "val": "train[9:]"}}, "add a test set"),
     ({"splits": SPLITS | {"v2": "shift"}}, "did you mean shifted"),
     ({"splits": SPLITS | {"v2": "test[a:]"}}, "like .train"),
+    ({"splits": SPLITS | {"val": "train[60%:]"}}, "share 4 examples"),
+    ({"splits": SPLITS | {"v2": "shifted+train[19:]"}}, "share 1 examples"),
+    ({"splits": SPLITS | {"trainval": "train+test[:3]"}},
+     r"test=test and trainval=train\+test\[:3\] share 3 examples"),
 ])
 def test_what_is_not_there_is_a_sentence(root, change, word):
   spec = reader.Spec("shades", SPLITS, "coarse")._replace(**change)
@@ -143,6 +147,9 @@ def test_a_name_of_tfds_is_a_task_divided_by_index(data, tmp_path, monkeypatch):
   folder = data / "shades" / "1.2.0"
   moved = tasks.load("shades", size=4, data=f"tfds:{folder}?label=coarse")
   assert moved.digest == task.digest
+  divided = tasks.find(
+      "shades", f"{given}&train=train[:50%]+train[60%:80%]&test=train[80%:]")
+  assert [divided.sources[p].count for p in ("trainval", "test")] == [14, 4]
   other = tasks.find("shades", f"{given}&val=shifted")
   assert [other.sources[p].count for p in other.splits] == [20, 6, 26, 8]
 
@@ -155,6 +162,12 @@ def test_a_name_of_tfds_is_a_task_divided_by_index(data, tmp_path, monkeypatch):
     ("tfds:shades", "unknown feature"),
     ("tfds:shades?label=coarse&test=tset", "did you mean test"),
     ("tfds:shades?label=level", "give `classes`"),
+    ("tfds:shades?label=coarse&test=train[80%:]",
+     r"test=train\[80%:\] and train=train share 4 examples"),
+    ("tfds:shades?label=coarse&val=train[80%:]", "share 4 examples"),
+    ("tfds:shades?label=coarse&test=train", "which one is trained on"),
+    ("tfds:shades?label=coarse&test=train&train=train", "is both"),
+    ("tfds:shades?label=coarse&val=test&test=test", "is both val and test"),
 ])
 def test_a_wrong_name_of_tfds_is_a_sentence(root, monkeypatch, given, word):
   monkeypatch.setenv("TFDS_DATA_DIR", str(root))

@@ -10,6 +10,7 @@ test, the splits in TFDS's words, where they have other names. `division` makes
 the splits that are not there. Nothing is downloaded; see `tfds`. The task is
 called NAME, or tfds_NAME where VTAB-1K has a task of the name.
 """
+import itertools
 import os
 from urllib import parse
 
@@ -43,7 +44,9 @@ def options(data: str, prefix: str, known: tuple[str, ...]
   name, _, query = data.removeprefix(prefix).partition("?")
   if not name.strip("/"):
     raise errors.UserError(f"data={data} names no data set: give {prefix}NAME")
-  given = dict(parse.parse_qsl(query, keep_blank_values=True))
+  # A "+" is one: TFDS joins splits by it.
+  given = dict(parse.parse_qsl(query.replace("+", "%2B"),
+                               keep_blank_values=True))
   for key, value in given.items():
     errors.check_known(f"option of {prefix}{name}", key, known)
     if not value:
@@ -64,6 +67,9 @@ def roles(given: dict[str, str], found: list[str],
     found: the data set's splits; if there is one only, it is train.
     words: names of splits that mean a role.
     what: the data set, for sentences.
+
+  Raises:
+    errors.UserError: no split is train, or one split has two roles.
   """
   chosen: dict[str, str] = {role: given[role] for role in words
                             if role in given}
@@ -77,6 +83,11 @@ def roles(given: dict[str, str], found: list[str],
   if "train" not in chosen:
     raise errors.UserError(f"{what} has the splits {', '.join(found)}: say "
                            "which one is trained on, ?train=NAME")
+  for one, other in itertools.combinations(chosen, 2):
+    if chosen[one] == chosen[other]:
+      raise errors.UserError(
+          f"{what}: {chosen[one]} is both {one} and {other}: give one of them "
+          f"another split, ?{other}=NAME")
   return chosen
 
 
@@ -94,7 +105,9 @@ def load(name: str, data: str) -> Task:
   whole = {"train": chosen["train"],  # those that are not there are unused
            **{role: chosen.get(role, chosen["train"])
               for role in ("val", "test")}}
-  dataset = tfds.open_set(spec._replace(splits=whole), root)
+  spec = spec._replace(splits=whole)
+  tfds.check_apart(spec, root, itertools.combinations(chosen, 2))
+  dataset = tfds.open_set(spec, root)
   opened = tfds.as_task(name, dataset, "Other")
   parts = {role: _part(opened, role, split)
            for role, split in chosen.items()}

@@ -9,7 +9,7 @@ With its splits and its label named, any of them is a task:
   task = tfds.task("cifar10", tfds.Spec("cifar10", {
       "train": "train[:80%]", "val": "train[80%:]", "test": "test"}), "DIR")
 """
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import glob
 import hashlib
@@ -76,9 +76,30 @@ def task(name: str, spec: Spec, data: str | None = None, *,
     group: see `Task`.
 
   Raises:
-    errors.UserError: as `open_set`.
+    errors.UserError: as `open_set`, or as `check_apart`.
   """
+  tests = [part for part in spec.splits if part not in ROLES]
+  check_apart(spec, data, [("val", "train"), *(
+      (test, seen) for test in tests for seen in ROLES if seen in spec.splits)])
   return as_task(name, open_set(spec, data), group)
+
+
+def check_apart(spec: Spec, data: str | None,
+                pairs: Iterable[tuple[str, str]]) -> None:
+  """errors.UserError where two of the splits share examples."""
+  builder = _builder(_located(spec, data), spec)
+  splits = _splits(spec, builder)
+  for pair in pairs:
+    one, other = (builder.info.splits[splits[part]].file_instructions
+                  for part in pair)
+    shared = sum(
+        max(0, min(a.skip + a.take, b.skip + b.take) - max(a.skip, b.skip))
+        for a in one for b in other if a.filename == b.filename)
+    if shared:
+      first, second = (f"{part}={splits[part]}" for part in pair)
+      raise errors.UserError(
+          f"{spec.name}: {first} and {second} share {shared:,} examples: "
+          "divide them, as train[:80%] and train[80%:]")
 
 
 def as_task(name: str, dataset: Dataset, group: str) -> Task:
