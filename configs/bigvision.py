@@ -39,12 +39,12 @@ import ml_collections
 from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
 from ttc_jax.errors import UserError, check_known
+from ttc_jax.methods import fewshot_lsr
 from ttc_jax.vtab import facts
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-L2 = tuple(2.0 ** k for k in range(-10, 21, 2))  # theirs is 2^10
 RESIZED, CROPPED = 448, 384  # pixels a side, in training
 SMALLEST = 0.05              # share of the area, of an inception crop
 METHODS = ("full", "linear", "bias", "layernorm_2x", "adapter", "lora",
@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   large = round(arg.size * RESIZED / CROPPED)
   crops = {"resmall_crop": dict(flip=True, crop_from=large),
            "inception_crop": dict(flip=True, crop_from=large,
-                                  smallest_crop=SMALLEST),
+                                  smallest_crop=SMALLEST, crop_aspect=4 / 3),
            "none": {}}
   check_known("crop", arg.crop, crops)
   config = default()
@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   ours["full"]["grid"] = dict(lr=(2e-4, 6e-4, 2e-3))
   theirs = {f"bv_{name}": _by_recipe(arg, values) | crops[arg.crop]
             for name, values in experiments.VARIANTS.items()}
-  lsr = dict(method="fewshot_lsr", grid=dict(lr=(), l2=L2))
+  lsr = dict(method="fewshot_lsr", grid=dict(lr=(), l2=fewshot_lsr.GRID))
   known = {**theirs, "fewshot_lsr": lsr, **ours}
   config.variants = variants(**experiments.some(
       known, arg.method or ("bv_full", "bv_linear", "fewshot_lsr", *METHODS)))

@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config.epochs = arg.epochs
   if arg.augment:
     config.flip, config.smallest_crop, config.label_smoothing = True, 0.08, 0.1
+    config.crop_aspect = 4 / 3
     config.augment.update(dict(randaugment=9.0, erasing=0.25, mixup=0.8,
                                cutmix=1.0))
   chosen = experiments.variants("table6", config.get_ref("epochs"))

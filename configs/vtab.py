@@ -22,6 +22,7 @@ import ml_collections
 from ttc_jax import presets
 from ttc_jax.config import PROTOCOLS, default, parse_arg, run_locally
 from ttc_jax.errors import check_known
+from ttc_jax.methods import fewshot_lsr
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -34,6 +35,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.protocol, config.method = arg.protocol, arg.method or "ttc"
     if arg.protocol == "select":
       config.grid.lr, config.grid.weight_decay = (1e-3, 1e-2), (1e-4, 1e-3)
+      config.grid.l2 = fewshot_lsr.GRID  # which this method alone has
   else:
     presets.apply(config, arg.protocol, arg.method)
   config.tasks, config.data = arg.task, arg.data

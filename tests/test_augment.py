@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 from PIL import Image, ImageEnhance
+from scipy import stats
 
 from ttc_jax import augment, step
 from ttc_jax import model as model_lib
@@ -28,6 +29,39 @@ def test_a_crop_comes_from_inside_the_image():
   assert got.min() >= 0 and got.max() <= 72
   spans = got[:, 0, -1, 0] - got[:, 0, 0, 0]
   assert spans.min() < 40 < spans.max()  # small areas and large ones
+
+
+def test_the_shape_of_a_crop_is_timm_s():
+  """Its area and the logarithm of its ratio are uniform where it fits."""
+  sides = np.asarray(augment._crop_sides(
+      jax.random.key(0), 20_000, 0.08, 4 / 3))
+  rng, want = np.random.default_rng(0), []
+  while len(want) < 20_000:  # timm's get_params, of an image of side 1
+    for _ in range(10):
+      area = rng.uniform(0.08, 1.0)
+      ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+      w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
+      if w <= 1 and h <= 1:
+        want.append((h, w))
+        break
+    else:
+      want.append((1.0, 1.0))
+  for fn in (lambda x: x.prod(-1), lambda x: np.log(x[:, 0] / x[:, 1])):
+    assert stats.ks_2samp(fn(sides), fn(np.array(want))).pvalue > 0.01
+  assert sides.max() <= 1
+  assert np.ptp(sides[:, 0] / sides[:, 1]) > 0.5
+
+
+def test_a_crop_of_another_shape_is_stretched_to_a_square():
+  """Ramps of both axes: what each axis spans are the crop's sides."""
+  ramp = np.arange(32, dtype=np.float32)
+  x = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 0.0), -1)
+  got = np.asarray(augment.random_crop(
+      np.stack([x] * 50), jax.random.key(1), 16, 0.3, 4 / 3))
+  area, _ = jax.random.split(jax.random.key(1))
+  sides = 32 * np.asarray(augment._crop_sides(area, 50, 0.3, 4 / 3))
+  step = got[:, 9, 9, :2] - got[:, 6, 6, :2]  # of three pixels, within
+  np.testing.assert_allclose(step, 3 * sides / 16, rtol=0.02)
 
 
 def test_a_flip_mirrors_some_and_leaves_the_others():

@@ -59,6 +59,7 @@ def test_the_recipe_is_that_of_transfer_py():
 def test_other_crops():
   c = of("bv_linear", "size=384,crop=inception_crop")
   assert (c.smallest_crop, c.crop_from, c.flip) == (0.05, 448, True)
+  assert c.crop_aspect == 4 / 3
   c = of("bv_linear", "size=384,crop=none")
   assert (c.smallest_crop, c.crop_from, c.flip) == (1.0, 0, False)
   assert c.resample == "bilinear"

@@ -89,6 +89,7 @@ def test_settings_are_the_grid_smallest_first():
     ("epochs", None, "config.epochs is None; give a value, as 50"),
     ("drop_path", 1.0, "config.drop_path"),
     ("smallest_crop", 0.0, "config.smallest_crop"),
+    ("crop_aspect", 0.75, "config.crop_aspect"),
     ("dtype", "float16", "unknown dtype"),
     ("warmup_epochs", 50.0, "config.warmup_epochs is 50.0"),
     ("optimiser", "adam", "unknown optimiser 'adam': did you mean adamw"),

@@ -239,6 +239,20 @@ def test_hidden_files_and_others_are_left_out_with_one_warning(pets, caplog):
   assert "1 folders without pictures (bird)" in record.getMessage()
 
 
+def test_folders_beside_the_splits_are_named(pets, caplog):
+  fill(pets / "train", {"cat": 4, "owl": 4})
+  fill(pets / "more", {"cat": 1})
+  (pets / "notes").mkdir()
+  assert load(pets).classes == ("cat", "owl")
+  assert ("4 folders of pictures beside the splits (cat, dog, more, ...)"
+          in caplog.text)
+
+
+def test_a_class_may_be_called_as_a_split(pets):
+  (pets / "dog").rename(pets / "test")
+  assert load(pets).classes == ("cat", "owl", "test")
+
+
 @pytest.mark.parametrize("how", ["all", "class", "files"])
 def test_links_are_followed(pets, tmp_path, how):
   want = digests(load(pets))
@@ -288,6 +302,12 @@ def test_pictures_at_any_depth_are_of_the_class(pets):
         p / "test", {"cat": 1, "cow": 1}), "test has pictures of 'cow'"),
     (lambda p: fill(p / "train", {"cat": 3, "owl": 3}) and (
         p / "test").mkdir(), "test holds no pictures"),
+    (lambda p: fill(p / "test", {"cat": 3, "owl": 3}), "there is no train"),
+    (lambda p: fill(p / "test_v2", {"cat": 3}), "or rename test_v2"),
+    (lambda p: picture(p / "bird\n" / "a.png", 0), "has a line break"),
+    (lambda p: picture(p / "owl" / "a\nb" / "a.png", 0), "has a line break"),
+    (lambda p: (p / "owl").rename(p / os.fsdecode(b"caf\xe9")),
+     "is not UTF-8"),
 ])
 def test_what_is_wrong_with_a_folder_is_one_sentence(pets, change, word):
   change(pets)
@@ -339,13 +359,14 @@ def test_a_zip_equals_its_folder(pets, tmp_path, above):
 def test_a_zip_of_tasks_in_lists_is_read_too(pets, tmp_path):
   for part, image in (("train800", 0), ("val200", 1), ("train800val200", 0),
                       ("test", 2)):
-    (pets / f"{part}.txt").write_text(f"cat/cat {image}.png 0\n")
+    (pets / f"{part}.txt").write_text(
+        f"cat/cat {image}.png 0\ndog/dog {image}.png 1\n")
   path = tmp_path / "all.zip"
   with zipfile.ZipFile(path, "w") as file:
     for found in pets.rglob("*.*"):
       file.write(found, f"pets/{found.relative_to(pets)}")
   assert tasks.family_of("pets", str(path)) == "folder"
-  assert load(path).split("test").images.shape == (1, 6, 6, 3)
+  assert load(path).split("test").images.shape == (2, 6, 6, 3)
 
 
 def member(name, **fields):

@@ -62,35 +62,51 @@ def inner(x):
 
 def test_rotation_turns_as_pillow_s(picture):
   want = pillow(picture, lambda im: im.rotate(20, Image.Resampling.BILINEAR))
-  got = ra.rotate(jnp.asarray(picture, jnp.float32), 20.0)
+  got = ra.rotate(jnp.asarray(picture, jnp.float32), 20.0, 0.0)
   np.testing.assert_allclose(inner(got), inner(want), atol=2)
 
 
-@pytest.mark.parametrize("matrix", [
-    (1, 0.2, 0, 0, 1, 0), (1, 0, 0, 0.2, 1, 0), (1, 0, 3, 0, 1, 0),
-    (1, 0, 0, 0, 1, 3)])
-def test_shears_and_translations_are_pillow_s(picture, matrix):
-  a, b, c, d, e, f = matrix
-  # Pillow counts from the corner of the first pixel.
-  mid = 12
-  corner = (a, b, c + mid - a * mid - b * mid, d, e, f + mid - d * mid
-            - e * mid)
+# The matrices of timm's shear_x, shear_y, translate_x_rel and translate_y_rel,
+# at half of the largest magnitude: of 0.3, and 0.45 of the side.
+@pytest.mark.parametrize("op, matrix", [
+    (11, (1, 0.15, 0, 0, 1, 0)), (12, (1, 0, 0, 0.15, 1, 0)),
+    (13, (1, 0, 0.225 * 24, 0, 1, 0)), (14, (1, 0, 0, 0, 1, 0.225 * 24))])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_shears_and_translations_are_timm_s(picture, op, matrix, sign):
+  matrix = tuple(m if m == 1 else sign * m for m in matrix)
+  fill = (124, 116, 104)
   want = pillow(picture, lambda im: im.transform(
-      im.size, Image.Transform.AFFINE, corner, Image.Resampling.BILINEAR))
-  got = ra.affine(jnp.asarray(picture, jnp.float32),
-                  jnp.array([[a, b, c], [d, e, f]], jnp.float32))
-  np.testing.assert_allclose(inner(got), inner(want), atol=2)
+      im.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR,
+      fillcolor=fill))
+  got = np.asarray(ra._OPS[op](
+      jnp.asarray(picture, jnp.float32), 0.5, sign, jnp.array(fill, "f")))
+  # Pixels that neither side has to take from beyond the frame.
+  whole = Image.new("L", (24, 24), 255).transform(
+      (24, 24), Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+  inside = np.asarray(whole) == 255
+  inside[1:-1, 1:-1] &= inside[2:, 1:-1] & inside[:-2, 1:-1] & (
+      inside[1:-1, 2:]) & inside[1:-1, :-2]
+  inside[[0, -1]] = inside[:, [0, -1]] = False
+  assert inside.sum() > 200
+  np.testing.assert_allclose(got[inside], want[inside], atol=2)
+  corners = [(y, x) for y in (0, -1) for x in (0, -1)
+             if (want[y, x] == fill).all()]
+  assert corners and all((got[at] == fill).all() for at in corners)
 
 
-def test_uncovered_pixels_are_grey(picture):
-  got = ra.affine(jnp.asarray(picture, jnp.float32),
-                  jnp.array([[1.0, 0, 100], [0, 1, 0]]))
-  np.testing.assert_array_equal(got, 128)
+@pytest.mark.parametrize("normalised, fill", [
+    ("half", (128, 128, 128)), ("imagenet", (124, 116, 104))])
+def test_uncovered_pixels_have_timm_s_mean_colour(normalised, fill):
+  """timm: round(255 x mean) of the normalisation."""
+  black = jnp.zeros((64, 8, 8, 3))
+  got = np.asarray(ra.rand_augment(black, jax.random.key(0), 9.0, normalised))
+  flat = {tuple(x) for x in got.reshape(-1, 3).tolist()}
+  assert tuple(map(float, fill)) in flat
 
 
 def test_augmented_images_differ_in_range_and_are_seeded(picture):
   images = jnp.stack([picture] * 12)
-  fn = jax.jit(lambda key: ra.rand_augment(images, key, 9.0))
+  fn = jax.jit(lambda key: ra.rand_augment(images, key, 9.0, "half"))
   one, again, other = fn(jax.random.key(0)), fn(jax.random.key(0)), fn(
       jax.random.key(1))
   np.testing.assert_array_equal(one, again)

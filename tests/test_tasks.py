@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pathlib
+import re
+import shutil
 import sys
 import warnings
 
@@ -426,6 +428,36 @@ def test_a_test_image_in_val200_alone_is_refused(load, data):
   first = (data / "toy" / "test.txt").read_text().splitlines()[0]
   edit(data, "val200.txt", 2, first)
   with pytest.raises(errors.UserError, match="also stands in val200.txt"):
+    load()
+
+
+def test_an_image_of_two_labels_is_refused(load, data):
+  edit(data, "train800val200.txt", 2, "images/no 1.png 2")
+  with pytest.raises(errors.UserError, match=(
+      "train800val200.txt:2: images/no 1.png has the label 2 here and 1 in "
+      "train800.txt")):
+    load()
+
+
+def test_lists_that_do_not_fit_together_are_noted(load, data):
+  assert load().notes == ()
+  edit(data, "val200.txt", 2, "images/no 1 more.png 1")
+  shutil.copy(data / "toy/images/no 7.png", data / "toy/images/no 1 more.png")
+  note, = load().notes
+  assert "is not train800.txt and val200.txt together: 2 images" in note
+
+
+def test_classes_without_an_image_are_noted_and_one_class_is_refused(
+    load, data):
+  for part in folder.LISTS.values():
+    path = data / "toy" / f"{part}.txt"
+    path.write_text(re.sub("0$", "4", path.read_text(), flags=re.M))
+  note, = load().notes
+  assert note == "no list has an image of 2 of 5 classes (0, 3)"
+  for part in folder.LISTS.values():
+    path = data / "toy" / f"{part}.txt"
+    path.write_text(re.sub("[0-9]$", "0", path.read_text(), flags=re.M))
+  with pytest.raises(errors.UserError, match="has one class only, '0'"):
     load()
 
 

@@ -20,30 +20,50 @@ class Recipe(NamedTuple):
   cutmix: float = 0.0
 
 
-def random_crop(images: jax.Array, key: jax.Array, size: int,
-                smallest: float) -> jax.Array:
-  """Returns square crops of a random area, resized by bicubic interpolation.
+def random_crop(images: jax.Array, key: jax.Array, size: int, smallest: float,
+                aspect: float = 1.0) -> jax.Array:
+  """Returns crops of a random area and shape, resized by bicubic interpolation.
+
+  As timm's RandomResizedCropAndInterpolation, but for whole pixels.
 
   Args:
     images: (B, S, S, 3), any dtype, values 0 to 255.
     size: pixels per side of the result.
     smallest: smallest area of a crop, as a share of the image's, above 0 to 1;
-      1 resizes the whole image.
+      1 with aspect 1 resizes the whole image.
+    aspect: the longer side of a crop is at most so many times the other one;
+      1 gives squares, timm and TensorFlow have 4/3.
 
   Returns:
     float32 (B, size, size, 3) in 0 to 255.
   """
   B, S = images.shape[:2]
   area, corner = jax.random.split(key)
-  side = S * jnp.sqrt(jax.random.uniform(area, (B,), minval=smallest))
-  offset = jax.random.uniform(corner, (B, 2)) * (S - side)[:, None]
+  sides = S * _crop_sides(area, B, smallest, aspect)
+  offset = jax.random.uniform(corner, (B, 2)) * (S - sides)
 
-  def crop(image, side, offset):
-    scale = jnp.full(2, size / side)
+  def crop(image, sides, offset):
+    scale = size / sides
     return jax.image.scale_and_translate(
         image, (size, size, 3), (0, 1), scale, -offset * scale, "cubic")
-  crops = jax.vmap(crop)(images.astype(jnp.float32), side, offset)
+  crops = jax.vmap(crop)(images.astype(jnp.float32), sides, offset)
   return jnp.clip(crops, 0, 255)
+
+
+def _crop_sides(key, count, smallest, aspect):
+  """Height and width of crops, (count, 2), as shares of the image's side."""
+  if aspect == 1:
+    side = jnp.sqrt(jax.random.uniform(key, (count,), minval=smallest))
+    return jnp.stack([side, side], -1)
+  area_key, ratio_key = jax.random.split(key)
+  # As timm: the first of ten draws that fits, or else the whole image.
+  area = jax.random.uniform(area_key, (10, count), minval=smallest)
+  ratio = jnp.exp(jnp.log(aspect) * jax.random.uniform(
+      ratio_key, (10, count), minval=-1.0))
+  sides = jnp.sqrt(jnp.stack([area / ratio, area * ratio], -1))
+  fits = (sides <= 1).all(-1)
+  first = sides[jnp.argmax(fits, 0), jnp.arange(count)]
+  return jnp.where(fits.any(0)[:, None], first, 1.0)
 
 
 def random_window(images: jax.Array, key: jax.Array, size: int) -> jax.Array:
@@ -76,14 +96,15 @@ def change(images: jax.Array, key: jax.Array, recipe: Recipe,
   Args:
     images: (B, S, S, 3), values 0 to 255.
     normalised: the model's normalisation: erased pixels are normal noise
-      after it.
+      after it, those uncovered have its mean.
 
   Returns:
     The images; of another type only where something is done.
   """
   colour_key, erase_key = jax.random.split(key)
   if recipe.randaugment:
-    images = randaugment.rand_augment(images, colour_key, recipe.randaugment)
+    images = randaugment.rand_augment(images, colour_key, recipe.randaugment,
+                                      normalised)
   elif recipe.jitter:
     images = color_jitter(images, colour_key, recipe.jitter)
   if recipe.erasing:

@@ -109,6 +109,7 @@ def default() -> ml_collections.ConfigDict:
   c.normalisation = ""
   c.flip = False              # half of the training images, left to right
   c.smallest_crop = 1.0       # random resized crops of at least that area
+  c.crop_aspect = 1.0         # their longest side by the other; 1: squares
   # Training images have this size, from which crops of image_size are taken at
   # random places; 0: they have image_size.
   c.crop_from = 0
@@ -371,6 +372,9 @@ def _check_numbers(config):
   if not 0 < config.smallest_crop <= 1:
     raise UserError(f"config.smallest_crop is {config.smallest_crop}; give "
                     "a share of the area above 0, 1 for no crops")
+  if not 1 <= config.crop_aspect <= 10:
+    raise UserError(f"config.crop_aspect is {config.crop_aspect}; give 1 to "
+                    "10, 4/3 is usual")
   for key, most in (("jitter", 1), ("randaugment", 10), ("erasing", 1),
                     ("mixup", math.inf), ("cutmix", math.inf)):
     if not 0 <= config.augment[key] <= most:

@@ -4,8 +4,9 @@ As timm's `rand-m9-mstd0.5-inc1`: two operations of fifteen, drawn for each
 image with replacement; each is done with probability 1/2, at a magnitude drawn
 around m of 10 with a standard deviation of 0.5. "inc1": a larger magnitude
 always changes more. Images are float32 (S, S, 3), values 0 to 255. Uncovered
-pixels take the grey value 128; affine maps are interpolated bilinearly (timm
-draws bilinear or bicubic).
+pixels take the mean colour of the normalisation, and shears keep the upper left
+corner, as timm's; affine maps are interpolated bilinearly (timm draws bilinear
+or bicubic).
 """
 from collections.abc import Callable
 
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttc_jax import normalisation
+
 OPERATIONS = 2
-_GREY = 128.0
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow's "L"
-Op = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Op = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def _grey(image):
@@ -94,11 +96,12 @@ def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
   return _blend(whole, image, factor)
 
 
-def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
+def affine(image: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
   """Returns the image whose pixel (x, y) is the input's at matrix (x, y, 1).
 
   Args:
     matrix: (2, 3), in pixels from the centre of the image.
+    fill: (3,), of pixels beyond its frame.
   """
   S = image.shape[0]
   axis = jnp.arange(S) - (S - 1) / 2
@@ -106,60 +109,67 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
   at = jnp.einsum("ij,jhw->ihw", matrix, jnp.stack([x, y, jnp.ones_like(x)]),
                   precision="highest")
   where = at[::-1] + (S - 1) / 2  # rows first
-  return jax.vmap(lambda channel: jax.scipy.ndimage.map_coordinates(
-      channel, list(where), order=1, mode="constant", cval=_GREY), -1, -1)(
-          image)
+  return fill + jax.vmap(lambda channel: jax.scipy.ndimage.map_coordinates(
+      channel, list(where), order=1, mode="constant"), -1, -1)(image - fill)
 
 
-def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
+def rotate(image: jax.Array, degrees: jax.Array, fill: jax.Array) -> jax.Array:
   """Rotates counter-clockwise, as Pillow does."""
   angle = jnp.deg2rad(degrees)
   c, s = jnp.cos(angle), jnp.sin(angle)
-  return affine(image, jnp.array([[c, -s, 0], [s, c, 0]]))
+  return affine(image, jnp.array([[c, -s, 0], [s, c, 0]]), fill)
 
 
-def _shift(x_by_y, x, y_by_x, y):
-  return jnp.array([[1, x_by_y, x], [y_by_x, 1, y]])
+def _shear(image, along, factor, fill):
+  """Shears along x (0) or y (1); the upper left corner stays in its place."""
+  matrix = jnp.eye(2, 3).at[along, 1 - along].set(factor)
+  return affine(image, matrix.at[along, 2].set(factor * len(image) / 2), fill)
 
 
-# (image, share of 10, sign) -> image, at timm's "increasing" magnitudes.
+def _translate(image, along, share, fill):
+  return affine(image, jnp.eye(2, 3).at[along, 2].set(share * len(image)), fill)
+
+
+# (image, share of 10, sign, fill) -> image, at timm's "increasing" magnitudes.
 _SHEAR, _TRANSLATE, _ANGLE = 0.3, 0.45, 30.0
 _OPS: tuple[Op, ...] = (
-    lambda x, m, s: auto_contrast(x),
-    lambda x, m, s: equalize(x),
-    lambda x, m, s: invert(x),
-    lambda x, m, s: rotate(x, s * _ANGLE * m),
-    lambda x, m, s: posterize(x, 4 - jnp.floor(4 * m)),
-    lambda x, m, s: solarize(x, 256 - jnp.floor(256 * m)),
-    lambda x, m, s: solarize_add(x, jnp.floor(110 * m)),
-    lambda x, m, s: color(x, 1 + s * 0.9 * m),
-    lambda x, m, s: contrast(x, 1 + s * 0.9 * m),
-    lambda x, m, s: brightness(x, 1 + s * 0.9 * m),
-    lambda x, m, s: sharpness(x, 1 + s * 0.9 * m),
-    lambda x, m, s: affine(x, _shift(s * _SHEAR * m, 0.0, 0.0, 0.0)),
-    lambda x, m, s: affine(x, _shift(0.0, 0.0, s * _SHEAR * m, 0.0)),
-    lambda x, m, s: affine(
-        x, _shift(0.0, s * _TRANSLATE * m * x.shape[0], 0.0, 0.0)),
-    lambda x, m, s: affine(
-        x, _shift(0.0, 0.0, 0.0, s * _TRANSLATE * m * x.shape[0])),
+    lambda x, m, s, fill: auto_contrast(x),
+    lambda x, m, s, fill: equalize(x),
+    lambda x, m, s, fill: invert(x),
+    lambda x, m, s, fill: rotate(x, s * _ANGLE * m, fill),
+    lambda x, m, s, fill: posterize(x, 4 - jnp.floor(4 * m)),
+    lambda x, m, s, fill: solarize(x, 256 - jnp.floor(256 * m)),
+    lambda x, m, s, fill: solarize_add(x, jnp.floor(110 * m)),
+    lambda x, m, s, fill: color(x, 1 + s * 0.9 * m),
+    lambda x, m, s, fill: contrast(x, 1 + s * 0.9 * m),
+    lambda x, m, s, fill: brightness(x, 1 + s * 0.9 * m),
+    lambda x, m, s, fill: sharpness(x, 1 + s * 0.9 * m),
+    lambda x, m, s, fill: _shear(x, 0, s * _SHEAR * m, fill),
+    lambda x, m, s, fill: _shear(x, 1, s * _SHEAR * m, fill),
+    lambda x, m, s, fill: _translate(x, 0, s * _TRANSLATE * m, fill),
+    lambda x, m, s, fill: _translate(x, 1, s * _TRANSLATE * m, fill),
 )
 
 
-def rand_augment(images: jax.Array, key: jax.Array,
-                 magnitude: float) -> jax.Array:
+def rand_augment(images: jax.Array, key: jax.Array, magnitude: float,
+                 normalised: str) -> jax.Array:
   """Returns augmented images, float32 (B, S, S, 3) in 0 to 255.
 
   Args:
     images: any dtype, values 0 to 255.
     magnitude: m, 0 to 10; timm's and DeiT's is 9.
+    normalised: the model's normalisation, whose mean fills what is uncovered.
   """
+  mean, _ = normalisation.mean_and_std(normalised)
+  fill = jnp.round(255 * jnp.asarray(mean, jnp.float32))
+
   def one(image, key):
     for k in jax.random.split(key, OPERATIONS):
       which, apply, level, sign = jax.random.split(k, 4)
       m = jnp.clip(magnitude + 0.5 * jax.random.normal(level), 0, 10) / 10
       s = jax.random.rademacher(sign, dtype=jnp.float32)
       op = jax.random.randint(which, (), 0, len(_OPS))
-      done = jax.lax.switch(op, _OPS, image, m, s)
+      done = jax.lax.switch(op, _OPS, image, m, s, fill)
       image = jnp.where(jax.random.bernoulli(apply), done, image)
     return image
   # One image after the other: a vectorised switch would do all operations.

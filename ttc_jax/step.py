@@ -38,6 +38,7 @@ class Plan(NamedTuple):
   recipe: augment.Recipe = augment.Recipe()
   clip_norm: float = 0.0
   crop_to: int = 0
+  crop_aspect: float = 1.0
 
   @property
   def augments(self) -> bool:
@@ -116,7 +117,8 @@ def make_loss_fn(model: Model, plan: Plan) -> Callable:
     more_key, mix_key = jax.random.split(jax.random.fold_in(key, 1))
     size = plan.crop_to or images.shape[1]
     if plan.smallest_crop < 1:
-      images = augment.random_crop(images, crop_key, size, plan.smallest_crop)
+      images = augment.random_crop(images, crop_key, size, plan.smallest_crop,
+                                   plan.crop_aspect)
     elif plan.crop_to:
       images = augment.random_window(images, crop_key, size)
     if plan.flip:

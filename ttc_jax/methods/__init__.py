@@ -6,6 +6,7 @@ nothing else needs an edit. It has
   a docstring that begins "Title (source): what it does.", see `described`
   OPTIONS            names of its configuration keys, if any; `config.py`
                      holds their defaults
+  SOLVED = True      if it trains nothing, so that no learning rate matters
   make(config, backbone) -> Method
 """
 from collections.abc import Callable, Mapping
@@ -157,6 +158,11 @@ def option_keys() -> set[str]:
 def options_of(name: str) -> tuple[str, ...]:
   """Returns the configuration keys that a method reads: its `OPTIONS`."""
   return getattr(_module(name), "OPTIONS", ())
+
+
+def is_solved(name: str) -> bool:
+  """Tells whether a method computes its head and trains nothing."""
+  return getattr(_module(name), "SOLVED", False)
 
 
 def described(name: str) -> tuple[str, str]:

@@ -26,6 +26,8 @@ from ttc_jax.errors import UserError
 from ttc_jax.methods import TUNE_HEAD, Context, Method, Stage, options
 
 OPTIONS = ("l2",)
+SOLVED = True
+GRID = tuple(2.0 ** k for k in range(-10, 21, 2))  # Big Vision's is 2^10
 BIAS = 100.0      # the constant feature
 LEAST_STD = 1e-5  # added to every deviation
 

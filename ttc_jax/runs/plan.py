@@ -116,11 +116,14 @@ def tasks_set_apart(config) -> dict[str, None]:
 def settings(config) -> list[dict[str, float]]:
   """The settings of the grid, smallest values first.
 
-  The keys of the grid that a method has as options are tried with it only.
+  The keys of the grid that a method has as options are tried with it only, and
+  what decides its training where it trains.
   """
-  options = methods.options_of(config.method)
+  known = set(methods.options_of(config.method))
+  if not methods.is_solved(config.method):
+    known |= {"lr", "weight_decay"}
   grid = {k: sorted(values) for k, values in config.grid.items()
-          if values and (k in ("lr", "weight_decay") or k in options)}
+          if values and k in known}
   return [dict(zip(grid, values, strict=True))
           for values in itertools.product(*grid.values())]
 

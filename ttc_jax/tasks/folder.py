@@ -97,13 +97,15 @@ def load(name: str, data: str) -> Task:
   for test in tests:
     for seen in ("trainval", "train", "val"):
       _check_apart(folder, lists, test, seen)
+  _check_one_label(folder, lists)
   row = vtab.ROWS.get(vtab.canonical(name))
   return Task(
       name, row.group if row else "Other", classes,
       labels={s: entries.labels for s, entries in lists.items()},
       sources={s: images.from_files(entries.files, entries.names)
                for s, entries in lists.items()},
-      digest=digest(lists, classes), tests=tests)
+      digest=digest(lists, classes), tests=tests,
+      notes=_notes(lists, classes))
 
 
 def _tests(folder: str) -> tuple[str, ...]:
@@ -263,7 +265,8 @@ def class_names(name: str, bases: Sequence[str], lists: dict[str, Entries]
   """Returns the class names, by label.
 
   They are those of classes.txt; or else "0", "1", ..., as many as VTAB's row
-  or, for other tasks, the lists have. UserError for a label beyond.
+  or, for other tasks, the lists have. UserError for a label beyond, or where
+  there is one class only.
   """
   for path in (os.path.join(base, "classes.txt") for base in bases):
     if os.path.exists(path):
@@ -288,7 +291,43 @@ def _check_labels(folder: str, lists: dict[str, Entries],
           f"{_path(folder, split)}:{row + 1}: the label {entries.labels[row]} "
           f"has no name: {source} names {len(classes)} classes, 0 to "
           f"{len(classes) - 1}")
+  if len(classes) < 2:
+    raise errors.UserError(f"{folder} has one class only, {classes[0]!r}: a "
+                           "task needs two or more")
   return classes
+
+
+def _check_one_label(folder: str, lists: dict[str, Entries]) -> None:
+  """Refuses an image that has two labels."""
+  known: dict[str, tuple[int, str]] = {}
+  for split, entries in lists.items():
+    for row, (file, label) in enumerate(zip(
+        entries.files, entries.labels.tolist(), strict=True)):
+      other, where = known.setdefault(file, (label, split))
+      if label != other:
+        raise errors.UserError(
+            f"{_path(folder, split)}:{row + 1}: {entries.names[row]} has the "
+            f"label {label} here and {other} in "
+            f"{os.path.basename(_path(folder, where))}: correct one of them")
+
+
+def _notes(lists: dict[str, Entries], classes: tuple[str, ...]
+           ) -> tuple[str, ...]:
+  """What is unusual about lists that can be used."""
+  notes = []
+  parts, both = ({file for part in which for file in lists[part].files}
+                 for which in (("train", "val"), ("trainval",)))
+  if apart := len(parts ^ both):
+    notes.append(f"{LISTS['trainval']}.txt is not {LISTS['train']}.txt and "
+                 f"{LISTS['val']}.txt together: {apart:,} images are in one "
+                 "and not in the other")
+  unused = set(range(len(classes))).difference(*(
+      entries.labels.tolist() for entries in lists.values()))
+  if unused:
+    notes.append(f"no list has an image of {len(unused)} of {len(classes)} "
+                 f"classes ({', '.join(classes[i] for i in sorted(unused)[:3])}"
+                 f"{', ...' if len(unused) > 3 else ''})")
+  return tuple(notes)
 
 
 def _check_apart(folder: str, lists: dict[str, Entries], held_out: str,

@@ -1,9 +1,10 @@
 """Folders of pictures: DATA/CLASS/NAME.jpg, or DATA/{train,val,test}/CLASS/...
 
 DATA is such a folder, and the task is called as it is (pictures_dtd, say, where
-VTAB-1K has a task of the name); or it holds several, each a task. What lies in
-a class's folder at any depth belongs to the class. Symbolic links are followed.
-`division` makes the splits that are not there.
+VTAB-1K has a task of the name); or it holds several, each a task. A folder of
+classes is known by two folders within that hold pictures directly; what lies
+deeper in a class's folder belongs to the class too. Symbolic links are
+followed. `division` makes the splits that are not there.
 """
 from collections.abc import Iterator, Sequence
 import hashlib
@@ -30,10 +31,11 @@ _log = logging.getLogger(__name__)
 
 
 class Skipped(NamedTuple):
-  """Names of files that are no pictures of a class."""
+  """Names of files and folders that are not read."""
   hidden: list[str]
   others: list[str]
   empty: list[str]  # folders without pictures
+  beside: list[str]  # folders of pictures that are no split
 
 
 def names(data: str | None) -> tuple[str, ...]:
@@ -54,8 +56,10 @@ def load(name: str, data: str) -> Task:
   paths = [data] if is_task(data) else [
       os.path.join(data, child) for child in _folders(data)]
   folder = next(path for path in paths if _name(path) == name)
-  skipped, parts_of = Skipped([], [], []), _parts(folder)
+  parts_of = _parts(folder)
+  skipped = Skipped([], [], [], _beside(folder, parts_of))
   _check_words(folder, parts_of)
+  _check_train(folder, parts_of)
   files_of: dict[str, str] = {}
   found = {part: _classes(folder, inner, skipped, files_of)
            for part, inner in parts_of.items()}
@@ -178,6 +182,29 @@ def _check_words(folder: str, parts: dict[str, str]) -> None:
           "one, or rename the other test_NAME, a further test set")
 
 
+def _check_train(folder: str, parts: dict[str, str]) -> None:
+  """errors.UserError for a split beside classes that are in none."""
+  if parts != {"train": folder}:
+    return
+  words = {word for known in SPLITS.values() for word in known}
+  for child in _folders(folder):
+    if (child.lower() in words or child.startswith("test_")) and _class_names(
+        os.path.join(folder, child)):
+      raise errors.UserError(
+          f"{folder}: {child} holds folders of pictures, as a split does, but "
+          f"there is no train: move the classes to {folder}{os.sep}train"
+          f"{os.sep}CLASS, or rename {child} if it is a class")
+
+
+def _beside(folder: str, parts: dict[str, str]) -> list[str]:
+  """Returns the folders of pictures beside the splits."""
+  known = set(parts.values())
+  return [] if folder in known else [
+      child for child in _folders(folder)
+      if (path := os.path.join(folder, child)) not in known
+      and (_has_picture(path) or _class_names(path))]
+
+
 def _classes(folder: str, inner: str, skipped: Skipped,
              known: dict[str, str]) -> dict[str, list[str]]:
   """Returns {class: paths relative to `folder`} of a split's folder.
@@ -194,6 +221,7 @@ def _classes(folder: str, inner: str, skipped: Skipped,
     if _is_hidden(entry.name):
       skipped.hidden.append(path)
       continue
+    _check_name(inner, entry.name)
     real_of = dict(_pictures(folder, path, skipped, ()))
     for picture, real in sorted(real_of.items()):
       if known.setdefault(real, picture) != picture:
@@ -217,6 +245,7 @@ def _pictures(folder: str, path: str, skipped: Skipped,
   for entry in _entries(here):
     inner = f"{path}/{entry.name}"
     if entry.is_dir() and not _is_hidden(entry.name):
+      _check_name(here, entry.name)
       yield from _pictures(folder, inner, skipped, (*above, real))
     elif _is_picture(entry.name) and entry.is_file():
       _check_name(here, entry.name)
@@ -246,8 +275,7 @@ def _check_name(folder: str, name: str) -> None:
     if not set("\r\n") & set(name):
       return
     why = "has a line break"
-  raise errors.UserError(f"{folder}: the file name {name!r} {why}: rename the "
-                         "file")
+  raise errors.UserError(f"{folder}: the name {name!r} {why}: rename it")
 
 
 def _skip(name: str, path: str, skipped: Skipped) -> None:
@@ -260,7 +288,8 @@ def _skip(name: str, path: str, skipped: Skipped) -> None:
 def _warn(folder: str, skipped: Skipped) -> None:
   """One warning that counts what was left out."""
   kinds = ((skipped.hidden, "hidden"), (skipped.others, "no pictures"),
-           (skipped.empty, "folders without pictures"))
+           (skipped.empty, "folders without pictures"),
+           (skipped.beside, "folders of pictures beside the splits"))
   told = [f"{len(paths)} {kind} ({', '.join(sorted(paths)[:_SHOWN])}"
           f"{', ...' if len(paths) > _SHOWN else ''})"
           for paths, kind in kinds if paths]
