@@ -325,6 +325,17 @@ def test_scale_is_tried_with_the_methods_that_have_one():
   assert jobs.settings(c) == [dict(lr=0.1), dict(lr=0.2)]
 
 
+def test_a_closed_form_tries_its_own_key_alone():
+  c = config_lib.default()
+  c.method, c.protocol, c.grid.lr = "fewshot_lsr", "select", (0.1, 0.2)
+  with pytest.raises(UserError, match="give it config.grid.l2"):
+    jobs.check_config(c)
+  c.grid.l2 = (4.0, 1.0)
+  jobs.check_config(c)
+  assert jobs.settings(c) == [dict(l2=1.0), dict(l2=4.0)]
+  assert jobs.further_settings(c, [c], dict(lr=0.2, l2=1.0)) == []
+
+
 def further(tried, best, steps=2, key="lr", **grid):
   c = config_lib.default()
   c.grid[key], c.grid_steps = (1e-2, 1e-3), steps

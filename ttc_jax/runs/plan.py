@@ -214,6 +214,12 @@ def check_config(config) -> None:
         if c.normalisation:
           normalisation.mean_and_std(c.normalisation)
         check_known("method", c.method, methods.names())
+        if (c.protocol == "select" and not c.settings_of
+            and any(c.grid.values()) and settings(c) == [{}]):
+          keys = ", ".join(f"config.grid.{key}" for key in config.grid
+                           if key in methods.options_of(c.method))
+          raise UserError(f"method {c.method} reads no key of config.grid that "
+                          f"is set: give it {keys}")
     except UserError as error:
       raise UserError(f"of task '{task}': {error}" if task else str(error)
                       ) from error
