@@ -85,7 +85,9 @@ def test_there_and_back(sizes, tmp_path, to, format_, dtype):
   written, untold = cli.convert(first, there, to, dtype)
   assert written == cli.describe(there)["format"] == format_
   read = weights.read(there).fields
-  assert untold == {k: v for k, v in FIELDS.items() if read[k] != v}
+  # The file says nothing of pixels; of Big Vision's readers take "half".
+  assert untold == {k: v for k, v in FIELDS.items() if read[k] != v} | (
+      {"normalisation": "unknown"} if to == "bigvision" else {})
   cli.convert(there, back)
   _, differences = cli.compare(first, back)
   assert max(differences.values()) <= (0 if dtype == "float32" else 0.02)
@@ -483,3 +485,19 @@ def test_a_normalisation_is_kept_by_our_own_format(tmp_path):
     weights.write(str(tmp_path / "no.safetensors"),
                   trees.unflatten(flat_params()), FIELDS, normalisation="a")
   assert not (tmp_path / "no.safetensors").exists()
+
+
+@pytest.mark.parametrize("to, told", [
+    ("bigvision", {}), ("timm", {"normalisation": "half"})])
+def test_readers_have_to_be_told_a_normalisation_that_they_do_not_take(
+    tmp_path, to, told):
+  module = backbones.make("vit_ti16", 32, gelu="tanh")
+  for name in ("half", "imagenet"):
+    path = str(tmp_path / f"{name}.safetensors")
+    weights.write(path, random_params(module), module.fields,
+                  normalisation=name)
+    _, untold = cli.convert(path, f"{path}.{to}", to)
+    untold = {k: v for k, v in untold.items() if k == "normalisation"}
+    assert untold == (told if name == "half" else {"normalisation": name})
+  notes, _ = cli.compare(path, str(tmp_path / "half.safetensors"))
+  assert "normalisation: imagenet, half" in notes

@@ -100,17 +100,35 @@ def temporary(path: str) -> str:
 
 
 def save(path: str, bundle: Bundle) -> None:
-  """Writes a bundle to the folder `path`, replacing one that is there."""
+  """Writes a bundle to the folder `path`, replacing one that is there.
+
+  Raises:
+    UserError: something else is there; it is left as it was.
+  """
   path = files.utf8(path)
+  if os.path.lexists(path) and not _is_folder_of_one(path):
+    raise UserError(f"'{path}' is there and is no bundle: give a new path")
   written = temporary(path)
+  old = f"{written}.old"
   with explain_disk_errors(path):
-    shutil.rmtree(written, ignore_errors=True)
+    for left in (written, old):
+      shutil.rmtree(left, ignore_errors=True)
     try:
       _write_folder(written, bundle)
-      shutil.rmtree(path, ignore_errors=True)
+      if os.path.exists(path):
+        os.replace(path, old)
       os.replace(written, path)
     finally:
-      shutil.rmtree(written, ignore_errors=True)
+      for left in (written, old):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_folder_of_one(path):
+  """Tells whether a folder is empty or one that `save` wrote."""
+  if not os.path.isdir(path) or os.path.islink(path):
+    return False
+  names = os.listdir(path)
+  return not names or "_CHECKPOINT_METADATA" in names
 
 
 def _write_folder(path, bundle):
@@ -183,6 +201,15 @@ def without_secrets(meta: dict[str, Any]) -> dict[str, Any]:
   return meta | {"weights_source": clean} | (named if "weights" in meta else {})
 
 
+def published(meta: dict[str, Any]) -> dict[str, Any]:
+  """Returns metadata for others: also without folders of this machine."""
+  meta = without_secrets(dict(meta))
+  source = meta.get("weights_source")
+  if isinstance(source, str) and "://" not in source:
+    meta["weights_source"] = os.path.basename(source)
+  return meta
+
+
 def public(source: str) -> str:
   """Returns a source without passwords, `sources.public`, also of chains."""
   return sources.public("::".join(map(sources.public, source.split("::"))))
@@ -195,6 +222,7 @@ def load(path: str) -> Bundle:
   Raises:
     UserError: no bundle there, not a whole one, or its digest differs.
   """
+  path = os.fspath(path)
   if path.startswith("gs://") and path.endswith("/bundle"):
     path += ".safetensors"  # as a work directory has it in a bucket
   if path.startswith(("hf://", "gs://")):

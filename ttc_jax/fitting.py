@@ -28,6 +28,12 @@ from ttc_jax.runs import inputs, plan, row
 from ttc_jax.runs.progress import Progress
 from ttc_jax.tasks import images as images_lib
 
+# What is of several runs, or of tasks by their names; `fit` makes one run.
+_NOT_OF_FIT = (
+    "data", "experiment", "few_shot", "grid", "grid_steps", "hosts",
+    "keep_stages", "lease_seconds", "limit", "masked_tests", "measures",
+    "per_task", "plots", "protocol", "seeds", "settings_of", "tasks",
+    "variants")
 _HELD_OUT = 5  # one image in five, for methods that need validation images
 
 
@@ -51,7 +57,7 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
     figure.set_layout_engine("constrained")
     for ax, (site, blocks) in zip(axes[:, 0], self.items(), strict=False):
       image = ax.imshow(
-          np.stack([self._line(site, i, x) for i, x in blocks.items()]),
+          _stacked([self._line(site, i, x) for i, x in blocks.items()]),
           aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
           interpolation="nearest")
       ax.set_yticks(range(len(blocks)), [str(i) for i in blocks])
@@ -72,6 +78,14 @@ class PerBlock(dict[str, dict[int, np.ndarray]]):
       line[x] = 1
       return line
     return x / max(float(np.abs(x).max()), 1e-30)
+
+
+def _stacked(lines):
+  """Lines (D,) of blocks that differ in width, as of a Swin, one below the
+  other; NaN, which is not drawn, fills the shorter ones."""
+  widest = max(map(len, lines))
+  return np.stack([np.pad(x, (0, widest - len(x)), constant_values=np.nan)
+                   for x in lines])
 
 
 def _is_selection(x):
@@ -141,10 +155,15 @@ class Fitted:
     """Returns the top-1 accuracy in percent.
 
     Args:
-      labels: names of classes, or their numbers.
+      labels: names of classes, or their numbers; one for each image.
+
+    Raises:
+      UserError: other labels, or another number of them; no image.
     """
-    known = _numbers(labels, self.classes)
-    return 100 * float((self.predict(images).argmax(-1) == known).mean())
+    known = _numbers(list(labels), self.classes)
+    found = self.predict(images).argmax(-1)
+    _check_counts(found, known)
+    return 100 * float((found == known).mean())
 
   def features(self, images: Any) -> np.ndarray:
     """Returns features (N, D) of the tuned backbone, before the head."""
@@ -206,11 +225,11 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     image_size: pixels a side, to which images are resized.
     val: (images, labels) for the learning curve; never trained on.
     classes: all names, in the order of the numbers; by default those that
-      occur, sorted.
+      occur, sorted. A folder names its own.
     seed: of the head, the order of images and random choices.
     progress: shows a bar on stderr.
-    **settings: any key of the configuration: epochs, lr, batch_size, k, ...
-      Of sections a dict: lora=dict(rank=4).
+    **settings: any key of the configuration that is of one run: epochs, lr,
+      batch_size, k, ... Of sections a dict: lora=dict(rank=4).
 
   Calls of one process share what they begin with: after method="layernorm",
   method="ttc" with the same images, settings and seed starts at its stage 2.
@@ -239,6 +258,9 @@ def _fit(config, images, labels, val, classes, seed, progress):
   config = inputs.resolved(config, base)
   task = _task(images, labels, config)
   if task:
+    if classes is not None:
+      raise UserError("fit: the classes are those of the data; leave classes= "
+                      "out, or give images and labels")
     names = task.classes
     train_split = _at(task, config, _size(config)).split("trainval")
   else:
@@ -265,10 +287,15 @@ def _fit(config, images, labels, val, classes, seed, progress):
 def _config(method, backbone, weights, image_size, seed, settings):
   """The checked configuration."""
   config = config_lib.default()
-  values = dict(method=method, backbone=backbone, weights=weights,
+  for key in _NOT_OF_FIT:
+    if key in settings:
+      raise UserError(f"fit makes one run and reads no {key}: leave it out, or "
+                      "run python -m ttc_jax.main --config=...")
+  values = dict(method=method, backbone=backbone, weights=os.fspath(weights),
                 image_size=image_size, seeds=(seed,), **settings)
   try:
-    config.update(values)
+    config.update({key: x.item() if isinstance(x, np.generic) else x
+                   for key, x in values.items()})
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(f"fit: {' '.join(str(error).split())}") from error
   config_lib.check(config)
@@ -302,16 +329,23 @@ def _split(images, labels, classes, config, size=0):
   if labels is None:
     raise UserError("fit needs labels: one class for each image")
   labels = list(labels)
-  names = tuple(map(str, classes)) if classes else _names(labels)
+  names = _names(labels) if classes is None else tuple(map(str, classes))
+  if len(set(names)) < len(names):
+    raise UserError(f"fit: classes= names {max(names, key=names.count)!r} more "
+                    "than once")
   numbers = _numbers(labels, names)
   pixels = images_lib.prepare_all(
       images, size or config.image_size, config.resample)
-  if len(pixels) != len(numbers):
-    raise UserError(f"{len(pixels)} images and {len(numbers)} labels; give one "
-                    "label for each image")
-  if not len(pixels):
-    raise UserError("fit needs at least one image")
+  _check_counts(pixels, numbers)
   return names, tasks.Split(pixels, numbers)
+
+
+def _check_counts(images, labels):
+  if len(images) != len(labels):
+    raise UserError(f"{len(images)} images and {len(labels)} labels; give one "
+                    "label for each image")
+  if not len(images):
+    raise UserError("give at least one image")
 
 
 def _batch_size(config, split):
@@ -332,18 +366,26 @@ def _names(labels):
   """The names of the classes that labels show."""
   if all(isinstance(x, str) for x in labels):
     return tuple(sorted(set(labels)))
+  return tuple(map(str, range(max(map(_number, labels), default=-1) + 1)))
+
+
+def _number(label):
+  """A whole number as int."""
   try:
-    most = max(map(int, labels))
-  except (TypeError, ValueError) as error:
-    raise UserError(f"labels are {labels[:3]} ...; give names, or numbers from "
-                    "0 on") from error
-  return tuple(map(str, range(most + 1)))
+    number = int(label)
+    if number == label:
+      return number
+  except (TypeError, ValueError, OverflowError):
+    pass
+  raise UserError(f"a label is {label!r}; give names of classes, or whole "
+                  "numbers from 0 on")
 
 
 def _numbers(labels, names):
   """int32 (N,) of labels that are names or numbers."""
   places = {name: i for i, name in enumerate(names)}
-  found = [places.get(x, -1) if isinstance(x, str) else int(x) for x in labels]
+  found = [places.get(x, -1) if isinstance(x, str) else _number(x)
+           for x in labels]
   for label, number in zip(labels, found, strict=True):
     if not 0 <= number < len(names):
       raise UserError(f"label {label!r} is none of the {len(names)} classes: "

@@ -35,7 +35,7 @@ def push(bundle: str, address: str, private: bool = False) -> str:
   if not match:
     raise UserError(f"'{address}' is no hf://owner/name")
   saved = bundles.load(bundle)
-  saved = saved._replace(meta=bundles.without_secrets(saved.meta))
+  saved = saved._replace(meta=bundles.published(saved.meta))
   try:
     import huggingface_hub as hub
   except ImportError as e:

@@ -154,9 +154,7 @@ def write(model: LoadedModel, target: Target, out: str) -> str:
 def note(model: LoadedModel, target: Target) -> dict[str, Any]:
   """Returns what a program needs beside the file, as JSON: classes,
   preprocessing, and the bundle's metadata."""
-  meta = bundles.without_secrets(dict(model.meta))
-  if "://" not in meta["weights_source"]:  # no folders of the user's machine
-    meta["weights_source"] = os.path.basename(meta["weights_source"])
+  meta = bundles.published(model.meta)
   return {"target": target.name, "merged": not model.cannot_merge,
           "classes": meta["classes"], "preprocessing": preprocessing(meta),
           "bundle": meta}

@@ -16,9 +16,11 @@ def main(argv: list[str]) -> None:
     raise UserError("give --bundle=DIR, the folder 'bundle' of a finished run, "
                     f"and --to={'|'.join(targets)}")
   target = targets[check_known("target", _TO.value, targets)]
-  bundle = os.path.abspath(files.expand(_BUNDLE.value))
-  out = files.new(_OUT.value or os.path.join(
-      os.path.dirname(bundle), f"export-{target.name}"))
+  bundle, beside = _BUNDLE.value, ""
+  if "://" not in bundle:
+    bundle = os.path.abspath(files.expand(bundle))
+    beside = os.path.dirname(bundle)
+  out = files.new(_OUT.value or os.path.join(beside, f"export-{target.name}"))
   export.check_libraries(target)  # before the weights are read
   model = export.load(bundle, _WEIGHTS.value)
   export.write(model, target, out)
@@ -29,11 +31,13 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   _BUNDLE = flags.DEFINE_string(
-      "bundle", None, "folder of a finished run, or a packed bundle")
+      "bundle", None, "folder of a finished run, a packed bundle, "
+      "hf://owner/name or gs://BUCKET/FILE")
   _TO = flags.DEFINE_string("to", None, "format: " + ", ".join(
       export.targets()))
   _OUT = flags.DEFINE_string(
-      "out", None, "new folder; by default export-FORMAT beside the bundle")
+      "out", None, "new folder; by default export-FORMAT beside the bundle, of "
+      "one that is fetched in the current folder")
   _WEIGHTS = flags.DEFINE_string(
       "weights", None, "the base weights, if they moved since")
   cli.run(main)

@@ -70,8 +70,10 @@ class Tuned(NamedTuple):
   def features(self, images: Any) -> np.ndarray:
     """Returns features (N, D) of the tuned backbone, before the head; images
     as of `logits`."""
-    return evaluate.features(self.model, self.params, self.buffers,
-                             self._prepared(images))
+    pixels = self._prepared(images)
+    if not len(pixels):
+      return np.zeros((0, self.model.backbone.width), np.float32)
+    return evaluate.features(self.model, self.params, self.buffers, pixels)
 
   def _prepared(self, images):
     return images_lib.prepare_all(

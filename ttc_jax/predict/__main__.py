@@ -19,9 +19,8 @@ import numpy as np
 from ttc_jax import cli, files, predict
 from ttc_jax.errors import UserError, printable
 from ttc_jax.tasks import images as images_lib
+from ttc_jax.tasks.pictures import SUFFIXES
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png",
-            ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 _BATCH = 256  # images that are decoded and held at a time
 _SHOWN = 20   # damaged images that are listed
 

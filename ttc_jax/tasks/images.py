@@ -284,6 +284,14 @@ def resampling(resample: str) -> tuple[Image.Resampling, int]:
   return RESAMPLES[name], int(short or 0)
 
 
+def check_crop(size: int, resample: str) -> None:
+  """errors.UserError where a crop would be larger than the image."""
+  _, short = resampling(resample)
+  if 0 < short < size:
+    raise errors.UserError(f"resample {resample!r}: the short side is below "
+                           f"the image size, {size}; give {size} or more")
+
+
 def resize(image: Image.Image, size: int, resample: str) -> np.ndarray:
   """Returns an RGB image as uint8 (size, size, 3); see `resampling`."""
   how, short = resampling(resample)
@@ -303,21 +311,34 @@ def prepare(image: Any, size: int, resample: str) -> np.ndarray:
   """Returns an image of any kind as uint8 (size, size, 3); see `resize`.
 
   Args:
-    image: a path, a PIL image, or a uint8 array (H, W, 3). An array that has
-      the size already is returned as it is.
+    image: a path, a PIL image, or a uint8 array (H, W, 3), of numpy, JAX or
+      PyTorch.
+
+  Raises:
+    errors.UserError: another type or shape.
+    errors.DataError: an image that cannot be read.
   """
+  if not isinstance(image, (Image.Image, np.ndarray)) and hasattr(
+      image, "__array__"):
+    image = np.asarray(image)
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
       raise errors.UserError(
           f"an image is {image.dtype} of shape {image.shape}; expected uint8 "
           "(H, W, 3)")
-    if image.shape[:2] == (size, size):
-      return image
     image = Image.fromarray(image)
   elif isinstance(image, Image.Image):
-    image = to_rgb(image)
+    try:
+      image = to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nearly every type
+      raise ImageError(f"a PIL image of mode {image.mode}", str(error)
+                       ) from error
+  elif isinstance(image, (str, os.PathLike)):
+    image = read(os.fspath(image))
   else:
-    image = read(image)
+    raise errors.UserError(
+        f"an image is of type {type(image).__name__}; give a path, a PIL image "
+        "or a uint8 array (H, W, 3)")
   return resize(image, size, resample)
 
 
@@ -325,17 +346,28 @@ def prepare_all(images: Any, size: int, resample: str) -> np.ndarray:
   """Returns images of any kind as uint8 (N, size, size, 3), on all cores.
 
   Args:
-    images: a sequence of what `prepare` takes, or an array (N, H, W, 3).
+    images: a sequence of what `prepare` takes, or an array (N, H, W, 3). One
+      array uint8 (N, size, size, 3) is taken for prepared images, and returned
+      as it is; all others are resized, and cropped where `resample` crops.
 
   Raises:
     errors.UserError: not a sequence, or an image of another type or shape.
     errors.DataError: an image file that cannot be read.
   """
-  if isinstance(images, (str, bytes, os.PathLike)):
-    raise errors.UserError(f"images are {str(images)!r}; give a list: "
-                           f"[{str(images)!r}]")
-  if not isinstance(images, np.ndarray):
+  if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+    raise errors.UserError(f"images are one, {str(images)!r}; give a list of "
+                           "images")
+  check_crop(size, resample)
+  if hasattr(images, "__array__"):
+    images = np.asarray(images)
+    if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+      return images
+  try:
     images = list(images)
+  except TypeError as error:
+    raise errors.UserError(f"images are of type {type(images).__name__}; give "
+                           "a list of images, or an array (N, H, W, 3)"
+                           ) from error
   found = list(in_order(lambda x: prepare(x, size, resample), images))
   return np.stack(found) if found else np.zeros((0, size, size, 3), np.uint8)
 
@@ -500,12 +532,9 @@ def make_decoder(size: int, resample: str, cache: str | None,
   The images are a memmap of the cache; or an array, where the source is cheap;
   or a Stream, where they would take more than `cache_gib`.
   """
-  _, short = resampling(resample)
   if isinstance(size, bool) or not isinstance(size, int) or size < 1:
     raise errors.UserError(f"image size must be a whole number >= 1: {size!r}")
-  if 0 < short < size:
-    raise errors.UserError(f"resample {resample!r}: the short side is below "
-                           f"the image size, {size}; give {size} or more")
+  check_crop(size, resample)
   if not cache_gib >= 0:
     raise errors.UserError(f"cache_gib must be >= 0 (GiB): {cache_gib!r}")
 

@@ -128,7 +128,8 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
     patch: as of `load`.
 
   Returns:
-    The format's name, and the fields that its readers have to be told.
+    The format's name, and what its readers have to be told: fields, and the
+    normalisation where they would take another one.
 
   Raises:
     UserError: `out` exists; the format cannot hold the backbone, or not in
@@ -141,16 +142,24 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   module, params = load(opened, patch, **({"gelu": gelu} if gelu else {}))
   os.makedirs(os.path.dirname(out), exist_ok=True)
   if to == "ttc_jax":
-    known = opened.normalisation
     writer.write(out, params, module.fields, dtype,
-                 normalisation.name(*known) if known else "")
+                 _normalisation(opened) if opened.normalisation else "")
     return to, {}
   format_, tensors = _first_that_holds(TARGETS[to], module, params)
   tensors = writer.cast(tensors, dtype, f"weights file '{out}'")
   _write(out, format_, tensors)
-  assumed = formats.recognise(tensors, {}, {}, out).fields
-  return format_.name, {k: v for k, v in module.fields.items()
-                        if assumed.get(k) != v}
+  assumed = formats.recognise(tensors, {}, {}, out)
+  untold = {k: v for k, v in module.fields.items()
+            if assumed.fields.get(k) != v}
+  if opened.normalisation != assumed.normalisation:
+    untold["normalisation"] = _normalisation(opened)
+  return format_.name, untold
+
+
+def _normalisation(opened):
+  """What a file says about pixels."""
+  known = opened.normalisation
+  return normalisation.name(*known) if known else "unknown"
 
 
 def _first_that_holds(candidates: tuple[Format, ...], module: nn.Module,
@@ -188,6 +197,9 @@ def compare(one: str, two: str) -> Difference:
             for o, other in (opened, opened[::-1])]
   fields = [{"backbone": identity.identify(o), **module.fields, **o.fields}
             for o, (module, _) in zip(opened, loaded, strict=True)]
+  if all(o.normalisation for o in opened):
+    fields = [f | {"normalisation": _normalisation(o)}
+              for f, o in zip(fields, opened, strict=True)]
   notes = [f"{k}: {fields[0].get(k)}, {fields[1].get(k)}"
            for k in dict.fromkeys((*fields[0], *fields[1]))
            if fields[0].get(k) != fields[1].get(k)]

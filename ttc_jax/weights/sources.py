@@ -20,6 +20,8 @@ import os
 import re
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from ttc_jax import files
 from ttc_jax.errors import UserError
 from ttc_jax.weights import released
@@ -128,6 +130,7 @@ def open_source(source: str, cache: str | None = None) -> Source:
     >>> source = weights.open_source("hf://google/vit-base-patch16-224-in21k")
     >>> module, params = weights.load("vit_b16", source, image_size=224)
   """
+  source = os.fspath(source)
   if source == RANDOM:
     return Source(source, None, RANDOM)
   source = released.resolve(source)
@@ -147,7 +150,7 @@ def locate(source: str, cache: str | None = None) -> str:
     UserError: no such file, a failed download (the next call resumes it), a
       hash that differs, or a library that is not installed.
   """
-  source = released.resolve(source)
+  source = released.resolve(os.fspath(source))
   check_scheme(source)
   address, _, wanted = source.partition("#sha256=")
   if "#sha256=" in source and not re.fullmatch("[0-9a-f]{64}", wanted):
@@ -290,28 +293,52 @@ def _download(url: str, wanted: str, cache: str) -> str:
     record = _read_json(path + ".json")
     if os.path.isfile(path) and record and record.get("sha256"):
       found = sha256(path)
-      if found == record["sha256"] and wanted in ("", found):
+      # What a hash names cannot change; else the server is asked.
+      if found == record["sha256"] and (wanted == found if wanted else
+                                        _is_current(url, record)):
         return path
     part = path + ".part"
-    _fetch(url, part)
+    version = _fetch(url, part)
     found = sha256(part)
     if wanted and found != wanted:
       os.remove(part)
       _check(url, found, wanted)
-    _write_json(path + ".json", {"url": public(url), "sha256": found})
+    _write_json(path + ".json", {
+        "url": public(url), "sha256": found, "version": version})
     os.replace(part, path)
   return path
 
 
-def _fetch(url: str, part: str) -> None:
-  """Completes the file `part`, from where an earlier call left it."""
+def _version(info: dict[str, Any]) -> dict[str, str]:
+  """What changes when a remote file does."""
+  return {key: str(info[key]) for key in (
+      "size", "ETag", "etag", "generation", "Last-Modified", "created")
+          if info.get(key) is not None}
+
+
+def _is_current(url: str, record: dict[str, Any]) -> bool:
+  """Tells whether a copy is the server's file, as far as it answers."""
+  if not isinstance(record.get("version"), dict):
+    return True  # of an earlier release
+  import fsspec
+  try:
+    fs, path = fsspec.core.url_to_fs(url)
+    version = _version(fs.info(path))
+  except Exception as error:  # of networks and file systems
+    logging.warning("%s cannot be asked whether it has changed (%s): the copy "
+                    "in the cache is used", public(url), type(error).__name__)
+    return True
+  return version == record["version"]
+
+
+def _fetch(url: str, part: str) -> dict[str, str]:
+  """Completes the file `part`, from where an earlier call left it; returns
+  its version."""
   import fsspec
   fs, path = fsspec.core.url_to_fs(url)
   info = fs.info(path)
   # Half a file is worth keeping only if the other half belongs to it.
-  version = {key: str(info[key]) for key in (
-      "size", "ETag", "etag", "generation", "Last-Modified", "created")
-             if info.get(key) is not None}
+  version = _version(info)
   if not version or _read_json(part + ".json") != version:
     open(part, "wb").close()
     _write_json(part + ".json", version)
@@ -330,6 +357,7 @@ def _fetch(url: str, part: str) -> None:
       os.remove(part)
     raise OSError(f"{arrived} of {size} bytes arrived")
   os.remove(part + ".json")
+  return version
 
 
 def _append(fs: Any, path: str, part: str, start: int) -> None:
@@ -362,8 +390,12 @@ def _from_hub(address: str, cache: str | None) -> str:
           cache_dir=cache)
     path = fetch(os.path.basename(file))
     for name in ("config.json", "preprocessor_config.json"):
-      with contextlib.suppress(hub.errors.EntryNotFoundError):
+      try:
         fetch(name)  # which GELU, pooling and normalisation
+      except hub.errors.LocalEntryNotFoundError:  # the Hub did not answer
+        raise
+      except hub.errors.EntryNotFoundError:
+        pass
     if path.endswith(INDEX):
       for name in sorted(set(_weight_map(path).values())):
         fetch(name)
