@@ -109,6 +109,24 @@ def test_changed_metadata_is_one_sentence(change, words, base, tmp_path):
     bundles.load(path)
 
 
+def test_saving_replaces_a_bundle_and_nothing_else(base, tmp_path):
+  bundle, path = made_bundles.make(base), tmp_path / "models"
+  bundles.save(str(path), bundle)
+  again = bundle._replace(meta=bundle.meta | {"task": "again"})
+  bundles.save(str(path), again)
+  assert bundles.load(path).meta["task"] == "again"
+  assert [n for n in os.listdir(tmp_path) if "models" in n] == ["models"]
+  shutil.rmtree(path)
+  path.mkdir()
+  bundles.save(str(path), bundle)  # an empty folder is free
+  shutil.rmtree(path)
+  path.mkdir()
+  (path / "thesis.txt").write_text("years")
+  with pytest.raises(UserError, match="is there and is no bundle"):
+    bundles.save(str(path), bundle)
+  assert (path / "thesis.txt").read_text() == "years"
+
+
 def test_a_work_directory_is_no_bundle(base, tmp_path):
   bundles.save(str(tmp_path / "w" / "runs" / "a" / "bundle"),
                made_bundles.make(base))

@@ -1,5 +1,6 @@
 """`ttc_jax.fit`: a tuned model from Python, the same as the command line's."""
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ from PIL import Image
 import pytest
 
 import ttc_jax
-from ttc_jax import backbones, importance, predict, train, weights
+from ttc_jax import backbones, fitting, importance, predict, train, weights
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model
+from ttc_jax.tasks import images as images_lib
 
 SMALL = dict(epochs=2, batch_size=16, lr=1e-2, image_size=32, progress=False)
 
@@ -161,8 +163,21 @@ def test_it_is_the_run_of_the_command_line(source, tmp_path):
 @pytest.mark.parametrize("change,message", [
     (dict(labels=None), "fit needs labels: one class"),
     (dict(labels=["a"] * 39), "40 images and 39 labels"),
-    (dict(labels=[0.5, None] * 20), "give names, or numbers"),
+    (dict(labels=[0.5, None] * 20), "label is 0.5; give names"),
+    (dict(labels=[None] * 40), "label is None; give names"),
+    (dict(labels=np.eye(40)), "give names of classes, or whole numbers"),
+    (dict(labels=[float("nan")] * 40), "give names of classes"),
+    (dict(classes=["green", "red", "green"]), "'green' more than once"),
+    (dict(classes=np.array(["red"])), "label 'green' is none of the 1"),
     (dict(images="cat.jpg"), "give a list"),
+    (dict(images=Image.new("RGB", (4, 4))), "give a list"),
+    (dict(images=3), "images are of type int"),
+    (dict(images=[3] * 40), "an image is of type int"),
+    (dict(images=[Image.new("F", (4, 4))] * 40), "float pixels"),
+    (dict(resample="bicubic/20"), "the short side is below"),
+    (dict(few_shot=5), "fit makes one run and reads no few_shot"),
+    (dict(protocol="select", grid=dict(lr=(0.1, 0.2))), "reads no"),
+    (dict(seeds=(0, 1)), "reads no seeds"),
     (dict(images="/none", labels=None), "cannot read the folder"),
     (dict(images=np.zeros((40, 4, 4, 3))), "expected uint8"),
     (dict(images=["/none/a.png"] * 40), "No such file"),
@@ -290,6 +305,49 @@ def test_importing_is_quick_and_shows_a_small_api():
   done = subprocess.run([sys.executable, "-c", code], capture_output=True,
                         text=True, check=True)
   assert done.stdout.strip() == ttc_jax.__version__
+
+
+def test_accuracy_wants_a_label_for_each_image(result):
+  images, labels = pictures(8)
+  for some in (labels[:1], labels[:5], []):
+    with pytest.raises(UserError, match=f"8 images and {len(some)} labels"):
+      result.accuracy(images, some)
+  with pytest.raises(UserError, match="at least one image"):
+    result.accuracy([], [])
+  assert result.features([]).shape == (0, 32)
+  assert result.logits([]).shape == (0, 2)
+
+
+def test_arrays_of_other_libraries_and_numbers_of_numpy_are_taken(
+    result, source):
+  import jax.numpy as jnp
+  images, labels = pictures(8)
+  want = result.logits(images)
+  for given in ([jnp.asarray(x) for x in images], jnp.stack(
+      [jnp.asarray(x) for x in images])):
+    np.testing.assert_array_equal(result.logits(given), want)
+  numbers = np.array([["green", "red"].index(x) for x in labels])
+  found = ttc_jax.fit(images, numbers, weights=pathlib.Path(source), **SMALL | {
+      "image_size": np.int64(32), "lr": np.float32(1e-2), "epochs": 1})
+  assert found.classes == ("0", "1")
+
+
+def test_pictures_are_cropped_and_prepared_images_are_not():
+  picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+  want = images_lib.prepare(Image.fromarray(picture), 32, "bicubic/40")
+  np.testing.assert_array_equal(
+      images_lib.prepare_all([picture], 32, "bicubic/40")[0], want)
+  assert not np.array_equal(want, picture)
+  prepared = np.stack([picture])
+  assert images_lib.prepare_all(prepared, 32, "bicubic/40") is prepared
+
+
+def test_blocks_of_other_widths_have_a_picture():
+  """As a Swin's."""
+  scores = fitting.PerBlock({"fc2": {0: np.ones(4), 1: np.ones(8)}},
+                            {"fc2": {0: 4, 1: 8}})
+  drawn = scores.plot().axes[0].images[0].get_array()
+  assert drawn.shape == (2, 8) and np.isnan(np.asarray(drawn)[0, 4:]).all()
 
 
 def test_a_head_that_is_solved_and_crops_of_larger_images(source):

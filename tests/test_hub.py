@@ -17,13 +17,18 @@ class Refused(OSError):
   pass
 
 
+class Away(Refused):
+  pass
+
+
 @pytest.fixture
 def client(monkeypatch, tmp_path):
   """A Hub of folders: huggingface_hub's calls that we make."""
   root = tmp_path / "hub"
   made = types.ModuleType("huggingface_hub")
   made.errors = types.SimpleNamespace(
-      HfHubHTTPError=Refused, EntryNotFoundError=Refused)
+      HfHubHTTPError=Refused, EntryNotFoundError=Refused,
+      LocalEntryNotFoundError=Away)
   made.private = {}
 
   class HfApi:
@@ -61,7 +66,9 @@ def test_pushed_and_loaded_it_is_the_same(client, saved):
   assert url == "https://huggingface.co/me/pets"
   assert client.private == {"me/pets": True}
   before, after = bundles.load(saved), bundles.load("hf://me/pets")
-  assert after.meta == before.meta
+  # The folder of the weights is of this machine.
+  assert after.meta == before.meta | {"weights_source": "w.safetensors"}
+  assert os.path.isabs(before.meta["weights_source"])
   for part in ("tuned", "buffers"):
     one, other = getattr(before, part), getattr(after, part)
     assert one.keys() == other.keys()

@@ -791,6 +791,26 @@ def test_https_is_cached_and_verified(server, tmp_path):
   assert len(server.asked) == asked
 
 
+def test_a_fresh_copy_follows_the_server_while_it_answers(
+    server, tmp_path, caplog, monkeypatch):
+  import fsspec
+  path = weights.locate(server.url, str(tmp_path), fresh=True)
+  before = len([r for r in server.asked if r])
+  assert weights.locate(server.url, str(tmp_path), fresh=True) == path
+  assert len([r for r in server.asked if r]) == before  # asked, not fetched
+  server.content, server.etag = CONTENT[::-1], '"2"'
+  assert holds(weights.locate(server.url, str(tmp_path)))
+  assert holds(weights.locate(server.url, str(tmp_path), fresh=True),
+               CONTENT[::-1])
+
+  def no_network(url):
+    raise OSError("no network")
+  monkeypatch.setattr(fsspec.core, "url_to_fs", no_network)
+  assert holds(weights.locate(server.url, str(tmp_path), fresh=True),
+               CONTENT[::-1])
+  assert "cannot be asked" in caplog.text
+
+
 def test_a_damaged_cache_is_fetched_again(server, tmp_path):
   path = weights.locate(server.url, str(tmp_path))
   with open(path, "r+b") as f:
@@ -962,9 +982,13 @@ class FakeHub(types.ModuleType):
   class errors:
     EntryNotFoundError = FileNotFoundError
 
+    class LocalEntryNotFoundError(FileNotFoundError):
+      pass
+
   def __init__(self, folder, files):
     super().__init__("huggingface_hub")
     self.files, self.calls = files, []
+    self.away, self.known_missing = False, []
 
     class HfApi:
       def list_repo_files(api, repo, revision=None):
@@ -973,11 +997,28 @@ class FakeHub(types.ModuleType):
     def hf_hub_download(repo, file, revision=None, cache_dir=None):
       self.calls.append((repo, file, revision))
       if file not in self.files:
+        if self.away:
+          raise self.errors.LocalEntryNotFoundError("no connection")
+        self.known_missing.append(file)
         raise FileNotFoundError("404 Client Error")
       path = folder / "copy"
       path.write_bytes(CONTENT)
       return str(path)
     self.HfApi, self.hf_hub_download = HfApi, hf_hub_download
+    self.try_to_load_from_cache = lambda repo, file, cache_dir, revision: (
+        object() if file in self.known_missing else None)
+
+
+def test_a_file_that_was_not_fetched_is_no_missing_one(tmp_path, monkeypatch):
+  """Where config.json is not known, neither are its GELU and epsilon."""
+  hub = FakeHub(tmp_path, ["x.npz"])
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  hub.away = True
+  check_source("hf://owner/name/x.npz", tmp_path, "no connection")
+  hub.away = False
+  assert holds(weights.locate("hf://owner/name/x.npz"))
+  hub.away = True  # it is known that there is none
+  assert holds(weights.locate("hf://owner/name/x.npz"))
 
 
 @pytest.mark.parametrize("files, chosen", [

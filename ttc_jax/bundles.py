@@ -226,7 +226,7 @@ def load(path: str) -> Bundle:
   if path.startswith("gs://") and path.endswith("/bundle"):
     path += ".safetensors"  # as a work directory has it in a bucket
   if path.startswith(("hf://", "gs://")):
-    path = sources.locate(path)
+    path = sources.locate(path, fresh=True)  # it may have been tuned again
   path = files.utf8(path)
   if not os.path.exists(path):
     raise UserError(f"bundle '{path}' does not exist; give the folder "

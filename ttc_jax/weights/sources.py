@@ -138,13 +138,16 @@ def open_source(source: str, cache: str | None = None) -> Source:
   return Source(source, path, sha256(path))
 
 
-def locate(source: str, cache: str | None = None) -> str:
+def locate(source: str, cache: str | None = None, fresh: bool = False) -> str:
   """Returns the path of the local file of a source, fetched if need be.
 
   Args:
     source: as in this module's docstring.
     cache: folder of the downloads, by default $XDG_CACHE_HOME (or ~/.cache)
       /ttc_jax/weights; for hf://, the Hub's own cache.
+    fresh: asks the server whether the copy in the cache is still its file, and
+      fetches it again where it is not; of weights, whose addresses stand for
+      one file, nobody is asked.
 
   Raises:
     UserError: no such file, a failed download (the next call resumes it), a
@@ -158,13 +161,13 @@ def locate(source: str, cache: str | None = None) -> str:
         f"weights '{public(source)}': the hash after '#sha256=' needs 64 "
         "lower-case hexadecimal digits")
   address, part = split_part(address)
-  return join_part(_locate(address, wanted, cache), part)
+  return join_part(_locate(address, wanted, cache, fresh), part)
 
 
-def _locate(address, wanted, cache):
+def _locate(address, wanted, cache, fresh):
   """The path of the local file of an address without hash and part."""
   if "://" in address and not address.startswith("hf://"):
-    return _download(address, wanted, cache or default_cache())
+    return _download(address, wanted, cache or default_cache(), fresh)
   path = (_from_hub(address, cache) if "://" in address
           else os.path.expanduser(address))
   path = next((inside for name in _MAIN if os.path.isfile(
@@ -283,7 +286,7 @@ def _remote(address: str) -> Iterator[None]:
         "address, or run again; a broken download resumes") from e
 
 
-def _download(url: str, wanted: str, cache: str) -> str:
+def _download(url: str, wanted: str, cache: str, fresh: bool) -> str:
   """Returns the path of a verified copy in the cache, fetched if need be."""
   stem = re.sub(r"[^\w.-]", "_", public(url).rsplit("/", 1)[-1])
   key = hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -293,9 +296,8 @@ def _download(url: str, wanted: str, cache: str) -> str:
     record = _read_json(path + ".json")
     if os.path.isfile(path) and record and record.get("sha256"):
       found = sha256(path)
-      # What a hash names cannot change; else the server is asked.
-      if found == record["sha256"] and (wanted == found if wanted else
-                                        _is_current(url, record)):
+      if found == record["sha256"] and wanted in ("", found) and (
+          not fresh or _is_current(url, record)):
         return path
     part = path + ".part"
     version = _fetch(url, part)
@@ -393,7 +395,10 @@ def _from_hub(address: str, cache: str | None) -> str:
       try:
         fetch(name)  # which GELU, pooling and normalisation
       except hub.errors.LocalEntryNotFoundError:  # the Hub did not answer
-        raise
+        # Fine if it has said before that there is none.
+        if hub.try_to_load_from_cache(repo, os.path.join(os.path.dirname(
+            file), name), cache_dir=cache, revision=revision) is None:
+          raise
       except hub.errors.EntryNotFoundError:
         pass
     if path.endswith(INDEX):
