@@ -127,6 +127,19 @@ def test_saving_replaces_a_bundle_and_nothing_else(base, tmp_path):
   assert (path / "thesis.txt").read_text() == "years"
 
 
+@pytest.mark.parametrize("mine, given, fits", [
+    ("a.npz:img", "b.npz:img", True), ("a.npz:img", "b.npz", True),
+    ("a.npz", "b.npz:img", True), ("a.npz:img", "b.npz:teacher", False)])
+def test_the_part_of_a_file_is_that_of_the_tuning(mine, given, fits):
+  meta = {"weights_sha256": "0" * 64, "weights_source": mine}
+  source = sources.Source(given, given, "0" * 64)
+  if fits:
+    assert predict.base.check("b", meta, source) == source
+  else:
+    with pytest.raises(UserError, match="on the part 'img' of its weights"):
+      predict.base.check("b", meta, source)
+
+
 def test_a_work_directory_is_no_bundle(base, tmp_path):
   bundles.save(str(tmp_path / "w" / "runs" / "a" / "bundle"),
                made_bundles.make(base))

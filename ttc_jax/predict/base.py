@@ -69,6 +69,13 @@ def check(bundle: str, meta: Meta, base: Source) -> Source:
         f"bundle '{bundle}' was tuned on weights with sha256 "
         f"{meta['weights_sha256']}, but '{bundles.public(base.source)}' has "
         f"{base.sha256}; give the right file (--weights=FILE)")
+  mine, given = (sources.split_part(x.partition("#sha256=")[0])[1]
+                 for x in (meta["weights_source"], base.source))
+  if mine and given and mine != given:  # a file of one model needs no part
+    raise UserError(
+        f"bundle '{bundle}' was tuned on the part {printable(mine)!r} of its "
+        f"weights, not on {given!r}: give --weights=FILE.npz:"
+        f"{printable(mine)}")
   return base
 
 
