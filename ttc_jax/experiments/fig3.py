@@ -87,7 +87,7 @@ def _picture(results):
       numbers += [[task, site, str(block), str(c)] for c in channels]
     ax.set_yticks(range(len(runs)), [plots.label(t) for t in runs], fontsize=6)
     ax.set_ylim(-0.7, len(runs) - 0.3)
-    ax.set_ylabel(f"{block}", rotation=0, labelpad=20)
+    ax.set_ylabel(f"block {block}", rotation=0, labelpad=30)
     ax.grid(visible=False)
   axes[-1, 0].set_xlabel("channel")
   return Picture(figure, Grid(results.title,

@@ -26,7 +26,9 @@ def draw(results: Results) -> list[Grid | Picture]:
       for variant, name in NAMES.items():
         found = results.measured("norms", variant, task)
         mean = np.mean([x[leaf] for x in found], 0)
-        axes[i, j].plot(mean, marker=".", label=name)
+        # The second line often covers the first one.
+        axes[i, j].plot(mean, "o-" if variant == "layernorm" else ".--",
+                        markersize=4, label=name)
         numbers += [[task, name, leaf, norm, f"{x:.4g}"] for norm, x in zip(
             found[0]["norms"], mean, strict=True)]
       axes[i, 0].set_ylabel(f"mean |change of {leaf}|")
