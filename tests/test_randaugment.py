@@ -5,6 +5,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 import pytest
 
+from ttc_jax import augment
 from ttc_jax import randaugment as ra
 
 
@@ -99,14 +100,15 @@ def test_shears_and_translations_are_timm_s(picture, op, matrix, sign):
 def test_uncovered_pixels_have_timm_s_mean_colour(normalised, fill):
   """timm: round(255 x mean) of the normalisation."""
   black = jnp.zeros((64, 8, 8, 3))
-  got = np.asarray(ra.rand_augment(black, jax.random.key(0), 9.0, normalised))
+  got = np.asarray(augment.change(
+      black, jax.random.key(0), augment.Recipe(randaugment=9.0), normalised))
   flat = {tuple(x) for x in got.reshape(-1, 3).tolist()}
   assert tuple(map(float, fill)) in flat
 
 
 def test_augmented_images_differ_in_range_and_are_seeded(picture):
   images = jnp.stack([picture] * 12)
-  fn = jax.jit(lambda key: ra.rand_augment(images, key, 9.0, "half"))
+  fn = jax.jit(lambda key: ra.rand_augment(images, key, 9.0, 128.0))
   one, again, other = fn(jax.random.key(0)), fn(jax.random.key(0)), fn(
       jax.random.key(1))
   np.testing.assert_array_equal(one, again)

@@ -103,8 +103,10 @@ def change(images: jax.Array, key: jax.Array, recipe: Recipe,
   """
   colour_key, erase_key = jax.random.split(key)
   if recipe.randaugment:
-    images = randaugment.rand_augment(images, colour_key, recipe.randaugment,
-                                      normalised)
+    mean, _ = normalisation.mean_and_std(normalised)
+    images = randaugment.rand_augment(
+        images, colour_key, recipe.randaugment,
+        jnp.round(255 * jnp.asarray(mean, jnp.float32)))
   elif recipe.jitter:
     images = color_jitter(images, colour_key, recipe.jitter)
   if recipe.erasing:

@@ -4,17 +4,14 @@ As timm's `rand-m9-mstd0.5-inc1`: two operations of fifteen, drawn for each
 image with replacement; each is done with probability 1/2, at a magnitude drawn
 around m of 10 with a standard deviation of 0.5. "inc1": a larger magnitude
 always changes more. Images are float32 (S, S, 3), values 0 to 255. Uncovered
-pixels take the mean colour of the normalisation, and shears keep the upper left
-corner, as timm's; affine maps are interpolated bilinearly (timm draws bilinear
-or bicubic).
+pixels take a given colour, and shears keep the upper left corner, as timm's;
+affine maps are interpolated bilinearly (timm draws bilinear or bicubic).
 """
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from ttc_jax import normalisation
 
 OPERATIONS = 2
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as Pillow's "L"
@@ -152,17 +149,14 @@ _OPS: tuple[Op, ...] = (
 
 
 def rand_augment(images: jax.Array, key: jax.Array, magnitude: float,
-                 normalised: str) -> jax.Array:
+                 fill: jax.Array) -> jax.Array:
   """Returns augmented images, float32 (B, S, S, 3) in 0 to 255.
 
   Args:
     images: any dtype, values 0 to 255.
     magnitude: m, 0 to 10; timm's and DeiT's is 9.
-    normalised: the model's normalisation, whose mean fills what is uncovered.
+    fill: (3,), of uncovered pixels; timm's is the mean of the normalisation.
   """
-  mean, _ = normalisation.mean_and_std(normalised)
-  fill = jnp.round(255 * jnp.asarray(mean, jnp.float32))
-
   def one(image, key):
     for k in jax.random.split(key, OPERATIONS):
       which, apply, level, sign = jax.random.split(k, 4)
