@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -58,6 +59,47 @@ def add(model, folder, name, weights, *args, merge=False, **kwargs):
   alone = predict.on_base(path, merge=False)
   return lambda images: scipy.special.softmax(
       alone.model.logits(alone.params, images, alone.buffers), axis=-1)
+
+
+def test_products_are_as_precise_as_in_training_on_every_device(
+    base, tmp_path, monkeypatch):
+  """A CPU knows one precision; so what the programs are told is looked at."""
+  path, told = base["vit_ti8"], []
+  known = Model.logits
+
+  def logits(self, *args, **kwargs):
+    told.append(jax.config.jax_default_matmul_precision)
+    return known(self, *args, **kwargs)
+  monkeypatch.setattr(Model, "logits", logits)
+  model = serve.load(path)
+  for name in ("highest", "default"):
+    bundle = str(tmp_path / name)
+    bundles.save(bundle, made_bundles.make(path, matmul_precision=name))
+    predict.load(bundle).logits(pictures(2))
+    model.add(name, bundle)
+  assert set(told) == {"highest", None} and told[-1] is None
+  del told[:]
+  model.logits(pictures(2), task=["highest", "default"])
+  assert sorted(map(str, told)) == ["None", "highest"]
+  with pytest.raises(UserError, match="no good 'matmul_precision'"):
+    bundles.pack(str(tmp_path / "b.safetensors"),
+                 made_bundles.make(path, matmul_precision="exact"))
+    bundles.load(str(tmp_path / "b.safetensors"))
+
+
+def test_one_array_of_the_size_is_prepared_and_pictures_are_cropped(
+    base, tmp_path):
+  path = str(tmp_path / "cropped")
+  bundles.save(path, made_bundles.make(base["vit_ti8"], resample=(
+      f"bicubic/{2 * SIZE}")))
+  model, alone = serve.load(base["vit_ti8"]), predict.load(path)
+  model.add("a", path)
+  images = pictures(3)
+  for given in (images, list(images)):
+    np.testing.assert_allclose(model.logits(given), alone.logits(given),
+                               rtol=1e-4, atol=1e-4)
+  assert not np.allclose(alone.logits(images), alone.logits(list(images)),
+                         atol=1e-3)
 
 
 # --- One file -----------------------------------------------------------------

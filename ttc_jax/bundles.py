@@ -83,10 +83,11 @@ _NEEDED: dict[str, tuple[Any, Any]] = {
 # Keys that may be missing; the model card shows them.
 _OPTIONAL: dict[str, Any] = {
     "group": str, "protocol": str, "stages": list, "versions": dict,
-    "frozen_dtype": str,
+    "frozen_dtype": str, "matmul_precision": str,
     "module_params": int, "norm_params": int, "head_params": int,
     "test_top1": (int, float), "val_top1": (int, float)}
-_HOLDS = {"frozen_dtype": lambda v: v in FROZEN_DTYPES}
+_HOLDS = {"frozen_dtype": lambda v: v in FROZEN_DTYPES,
+          "matmul_precision": lambda v: v in ("default", "high", "highest")}
 
 
 def temporary(path: str) -> str:

@@ -70,11 +70,13 @@ class Group(NamedTuple):
   Attributes:
     rows: {task: its row in `stacked`}.
     stacked: {name: the tasks' leaves, one a row}, on every device.
+    meta: of one of the bundles.
   """
   model: Model
   base: str
   rows: dict[str, int]
   stacked: Flat
+  meta: dict[str, Any]
 
 
 class ModelServer:
@@ -231,8 +233,9 @@ class ModelServer:
     """Returns logits of images, float32.
 
     Args:
-      images: uint8 (N, S, S, 3), or a sequence of uint8 arrays (H, W, 3), PIL
-        images and paths, which are resized as in the task's training.
+      images: uint8 (N, S, S, 3), S the task's size, taken as they are; or a
+        sequence of uint8 arrays (H, W, 3), PIL images and paths, which are
+        resized and cropped as in the task's training.
       task: one name for all images, or one for each; None: the task in use.
 
     Returns:
@@ -256,9 +259,8 @@ class ModelServer:
     for key, group in groups.items():
       at = [i for i, name in enumerate(names) if tasks[name].group == key]
       if at:
-        pixels = np.stack([images_lib.prepare(
-            images[i], meta["image_size"], meta["resample"])
-                           for i in at for meta in (tasks[names[i]].meta,)])
+        pixels = np.stack([_pixels(images, i, tasks[names[i]].meta)
+                           for i in at])
         rows = np.asarray([group.rows[names[i]] for i in at], np.int32)
         for i, logits in zip(
             at, self._logits(group, rows, pixels), strict=True):
@@ -322,7 +324,8 @@ class ModelServer:
     program = functools.partial(
         _program(group.model, one), self._bases[group.base][2], group.stacked)
     batch_size = min(self.batch_size, 1 << (len(rows) - 1).bit_length())
-    return evaluate.over(program, (rows, images), batch_size)
+    with predict.base.precision(group.meta):
+      return evaluate.over(program, (rows, images), batch_size)
 
 
 def load(base: str, batch_size: int = 64,
@@ -350,12 +353,20 @@ def load(base: str, batch_size: int = 64,
   return ModelServer(base, batch_size, frozen_dtype)
 
 
+def _pixels(images, i, meta):
+  """Image i as uint8 (S, S, 3)."""
+  if images_lib.are_prepared(images, meta["image_size"]):
+    return np.asarray(images[i])
+  return images_lib.prepare(images[i], meta["image_size"], meta["resample"])
+
+
 def _likeness(base, meta, tuned, buffers):
   """A string that is equal for tasks that can share a program."""
   shapes = [{n: np.shape(x) for n, x in flat.items()
              if not n.startswith("head/")} for flat in (tuned, buffers)]
   return json.dumps([base, meta["method"], meta["options"],
-                     meta["normalisation"], *shapes], sort_keys=True)
+                     meta["normalisation"], meta.get("matmul_precision"),
+                     *shapes], sort_keys=True)
 
 
 def _group(tasks):
@@ -363,11 +374,13 @@ def _group(tasks):
   members: dict[tuple, dict[str, Task]] = {}
   for name, task in tasks.items():
     members.setdefault(task.group, {})[name] = task
-  return {key: Group(next(iter(those.values())).model,
-                     next(iter(those.values())).base,
-                     {name: i for i, name in enumerate(those)},
-                     _stack(list(those.values())))
-          for key, those in members.items()}
+  groups = {}
+  for key, those in members.items():
+    first = next(iter(those.values()))
+    groups[key] = Group(
+        first.model, first.base, {name: i for i, name in enumerate(those)},
+        _stack(list(those.values())), first.meta)
+  return groups
 
 
 def _stack(tasks):

@@ -57,7 +57,8 @@ class Tuned(NamedTuple):
     pixels = self._prepared(images)
     if not len(pixels):
       return np.zeros((0, len(self.classes)), np.float32)
-    return evaluate.logits(self.model, self.params, self.buffers, pixels)
+    with base.precision(self.meta):
+      return evaluate.logits(self.model, self.params, self.buffers, pixels)
 
   def predict(self, images: Any) -> np.ndarray:
     """Returns probabilities (N, C), the softmax of `logits`."""
@@ -73,7 +74,8 @@ class Tuned(NamedTuple):
     pixels = self._prepared(images)
     if not len(pixels):
       return np.zeros((0, self.model.backbone.width), np.float32)
-    return evaluate.features(self.model, self.params, self.buffers, pixels)
+    with base.precision(self.meta):
+      return evaluate.features(self.model, self.params, self.buffers, pixels)
 
   def _prepared(self, images):
     return images_lib.prepare_all(

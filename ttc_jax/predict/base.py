@@ -3,9 +3,11 @@
 They come from the user's own words, or from a local file that the bundle names
 and whose hash it knows. Nothing that a bundle names is fetched.
 """
+import contextlib
 import os
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ttc_jax import backbones, bundles, quantisation, trees, weights
@@ -77,6 +79,13 @@ def check(bundle: str, meta: Meta, base: Source) -> Source:
         f"weights, not on {given!r}: give --weights=FILE.npz:"
         f"{printable(mine)}")
   return base
+
+
+def precision(meta: Meta) -> contextlib.AbstractContextManager[None]:
+  """Within the block, float32 products are as in the bundle's training."""
+  wanted = meta.get("matmul_precision", "default")
+  return (contextlib.nullcontext() if wanted == "default"
+          else jax.default_matmul_precision(wanted))
 
 
 def frozen_dtype(meta: Meta, wanted: str | None) -> str:

@@ -342,6 +342,12 @@ def prepare(image: Any, size: int, resample: str) -> np.ndarray:
   return resize(image, size, resample)
 
 
+def are_prepared(images: Any, size: int) -> bool:
+  """Tells whether images are one array uint8 (N, size, size, 3)."""
+  return (getattr(images, "dtype", None) == np.uint8
+          and tuple(getattr(images, "shape", ()))[1:] == (size, size, 3))
+
+
 def prepare_all(images: Any, size: int, resample: str) -> np.ndarray:
   """Returns images of any kind as uint8 (N, size, size, 3), on all cores.
 
@@ -360,8 +366,8 @@ def prepare_all(images: Any, size: int, resample: str) -> np.ndarray:
   check_crop(size, resample)
   if hasattr(images, "__array__"):
     images = np.asarray(images)
-    if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
-      return images
+  if are_prepared(images, size):
+    return images
   try:
     images = list(images)
   except TypeError as error:
