@@ -370,3 +370,16 @@ def test_table_1_s_cost_by_hand():
   page = (ROOT / "docs" / "scale.md").read_text()
   row, = re.findall(r"\n\| ttc +\|.*", page)
   assert float(row.split("|")[4]) == pytest.approx(want / 1e18, abs=0.005)
+
+
+@pytest.mark.parametrize("platform, kind, instructions, want", [
+    ("cpu", "cpu", ["AVX2", "AVX-512"], "2 x cpu (EPYC, AVX-512)"),
+    ("cpu", "cpu", [], "2 x cpu (EPYC)"),
+    ("gpu", "NVIDIA H100", ["AVX2"], "2 x NVIDIA H100")])
+def test_a_row_tells_on_what_it_was_computed(
+    monkeypatch, platform, kind, instructions, want):
+  from ttc_jax.runs import row
+  monkeypatch.setattr(hardware, "machine", lambda devices: dict(
+      devices=2, kind=kind, platform=platform, processor="EPYC",
+      instructions=instructions))
+  assert row._device() == want

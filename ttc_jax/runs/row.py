@@ -23,6 +23,7 @@ from ttc_jax import (
   train,
   trees,
 )
+from ttc_jax.bench import hardware
 from ttc_jax.model import trim_head
 from ttc_jax.runs.inputs import Base
 from ttc_jax.runs.plan import Run
@@ -102,9 +103,18 @@ def _facts(run, base, task, job):
       **{key: c[key] for key in _OF_CONFIG},
       "stages": [s.name for s in run.method.stages],
       "train_count": len(job.train.labels),
-      "device": f"{len(parallel.devices())} x "
-                f"{parallel.devices()[0].device_kind}",
+      "device": _device(),
       "versions": versions(), "run": run.name}
+
+
+def _device():
+  """How many of which kind. Two kinds of CPU round differently, so its name and
+  the widest of its instructions are told."""
+  found = hardware.machine(parallel.devices())
+  kind = found["kind"]
+  if found["platform"] == "cpu":
+    kind += f" ({', '.join([found['processor'], *found['instructions'][-1:]])})"
+  return f"{found['devices']} x {kind}"
 
 
 def _accuracy(run, job, task, outcome):
