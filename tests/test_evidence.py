@@ -170,6 +170,14 @@ def test_markdown_has_the_same_findings(workdir):
     assert written.count("learning rates tried") == 1
 
 
+def test_lines_stand_in_the_order_of_the_experiment(workdir):
+  """Whatever was run first."""
+  work = WorkDir(workdir)
+  work.write_row(row("ttc_map", "t<i>", 0, 9.0, finished="2020"))
+  table, = page.gather(workdir).shown["table3"][1]
+  assert [line[0] for line in table.lines] == ["linear", "layernorm", "ttc_map"]
+
+
 def test_a_directory_without_experiments_is_refused(tmp_path):
   with pytest.raises(UserError, match="no work directory"):
     page.gather(str(tmp_path / "none"))

@@ -78,9 +78,10 @@ def _drawn(name, planned, rows, place):
     return experiments.read(name, place)
   # A name stands for the same values in every experiment, so what another one
   # has run is shown too.
-  variants = {*experiments.variants(name, 1), *(
-      v for of_task in planned.values() for v in of_task)}
-  mine = [r for r in rows if r["variant"] in variants]
+  variants = [*dict.fromkeys([*experiments.variants(name, 1), *(
+      v for of_task in planned.values() for v in of_task)])]
+  mine = sorted((r for r in rows if r["variant"] in variants),
+                key=lambda r: variants.index(r["variant"]))
   if not any(r["protocol"] == "final" for r in mine):
     return []
   # Also those of an earlier plan.
