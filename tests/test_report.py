@@ -505,3 +505,12 @@ def test_rows_of_another_setting_are_not_compared(change, caplog):
   left = rows_lib.of_one_setting([others, *old, new])
   assert (others in left) == ("data_digest" not in change)
   assert rows_lib.of_one_setting(old) == old
+
+
+def test_rows_of_earlier_releases_are_compared_with_those_that_state_more():
+  old = row("a", "ttc", 0, 50.0, run="old")
+  new = row("a", "ttc", 1, 50.0, run="new", frozen_dtype="float32",
+            stage2_lr=1.0, few_shot=0, limit=0)
+  assert rows_lib.of_one_setting([old, new]) == [old, new]
+  other = new | {"run": "other", "frozen_dtype": "int8"}
+  assert rows_lib.of_one_setting([old, other]) == [other]

@@ -20,7 +20,8 @@ _OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
                  "image_size", "normalisation", "dtype", "frozen_dtype",
                  "matmul_precision", "epochs", "optimiser", "batch_size",
                  "limit", "few_shot")
-_BEFORE = {"frozen_dtype": "float32"}  # facts that older rows do not state
+# Facts that older rows do not state; of all others 0 is the same as none.
+_BEFORE = {"frozen_dtype": "float32", "stage2_lr": 1.0}
 _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
            "weight_decay", "val_top1", "test_top1", "module_params",
            "norm_params", "head_params", "backbone", "image_size", "weights",
@@ -103,9 +104,7 @@ def _apart(placed):
                      set()).add(workdir)
     for what, keys in ((None, _OF_A_VARIANT), (task, ("data_digest",))):
       facts.setdefault((variant, what), {}).setdefault(workdir, set()).add(
-          # Older rows have no limit, which is a limit of 0.
-          json.dumps([row.get(key) or _BEFORE.get(key) for key in keys],
-                     sort_keys=True))
+          json.dumps([_fact(row, key) for key in keys], sort_keys=True))
   return ({key[0] for key, where in homes.items() if len(where) > 1} |
           {key[0] for key, by_workdir in facts.items()
            if len(set(map(frozenset, by_workdir.values()))) > 1})
@@ -172,13 +171,18 @@ def of_one_setting(rows: Sequence[Row]) -> list[Row]:
     kept = []
     for row in rows:
       other = newest[tuple(row[k] for k in kind)]
-      if apart := [k for k in keys if row.get(k) != other.get(k)]:
+      if apart := [k for k in keys if _fact(row, k) != _fact(other, k)]:
         logging.warning("%s is left out: %s has another %s", row["run"],
                         other["run"], apart[0])
       else:
         kept.append(row)
     rows = kept
   return [*rows]
+
+
+def _fact(row, key):
+  """A fact of a row, also of one that was written before rows stated it."""
+  return row.get(key) or _BEFORE.get(key)
 
 
 def _key(row):
