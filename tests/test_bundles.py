@@ -109,13 +109,23 @@ def test_changed_metadata_is_one_sentence(change, words, base, tmp_path):
     bundles.load(path)
 
 
-def test_saving_replaces_a_bundle_and_nothing_else(base, tmp_path):
+def test_saving_replaces_a_bundle_and_nothing_else(base, tmp_path, monkeypatch):
   bundle, path = made_bundles.make(base), tmp_path / "models"
   bundles.save(str(path), bundle)
   again = bundle._replace(meta=bundle.meta | {"task": "again"})
   bundles.save(str(path), again)
   assert bundles.load(path).meta["task"] == "again"
   assert [n for n in os.listdir(tmp_path) if "models" in n] == ["models"]
+  known = os.replace
+
+  def full(source, target):
+    if source == bundles.temporary(str(path)):
+      raise OSError(28, "No space left on device")
+    known(source, target)
+  with monkeypatch.context() as patch, pytest.raises(UserError):
+    patch.setattr(os, "replace", full)
+    bundles.save(str(path), bundle)
+  assert bundles.load(path).meta["task"] == "again"
   shutil.rmtree(path)
   path.mkdir()
   bundles.save(str(path), bundle)  # an empty folder is free

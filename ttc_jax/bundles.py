@@ -112,16 +112,19 @@ def save(path: str, bundle: Bundle) -> None:
   written = temporary(path)
   old = f"{written}.old"
   with explain_disk_errors(path):
-    for left in (written, old):
-      shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(written, ignore_errors=True)
     try:
       _write_folder(written, bundle)
       if os.path.exists(path):
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
       os.replace(written, path)
     finally:
-      for left in (written, old):
-        shutil.rmtree(left, ignore_errors=True)
+      shutil.rmtree(written, ignore_errors=True)
+      if os.path.exists(path):
+        shutil.rmtree(old, ignore_errors=True)
+      elif os.path.exists(old):  # the new one could not take its place
+        os.replace(old, path)
 
 
 def _is_folder_of_one(path):
