@@ -123,6 +123,13 @@ def _mending(folder, show):
   return on_warning
 
 
+def precision(how: str) -> contextlib.AbstractContextManager[None]:
+  """Within the block, float32 products are as said: "high" or "highest"; "" or
+  "default": as JAX's own setting."""
+  return (contextlib.nullcontext() if how in ("", "default")
+          else jax.default_matmul_precision(how))
+
+
 def _host() -> str:
   """Returns a name for this kind of CPU.
 

@@ -248,7 +248,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
   """
   config = _config(method, backbone, weights, image_size, seed, settings)
   compilation.keep(config.compilation_cache)
-  with inputs.precision(config):
+  with compilation.precision(config.matmul_precision):
     return _fit(config, images, labels, val, classes, seed, progress)
 
 

@@ -7,10 +7,16 @@ import contextlib
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from ttc_jax import backbones, bundles, quantisation, trees, weights
+from ttc_jax import (
+  backbones,
+  bundles,
+  compilation,
+  quantisation,
+  trees,
+  weights,
+)
 from ttc_jax.config import FROZEN_DTYPES
 from ttc_jax.errors import UserError, check_known, printable
 from ttc_jax.weights import Source, sources
@@ -83,9 +89,7 @@ def check(bundle: str, meta: Meta, base: Source) -> Source:
 
 def precision(meta: Meta) -> contextlib.AbstractContextManager[None]:
   """Within the block, float32 products are as in the bundle's training."""
-  wanted = meta.get("matmul_precision", "default")
-  return (contextlib.nullcontext() if wanted == "default"
-          else jax.default_matmul_precision(wanted))
+  return compilation.precision(meta.get("matmul_precision", ""))
 
 
 def frozen_dtype(meta: Meta, wanted: str | None) -> str:

@@ -1,10 +1,8 @@
 """What runs start from: the backbone with its weights, and the tasks."""
-import contextlib
 import itertools
 from typing import Any, NamedTuple
 
 from absl import logging
-import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -83,13 +81,6 @@ class Inputs:
           self.tasks[name], size, resample=config.resample,
           cache=config.cache or None, cache_gib=config.cache_gib)
     return self._sized[name, *how]
-
-
-def precision(config) -> contextlib.AbstractContextManager[None]:
-  """Within the block, float32 products are as `config.matmul_precision` says;
-  empty: as JAX's own setting."""
-  return (jax.default_matmul_precision(config.matmul_precision)
-          if config.matmul_precision else contextlib.nullcontext())
 
 
 def load_base(config) -> Base:

@@ -97,7 +97,7 @@ class Session:
 
   def run_all(self) -> None:
     """Returns when all runs are done or have failed, in whatever process."""
-    with inputs.precision(self.config):
+    with compilation.precision(self.config.matmul_precision):
       self._run_all()
 
   def _run_all(self) -> None:
