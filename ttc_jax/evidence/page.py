@@ -56,7 +56,7 @@ def gather(workdir: str) -> Section:
       *(r["task"] for r in rows)])
   results = Results(place.name, rows, [*tasks], place)
   with _reading(workdir, "setting"):
-    str(results.setting)
+    str(results.setting)  # the page will show it
   return Section(place.name, results, shown)
 
 

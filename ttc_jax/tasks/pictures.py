@@ -26,6 +26,7 @@ SUFFIXES = (".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe",
 SPLITS = {"train": ("train", "training"),
           "val": ("val", "valid", "validation", "dev"),
           "test": ("test", "testing")}
+_WORDS = {word for known in SPLITS.values() for word in known}
 _SHOWN = 3
 _log = logging.getLogger(__name__)
 
@@ -134,8 +135,7 @@ def _parts(folder: str) -> dict[str, str]:
 
 def _are_splits(names: list[str]) -> bool:
   """Tells whether folders of pictures are splits that lack classes."""
-  words = {word for known in SPLITS.values() for word in known}
-  return bool(names) and {name.lower() for name in names} <= words
+  return bool(names) and {name.lower() for name in names} <= _WORDS
 
 
 def _class_names(folder: str) -> list[str]:
@@ -186,9 +186,8 @@ def _check_train(folder: str, parts: dict[str, str]) -> None:
   """errors.UserError for a split beside classes that are in none."""
   if parts != {"train": folder}:
     return
-  words = {word for known in SPLITS.values() for word in known}
   for child in _folders(folder):
-    if (child.lower() in words or child.startswith("test_")) and _class_names(
+    if (child.lower() in _WORDS or child.startswith("test_")) and _class_names(
         os.path.join(folder, child)):
       raise errors.UserError(
           f"{folder}: {child} holds folders of pictures, as a split does, but "
