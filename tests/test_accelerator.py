@@ -3,6 +3,7 @@ import json
 import runpy
 
 from absl import flags
+import jax
 import numpy as np
 import pytest
 
@@ -44,6 +45,16 @@ def test_a_gradient_that_is_noise_is_not_compared_with_itself():
   assert difference([large, noise], [large, -noise]) < 1e-6
   assert difference([large, noise], [1.1 * large, noise]) > 0.05
   assert difference([large, 0.1 * large], [large, 0.11 * large]) > 0.05
+
+
+def test_what_is_compared_with_the_cpu_is_not_rounding():
+  with fresh_flags():
+    script = runpy.run_path(SCRIPT)
+  device = jax.devices("cpu")[0]
+  for module in script["_SMALL"].values():
+    pairs = zip(script["gradients"](module, device, noise=1e-5),
+                script["gradients"](module, device), strict=True)
+    assert 0 < max(script["difference"](a, b) for a, b in pairs) < 1e-4
 
 
 def test_fused_attention_that_differs_is_seen(monkeypatch):

@@ -59,21 +59,30 @@ def difference(a, b):
                    for x, y in zip(a, b, strict=True)))
 
 
+def gradients(module, device, noise=0.0):
+  """Returns (gradients, features) of four images on a device, in float32.
+
+  `noise` makes the images so much larger, in parts of their own size.
+  """
+  params = backbones.init(module)
+  rng = np.random.default_rng(0)
+  images = (1 + noise) * rng.normal(
+      size=(4, module.image_size, module.image_size, 3))
+  # Not the mean square: after a norm that is 1, and its gradient rounding.
+  direction = rng.normal(size=module.width).astype(np.float32)
+
+  def loss_fn(params, images):
+    y = module.apply({"params": params}, images)
+    return (y @ direction).mean(), y
+  arguments = jax.device_put((params, images.astype(np.float32)), device)
+  with jax.default_matmul_precision("highest"):
+    return jax.jit(jax.grad(loss_fn, has_aux=True))(*arguments)
+
+
 def beside_cpu(module):
   """Returns the difference of features and gradients, device and CPU."""
-  params = backbones.init(module)
-  images = np.random.default_rng(0).normal(
-      size=(4, module.image_size, module.image_size, 3)).astype(np.float32)
-
-  def on(device):
-    def loss_fn(params, images):
-      y = module.apply({"params": params}, images)
-      return jnp.square(y).mean(), y
-    arguments = jax.device_put((params, images), device)
-    with jax.default_matmul_precision("highest"):
-      return jax.jit(jax.grad(loss_fn, has_aux=True))(*arguments)
-  return max(map(difference, on(jax.local_devices()[0]),
-                 on(jax.devices("cpu")[0])))
+  return max(map(difference, gradients(module, jax.local_devices()[0]),
+                 gradients(module, jax.devices("cpu")[0])))
 
 
 def beside_formula(dtype):
