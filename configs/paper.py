@@ -9,6 +9,8 @@ either end while the best one lies there; the best one trains on 1000 and is
 tested once for each seed. A variant of a method takes what was chosen for it
 (`SETTINGS` of ttc_jax/experiments). Experiments of the same tasks share a work
 directory and their runs; `method=linear,layernorm` runs some of the variants.
+Without `weights` they are those of `checkpoints/`: of the Swin for table2, of the
+ViT for all others.
 """
 import os
 
@@ -18,8 +20,7 @@ from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
 from ttc_jax.errors import UserError
 
-WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
-                       "vit_ti16_64.safetensors")
+CHECKPOINTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -31,8 +32,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   trains = experiments.trains(name)
   arg = parse_arg(
       rest, task=("digits", "sprites_location"), data="", backbone="",
-      weights=os.path.normpath(WEIGHTS), size=64, normalisation="", epochs=20,
-      method=())
+      weights=os.path.normpath(os.path.join(
+          CHECKPOINTS, experiments.weights(name))),
+      size=64, normalisation="", epochs=20, method=())
   config = default()
   config.experiment = name
   config.tasks, config.data = arg.task if trains else (), arg.data

@@ -6,6 +6,7 @@ import json
 import numpy as np
 from PIL import Image
 import pytest
+import safetensors
 
 from tests.command import ROOT, run_command
 from ttc_jax import experiments, measures, methods
@@ -37,6 +38,13 @@ def test_an_experiment_names_methods_and_measures_that_there_are(name):
     assert variant.method in methods.names()
     assert set(variant.measures) <= set(measures.names())
   assert experiments.title(name).split(":")[0]
+
+
+def test_table_2_runs_on_a_swin_and_all_others_on_a_vit():
+  for name in experiments.names():
+    with safetensors.safe_open(config(name).weights, "numpy") as file:
+      swin = any(key.startswith("stage_") for key in file.keys())  # noqa: SIM118
+    assert swin == (name == "table2"), name
 
 
 def test_a_name_stands_for_the_same_values_in_every_experiment():

@@ -4,11 +4,12 @@ import runpy
 import types
 
 from absl import flags
+import jax
 import numpy as np
 import pytest
 
 from tests.command import ROOT, fresh_flags
-from ttc_jax import backbones, bundles, checkpoint
+from ttc_jax import backbones, bundles, checkpoint, tasks
 from ttc_jax.errors import UserError
 from ttc_jax.runs.workdir import WorkDir
 
@@ -72,6 +73,29 @@ def test_a_student_learns_every_token_of_its_teacher(
   whole = out[:, 0] if count == 17 else out.mean(1)
   assert cls == pytest.approx(np.square(
       whole @ heads["to_cls"] - target[:, 0]).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name, file", [
+    ("vit_ti16", "vit_ti16_64"), ("swin_mu", "swin_mu_64")])
+def test_the_weights_of_checkpoints_tell_digits_apart(name, file):
+  module, params = backbones.load(
+      name, weights=str(ROOT / f"checkpoints/{file}.safetensors"),
+      image_size=64)
+  data = tasks.load("digits", size=64)
+  train, test = (data.split(split) for split in ("train", "test"))
+
+  @jax.jit
+  def features(params, images):
+    return module.apply({"params": params}, images / np.float32(127.5) - 1)
+
+  def correct(params):
+    known, new = (np.asarray(features(params, x.images[:150]))
+                  for x in (train, test))
+    means = np.stack([known[train.labels[:150] == c].mean(0)
+                      for c in range(10)])
+    near = np.square(new[:, None] - means).sum(-1).argmin(1)
+    return 100 * (near == test.labels[:150]).mean()
+  assert correct(params) > correct(backbones.init(module)) + 5
 
 
 @pytest.fixture

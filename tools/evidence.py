@@ -50,10 +50,13 @@ SETS = {
              "backbone=vit_ti16,size=64,epochs=20",
              ("table8", "table5a", "table3", "scores", "rates", "table5b",
               "table5c", "table5d", "table7", "selection", "table1")),
-    "domains": (("pacs/from_photo", "sprites_location_shifted",
+    "domains": (("pacs/from_photo", "pacs/from_cartoon",
+                 "pacs/from_art_painting", "sprites_location_shifted",
                  "pacs/except_photo"),
                 "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
                 "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
+    "swin": (("shapes_location", "rsscn7", "gtsrb"),
+             "backbone=swin_mu,size=64,epochs=20", ("table2",)),
     "b16": ((), "backbone=vit_b16,weights=random,size=224", ("table4",)),
 }
 HERE = os.path.dirname(os.path.abspath(__file__))

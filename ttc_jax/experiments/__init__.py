@@ -6,6 +6,7 @@ Every other file here is an experiment: `experiments/NAME.py` has
   VARIANTS        names of `VARIANTS` below, or {name: configuration values}
   MEASURES        {variant: names of measures}, if any
   TRAINS = False  if it is drawn without any run
+  WEIGHTS         in `checkpoints/`, that it runs on by default; else the ViT's
   draw(results)   -> what is shown: `Grid`s and `Picture`s
 
 `configs/paper.py:NAME` runs one; runs and stages are shared with others in the
@@ -173,6 +174,11 @@ def title(name: str) -> str:
 def trains(name: str) -> bool:
   """Tells whether an experiment is drawn from runs."""
   return getattr(load(name), "TRAINS", True)
+
+
+def weights(name: str) -> str:
+  """Returns the file of `checkpoints/` that an experiment runs on by default."""
+  return getattr(load(name), "WEIGHTS", "vit_ti16_64.safetensors")
 
 
 def variants(name: str, epochs: Any) -> dict[str, dict[str, Any]]:

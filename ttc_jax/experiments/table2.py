@@ -7,6 +7,7 @@ prompts.
 """
 from ttc_jax.experiments import Grid, Results, accuracy
 
+WEIGHTS = "swin_mu_64.safetensors"
 VARIANTS = ("full", "linear", "bias", "adapter", "lora", "ssf", "layernorm",
             "layernorm_2x", "ttc", "ttc_random", "ttc_block")
 
