@@ -9,8 +9,8 @@ either end while the best one lies there; the best one trains on 1000 and is
 tested once for each seed. A variant of a method takes what was chosen for it
 (`SETTINGS` of ttc_jax/experiments). Experiments of the same tasks share a work
 directory and their runs; `method=linear,layernorm` runs some of the variants.
-Without `weights` they are those of `checkpoints/`: of the Swin for table2, of the
-ViT for all others.
+Without `weights` they are those of `checkpoints/`: the Swin's for table2, the
+ViT's for all others.
 """
 import os
 

@@ -177,7 +177,7 @@ def trains(name: str) -> bool:
 
 
 def weights(name: str) -> str:
-  """Returns the file of `checkpoints/` that an experiment runs on by default."""
+  """Returns the file of `checkpoints/` that is an experiment's default."""
   return getattr(load(name), "WEIGHTS", "vit_ti16_64.safetensors")
 
 
