@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "ttc_jax",  # the same rows give the same bytes
     "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
+    "font.size": 9}
 _MARKERS = "osD^vP*X"
 
 

@@ -11,7 +11,8 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
   """Returns the picture of all claims on enough tasks, or None without any.
 
   A dot and its 95 % interval for each work directory, a hollow diamond for the
-  gain that the paper prints.
+  gain that the paper prints. The axis is linear to 2 points and logarithmic
+  beyond, so that a gain of one point is seen beside one of forty.
 
   Args:
     findings: as `page.findings` returns them.
@@ -40,6 +41,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
   axes.plot([], [], marker="D", color="0.3", markerfacecolor="none",
             linestyle="none", label="the paper")
   axes.axvline(0, color="0.4", linewidth=0.8)
+  _spread(axes)
   axes.set_yticks(range(len(rows)), [
       plots.label(f"{name}  ({source})") for source, name in rows], fontsize=8)
   axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -52,3 +54,14 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
         "" if gain.found.half is None else f"{gain.found.half:.2f}",
         f"{gain.claimed}" if gain.claimed else ""]
        for source, section, gain in known]))
+
+
+def _spread(axes):
+  """Makes the horizontal axis symmetrically logarithmic, with few ticks."""
+  low, high = axes.get_xlim()
+  axes.set_xscale("symlog", linthresh=2, linscale=1.2)
+  ticks = [tick for tick in (-100, -20, -5, -2, -1, 0, 1, 2, 5, 20, 100)
+           if low <= tick <= high]
+  axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+  axes.minorticks_off()
+  axes.set_xlim(low, high)
