@@ -96,6 +96,34 @@ def test_seeds_and_tasks_that_one_variant_lacks_are_left_out(tmp_path):
   assert by_task.keys() == {"t", "u"} and by_task["t"].keys() == {0, 1, 2}
 
 
+def test_a_task_of_one_seed_is_left_out_beside_others_with_more(tmp_path):
+  found = [*rows((1.0, 2.0), tasks="tu"), *rows((9.0,), tasks="v")]
+  assert claims.differences(results(found, tmp_path), "a", "b").keys() == {
+      "t", "u"}
+  alone = rows((9.0,), tasks="tuv")
+  assert len(claims.differences(results(alone, tmp_path), "a", "b")) == 3
+
+
+@pytest.mark.parametrize("factors, left_out", [
+    ((0.001, 0.001), True), ((0.0001, 0.001), True), ((0.001, 0.01), False),
+    ((0.001, None), False), ((None, None), False)])
+def test_two_variants_without_a_stage_2_tell_nothing_of_a_task(
+    factors, left_out, tmp_path):
+  found = rows((1.0, 2.0, 3.0))
+  for r in found:
+    if r["task"] == "v":
+      r["stage2_lr"] = factors[r["variant"] == "b"]
+  by_task = claims.differences(results(found, tmp_path), "a", "b")
+  assert ("v" not in by_task) == left_out and {"t", "u"} <= by_task.keys()
+
+
+@pytest.mark.parametrize("spread, shown", [(1.0, True), (40.0, False)])
+def test_an_interval_that_tells_nothing_is_in_no_summary(
+    spread, shown, tmp_path):
+  finding = judged((-spread, 0.0, spread), 0.0, tmp_path)
+  assert finding.gain.found.tasks == 3 and claims.telling(finding) == shown
+
+
 def test_missing_runs_give_no_finding(tmp_path):
   assert claims.better("a", "c")(results(rows((1.0,)), tmp_path)) is None
 

@@ -1,4 +1,5 @@
 """Measures against their formulas, written here with numpy and SciPy."""
+import itertools
 import math
 import types
 
@@ -8,7 +9,7 @@ from scipy import stats
 
 from ttc_jax import importance, measures, parallel
 from ttc_jax.errors import UserError
-from ttc_jax.experiments import fig3
+from ttc_jax.experiments import Results, fig3
 from ttc_jax.measures import (
   divergence,
   neighbours,
@@ -16,6 +17,7 @@ from ttc_jax.measures import (
   scores,
   separation,
 )
+from ttc_jax.runs.workdir import WorkDir
 
 
 @pytest.fixture
@@ -108,6 +110,28 @@ def test_overlap_of_selections():
   one = {("fc2", 0): {1, 2, 3, 4}, ("fc2", 10): {1, 2, 3, 4}}
   other = {("fc2", 0): {3, 4, 5, 6}, ("fc2", 10): {1, 2, 3, 4}}
   assert fig3.overlap(one, other) == [0.5, 1.0]
+
+
+def test_the_overlap_of_tasks_is_of_all_pairs_of_runs(tmp_path):
+  """Not of the first runs alone."""
+  chosen = {("t", 0): [0, 1], ("t", 1): [0, 2], ("u", 0): [0, 1],
+            ("u", 1): [3, 4], ("u", 2): [0, 3]}
+  work = WorkDir(tmp_path)
+  rows = [dict(run=f"{task}{seed}", protocol="final", variant="ttc", task=task,
+               seed=seed) for task, seed in chosen]
+  for r, channels in zip(rows, chosen.values(), strict=True):
+    work.write_measure(r["run"], "channels", {
+        "sites": {"mlp": {"0": channels}}, "widths": {"mlp": {"0": 8}}})
+  tasks, seeds, chance = fig3.overlaps(
+      Results("t", rows, ["t", "u"], work), "ttc")
+
+  def shared(pairs):
+    return [[len({*a} & {*b}) / 2] for a, b in pairs]
+  t, u = ([c for (task, _), c in chosen.items() if task == name]
+          for name in "tu")
+  assert tasks == shared(itertools.product(t, u)) and chance == 0.25
+  assert seeds == shared([*itertools.combinations(t, 2),
+                          *itertools.combinations(u, 2)])
 
 
 def test_scores_of_parts_are_those_of_the_images_in_them(

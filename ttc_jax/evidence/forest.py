@@ -1,7 +1,7 @@
 """The claims about accuracy as one picture: printed gains and measured ones."""
 from collections.abc import Sequence
 
-from ttc_jax.evidence.claims import TASKS, Finding
+from ttc_jax.evidence.claims import Finding, telling
 from ttc_jax.experiments import Grid, Picture
 
 TITLE = "Gains in test accuracy that are claimed, and what was measured"
@@ -18,7 +18,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
     findings: as `page.findings` returns them.
   """
   known = [(source, section, found.gain) for source, _, section, found
-           in findings if found.gain and found.gain.found.tasks >= TASKS]
+           in findings if telling(found)]
   if not known:
     return None
   from ttc_jax import plots  # an extra
@@ -29,7 +29,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
     place = sections.index(section)
     y = rows.index((source, gain.name))
     shift = 0.4 * ((place + 0.5) / len(sections) - 0.5)
-    axes.errorbar(gain.found.mean, y + shift, xerr=gain.found.half or 0,
+    axes.errorbar(gain.found.mean, y + shift, xerr=gain.found.half,
                   color=f"C{place}", marker="os^D"[place % 4], markersize=4,
                   capsize=2, linestyle="none")
     if gain.claimed:
@@ -51,7 +51,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
   return Picture(figure, Grid(
       TITLE, ["source", "gain", "on", "points", "half interval", "paper"],
       [[source, gain.name, section, f"{gain.found.mean:.2f}",
-        "" if gain.found.half is None else f"{gain.found.half:.2f}",
+        f"{gain.found.half:.2f}",
         f"{gain.claimed}" if gain.claimed else ""]
        for source, section, gain in known]))
 

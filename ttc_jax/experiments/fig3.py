@@ -36,12 +36,13 @@ def overlap(one: dict, other: dict) -> list[float]:
 def overlaps(results: Results, variant: str) -> tuple[list, list, float] | None:
   """Returns (overlaps by block of pairs of tasks, of pairs of seeds, chance).
 
-  None where fewer than two tasks or seeds were measured.
+  All pairs of runs: one run of each task tells too little. None where fewer
+  than two tasks or seeds were measured.
   """
   runs = [[_sets(x) for x in results.measured("channels", variant, task)]
           for task in results.tasks]
-  tasks = [overlap(a[0], b[0]) for a, b in itertools.combinations(
-      [r for r in runs if r], 2)]
+  tasks = [overlap(a, b) for one, other in itertools.combinations(runs, 2)
+           for a in one for b in other]
   seeds = [overlap(a, b) for r in runs for a, b in itertools.combinations(r, 2)]
   if not tasks or not seeds:
     return None

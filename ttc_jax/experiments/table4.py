@@ -1,10 +1,11 @@
 """Table 4: parameters and FLOPs, from formulas and from the program.
 
-Nothing is trained. D width, L blocks, K channels, T_l the tokens that block l's
-MLP computes (one in the last block, which is read at [CLS] alone), r the
-bottleneck or rank, n prompts. The FLOPs are those added to an image at
+Nothing is trained. D width, L blocks, K channels, P patches, N tokens, T_l those
+that block l's MLP computes (one in the last block, which is read at [CLS]
+alone), r the bottleneck or rank, n prompts. The FLOPs are those added to an image at
 inference before merging: a formula's products against what XLA counts, with
-its sums, gathers and scatters. TTC's merge is exact and adds none.
+its sums, gathers and scatters. TTC's merge is exact and adds none. The formulas
+are the paper's, of one width: on a Swin both are counted alone.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,13 +27,43 @@ class Formula(NamedTuple):
   """Of a variant: tuned parameters without the head, and added FLOPs.
 
   Attributes:
-    parameters, flops: as printed; "" where there is no formula.
+    parameters, flops: as printed.
     size, work: the same as functions of (backbone, options).
   """
   parameters: str
   size: Callable[[Any, Any], int]
-  flops: str = ""
-  work: Callable[[Any, Any], int] | None = None
+  flops: str
+  work: Callable[[Any, Any], int]
+
+
+def _tokens(b):
+  """(P, N): patches, and tokens with those that stand before them."""
+  patches = (b.image_size // b.patch) ** 2
+  return patches, patches + b.prefix
+
+
+def _lora(b, o):
+  N = _tokens(b)[1]
+  return sum(4 * (t + N) * b.width * o["lora"]["rank"] for t in b.work.outputs)
+
+
+def _prompts(b, o):
+  """As `vit.ViT.work`, of n tokens more in all blocks; the last one computes
+  no token more."""
+  D, F, L, N, n = b.width, b.hidden, b.depth, _tokens(b)[1], o["vpt"]["prompts"]
+  T = sum(b.work.outputs)
+  more = (L - 1) * n
+  return 2 * (L * n * 2 * D * D + more * (2 * D * D + 2 * D * F)
+              + 2 * D * ((T + more) * (N + n) - T * N))
+
+
+def _scales(b, o):
+  """A product and a sum for each output: of norm1, k and v at N tokens, of q,
+  proj, norm2, fc1 (4 D) and fc2 at T_l, of the embedding and the last norm."""
+  del o
+  P, N = _tokens(b)
+  read = b.work.outputs[-1]
+  return 2 * b.width * (P + read + sum(3 * N + 8 * t for t in b.work.outputs))
 
 
 FORMULAS = {
@@ -46,11 +77,14 @@ FORMULAS = {
         "sum_l 4 T_l D r", lambda b, o: sum(
             4 * t * b.width * o["adapter"]["width"] for t in b.work.outputs)),
     "lora": Formula("4LDr", lambda b, o: (
-        4 * b.depth * b.width * o["lora"]["rank"])),
+        4 * b.depth * b.width * o["lora"]["rank"]),
+        "sum_l 4 (T_l + N) D r", _lora),
     "vpt_deep": Formula("LnD", lambda b, o: (
-        b.depth * o["vpt"]["prompts"] * b.width)),
+        b.depth * o["vpt"]["prompts"] * b.width),
+        "of n tokens more", _prompts),
     "ssf": Formula("2D(11L + 2)", lambda b, o: 2 * b.width * (
-        11 * b.depth + 2)),
+        11 * b.depth + 2),
+        "2D(P + T_L + sum_l (3N + 8 T_l))", _scales),
     "ttc": Formula(
         "LK^2 + 2D(2L + 1)", lambda b, o: (
             b.depth * o["k"] ** 2 + 2 * b.width * (2 * b.depth + 1)),
@@ -65,22 +99,17 @@ FORMULAS = {
 
 
 def draw(results: Results) -> list[Grid]:
-  """Returns the table; a formula that disagrees has "!" behind it."""
+  """Returns the table; a formula that disagrees has "!" behind it.
+
+  Without methods that the backbone cannot have: prompts on a Swin.
+  """
   if results.session is None:
     return []
-  (config, base), lines = results.session, []
-  for label, values in plan.variants(config).items():
-    method = inputs.load_method(inputs.resolved(values, base), base)
-    counted, added = program(method, base)
-    formula = FORMULAS[label]
-    expected = formula.size(base.backbone, method.options)
-    work = formula.work and formula.work(base.backbone, method.options)
-    lines.append([
-        label, formula.parameters, f"{expected:,}",
-        f"{counted:,}{'' if counted == expected else ' !'}",
-        formula.flops or "-",
-        "-" if work is None else f"{work / 1e6:,.2f}", f"{added / 1e6:,.2f}",
-        "0" if not method.cannot_merge else "cannot merge"])
+  config, base = results.session
+  lines = [_line(label, inputs.load_method(
+      inputs.resolved(values, base), base), base)
+           for label, values in plan.variants(config).items()
+           if base.backbone.takes_prompts or not label.startswith("vpt")]
   return [Grid(
       results.title, ["", "parameters", "formula", "counted",
                       "added FLOPs", "formula (M)", "XLA (M)", "merged"],
@@ -90,6 +119,20 @@ def draw(results: Results) -> list[Grid]:
           "gathers and scatters beside the products.",
           "The paper prints L K^2 for TTC (0.11M for ViT-B/16 with K = 96), "
           "leaving its LayerNorms out, and 2 D (2 L + 1) as 0.03M."])]
+
+
+def _line(label, method, base):
+  counted, added = program(method, base)
+  formula, backbone = FORMULAS[label], base.backbone
+  merged = "cannot merge" if method.cannot_merge else "0"
+  if len({site.width for site in backbone.sites["fc2"]}) > 1:
+    return [label, "-", "-", f"{counted:,}", "-", "-", f"{added / 1e6:,.2f}",
+            merged]
+  size = formula.size(backbone, method.options)
+  work = formula.work(backbone, method.options)
+  return [label, formula.parameters, f"{size:,}",
+          f"{counted:,}{'' if size == counted else ' !'}", formula.flops,
+          f"{work / 1e6:,.2f}", f"{added / 1e6:,.2f}", merged]
 
 
 def program(method: methods.Method, base: inputs.Base) -> tuple[int, float]:
