@@ -4,15 +4,17 @@
 task=dtd10,rsscn7,data=DIR,backbone=vit_s14,weights=FILE,size=56
 
 The name comes first: a file of ttc_jax/experiments/. A method tries the
-learning rates of one grid on val200 (train on 800), and up to three more at
-either end while the best one lies there; the best one trains on 1000 and is
+learning rates of one grid on val200 (train on 800), and up to three more
+beyond an end while the best one lies there; the best one trains on 1000 and is
 tested once for each seed. A variant of a method takes what was chosen for it
 (`SETTINGS` of ttc_jax/experiments). Experiments of the same tasks share a work
 directory and their runs; `method=linear,layernorm` runs some of the variants.
+`table6` is configs/domain.py, with its arguments.
 Without `weights` they are those of `checkpoints/`: the Swin's for table2, the
 ViT's for all others.
 """
 import os
+import runpy
 
 import ml_collections
 
@@ -29,6 +31,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     raise UserError("configs/paper.py needs an experiment, e.g. "
                     "configs/paper.py:table3; there are "
                     f"{', '.join(experiments.names())}")
+  if name == "table6":  # with test sets and augmentation of its own
+    return runpy.run_path(os.path.join(os.path.dirname(__file__), "domain.py"))[
+        "get_config"](rest)
   trains = experiments.trains(name)
   arg = parse_arg(
       rest, task=("digits", "sprites_location"), data="", backbone="",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ttc_jax import importance, measures, parallel
+from ttc_jax import backbones, importance, measures, parallel
 from ttc_jax.errors import UserError
 from ttc_jax.experiments import Results, fig3
 from ttc_jax.measures import (
@@ -91,12 +91,19 @@ def test_divergence_is_equation_5(rng):
   np.testing.assert_allclose(apart, math.log(2))
 
 
-def test_norms_are_in_the_order_of_the_network():
-  names = ["backbone/norm", "backbone/block_10/norm1", "backbone/block_2/norm2",
-           "backbone/block_2/norm1"]
-  assert sorted(names, key=norms._natural) == [
-      "backbone/block_2/norm1", "backbone/block_2/norm2",
-      "backbone/block_10/norm1", "backbone/norm"]
+@pytest.mark.parametrize("name, expected", [
+    ("vit_ti16", [
+        "Transformer/encoderblock_2/LayerNorm_0",
+        "Transformer/encoderblock_2/LayerNorm_1",
+        "Transformer/encoderblock_10/LayerNorm_0", "Transformer/encoder_norm"]),
+    ("swin_mu", [
+        "embedding_norm", "stage_0_block_1/LayerNorm_0",
+        "stage_0_block_1/LayerNorm_1", "merge_0/norm",
+        "stage_1_block_0/LayerNorm_0", "norm"])])
+def test_norms_are_in_the_order_of_the_network(name, expected):
+  key = norms.order(backbones.make(name, 64))
+  names = [f"backbone/{path}" for path in sorted(expected)]
+  assert sorted(names, key=key) == [f"backbone/{path}" for path in expected]
 
 
 def test_energy_of_a_set_is_that_of_its_block(rng):

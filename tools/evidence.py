@@ -44,7 +44,8 @@ SETS = {
     "s14_224": (("rsscn7", "gtsrb", "shapes_location"),
                 "backbone=vit_s14,weights={weights},size=224,"
                 "normalisation=imagenet,epochs=20",
-                ("table8", "table5a", "table3", "table7", "table5d")),
+                ("table8", "table3", "table5a", "fig2", "fig3", "fig7",
+                 "table5d", "table1", "fig4", "table7")),
     "ti16": (("shapes_location", "rsscn7", "gtsrb", "dtd10", "fashion_mnist",
               "shapes_count"),
              "backbone=vit_ti16,size=64,epochs=20",

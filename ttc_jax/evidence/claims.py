@@ -330,8 +330,8 @@ def _energy(results):
 
   Energy on the other half of the training images, of the model before stage 1;
   accuracy of the map with frozen norms: Spearman's rank correlation over the
-  scores, for each task and K. Without any relation each of them has a mean of 0 and a variance of
-  1 / (scores - 1), and their mean is near normal.
+  scores, for each task and K. Without any relation each of them has a mean of 0
+  and a variance of 1 / (scores - 1), and their mean is near normal.
   """
   from ttc_jax.experiments import selection
   values, tasks = [], set()
@@ -379,7 +379,11 @@ CLAIMS: Sequence[Claim] = (
           better("ttc", "ttc_joint", 0.7)),
     Claim("Table 3", "TTC is above the map on a backbone that was not "
           "aligned.", better("ttc", "ttc_on_linear", 4.8)),
+    Claim("Table 3", "The map on a backbone that was not aligned is above "
+          "linear probing.", better("ttc_on_linear", "linear", 17.1)),
     Claim("Table 1", "TTC is above full tuning.", better("ttc", "full", 9.2)),
+    Claim("Table 1", "TTC is above tuning the biases.",
+          better("ttc", "bias", 12.7)),
     Claim("Table 1", "TTC is above adapters.", better("ttc", "adapter", 3.4)),
     Claim("Table 1", "TTC is above SSF.", better("ttc", "ssf", 1.7)),
     Claim("Table 1", "TTC is above VPT-Deep.",
@@ -394,6 +398,8 @@ CLAIMS: Sequence[Claim] = (
           better("ttc", "layernorm", 3.5)),
     Claim("Table 5b", "All blocks are above the last two.",
           better("ttc", "ttc_last2", 0.6)),
+    Claim("Table 5b", "All blocks are above the last eight.",
+          better("ttc", "ttc_last8", 0.5)),
     Claim("Table 5c", "After the MLP is above both places.",
           better("ttc", "ttc_both", 1.3)),
     Claim("Table 5c", "After the MLP is above after MHSA.",

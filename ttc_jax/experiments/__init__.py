@@ -61,14 +61,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ttc_both": dict(method="ttc", position="both"),
 }
 # Which settings a variant takes from another one's search; all others search
-# the whole grid. Stage 2 starts from the very stage 1 that `layernorm` has and
-# tries a rate of its own. What differs from `ttc` in the choice of channels, or
+# the whole grid, full tuning one of its own. Stage 2 starts from the very
+# stage 1 that `layernorm` has and tries a rate of its own. What differs from `ttc` in the choice of channels, or
 # in their number or place, has the settings of `ttc`: one thing tells these
 # runs apart.
 _STAGE2 = dict(settings_of="layernorm", grid=dict(stage2_lr=(0.01, 0.1, 1.0)))
 _ABLATION = dict(settings_of="ttc")
 ABLATION = VARIANTS["ttc"] | _ABLATION  # to which a file adds what differs
 SETTINGS: dict[str, dict[str, Any]] = {
+    # All of them move, so the smallest rates of the others destroy the model.
+    "full": dict(grid=dict(lr=(6e-5, 2e-4, 6.7e-4))),
     "layernorm_2x": dict(settings_of="layernorm"),
     "ttc": _STAGE2, "ttc_map": _STAGE2, "ttc_rows": _STAGE2,
     **{f"ttc_{name}": _ABLATION for name in (
@@ -125,9 +127,10 @@ class Results(NamedTuple):
       if found := [r[key] for r in tried if r.get(key) not in (None, 1)]:
         said.append(f"factors of {what}: {_listed([*found, 1.0])}")
     jax = _listed(r.get("versions", {}).get("jax", "?") for r in self.rows)
+    files = {f"{r['weights']} (sha256 {r['weights_sha256'][:12]})"
+             for r in self.rows}
     return (f"{values('backbone')} at {values('image_size')} px, weights "
-            f"{values('weights')} (sha256 {self.rows[0]['weights_sha256'][:12]}"
-            f"), {values('dtype')}, "
+            f"{', '.join(sorted(files))}, {values('dtype')}, "
             f"{_listed(r.get('device', '?') for r in self.rows)}, JAX {jax}, "
             f"epochs of a stage {values('epochs')}, seeds {values('seed')}; "
             f"{'; '.join(said)}.")

@@ -34,15 +34,19 @@ VARIANTS = {
 def draw(results: Results) -> list[Grid | Picture]:
   """Returns the table of all, and a panel for each task: accuracy by K."""
   from ttc_jax import plots  # an extra
+  names = {_name(norms, score, k): norms
+           for norms in _NORMS for score in SCORES for k in K}
   rows = [norms for norms in _NORMS
-          if any(v.startswith(norms) for v in results.variants)]
+          if norms in {names.get(v) for v in results.variants}]
+  tasks = [task for task in results.tasks
+           if any(results.final(name, task) for name in names)]
   if not rows:
     return [accuracy(results)]
   figure, axes = plots.subplots(
-      len(rows), len(results.tasks), squeeze=False,
-      figsize=(3.5 * len(results.tasks), 3 * len(rows)))
+      len(rows), len(tasks), squeeze=False,
+      figsize=(3.5 * len(tasks), 3 * len(rows)))
   numbers = []
-  for j, task in enumerate(results.tasks):
+  for j, task in enumerate(tasks):
     for i, norms in enumerate(rows):
       ax = axes[i, j]
       ax.set_title(f"{plots.label(task)}, norms {norms}", fontsize=8)
@@ -55,7 +59,7 @@ def draw(results: Results) -> list[Grid | Picture]:
                     for k, v in points]
         ax.errorbar([k * 1.08 ** (n - 1.5) for k, _ in points],  # apart
                     [np.mean(v) for _, v in points],
-                    [np.std(v, ddof=1) if len(v) > 1 else 0
+                    [np.std(v, ddof=1) if len(v) > 1 else np.nan
                      for _, v in points],
                     color=f"C{n}", marker=".", capsize=2, label=score)
       ax.set_xscale("log")

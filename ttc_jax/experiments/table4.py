@@ -1,11 +1,11 @@
 """Table 4: parameters and FLOPs, from formulas and from the program.
 
-Nothing is trained. D width, L blocks, K channels, P patches, N tokens, T_l those
-that block l's MLP computes (one in the last block, which is read at [CLS]
-alone), r the bottleneck or rank, n prompts. The FLOPs are those added to an image at
-inference before merging: a formula's products against what XLA counts, with
-its sums, gathers and scatters. TTC's merge is exact and adds none. The formulas
-are the paper's, of one width: on a Swin both are counted alone.
+Nothing is trained. D width, L blocks, K channels, P patches, N tokens, T_l of
+them computed by block l's MLP (one in the last block, which is read at [CLS]
+alone), r the bottleneck or rank, n prompts. The FLOPs are those added to an
+image at inference before merging: a formula's products against what XLA counts,
+with its sums, gathers and scatters. TTC's merge is exact and adds none. The
+formulas are the paper's, of one width: on a Swin both are counted alone.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple

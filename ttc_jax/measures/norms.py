@@ -18,14 +18,20 @@ def measure(trained):
           parallel.unreplicate({"backbone": tree["backbone"]})).items()
        if re.fullmatch(NORM[0], name)}
       for tree in (trained.base, trained.params))
-  names = sorted({name.rpartition("/")[0] for name in before}, key=_natural)
+  names = sorted({name.rpartition("/")[0] for name in before},
+                 key=order(trained.model.backbone))
   moved = {leaf: [float(np.abs(after[f"{n}/{leaf}"] - before[f"{n}/{leaf}"])
                         .mean()) for n in names] for leaf in ("scale", "bias")}
   return {"norms": [n.removeprefix("backbone/") for n in names],
           "gamma": moved["scale"], "beta": moved["bias"]}
 
 
-def _natural(name):
-  """Sort key: block_2 before block_10, the final norm last."""
-  numbers = [int(n) for n in re.findall(r"\d+", name)]
-  return not numbers, numbers, name
+def order(backbone):
+  """Returns a sort key of norms' names: the order in which they are applied."""
+  kinds = {path: kind for kind, paths in enumerate(backbone.norms.values())
+           for path in paths}
+
+  def key(name):
+    path = name.removeprefix("backbone/")
+    return backbone.block_of(f"{path}/"), kinds.get(path, -1), path
+  return key
