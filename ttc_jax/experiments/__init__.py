@@ -62,9 +62,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Which settings a variant takes from another one's search; all others search
 # the whole grid, full tuning one of its own. Stage 2 starts from the very
-# stage 1 that `layernorm` has and tries a rate of its own. What differs from `ttc` in the choice of channels, or
-# in their number or place, has the settings of `ttc`: one thing tells these
-# runs apart.
+# stage 1 that `layernorm` has and tries a rate of its own. What differs from
+# `ttc` in the choice of channels, or in their number or place, has the settings
+# of `ttc`: one thing tells these runs apart.
 _STAGE2 = dict(settings_of="layernorm", grid=dict(stage2_lr=(0.01, 0.1, 1.0)))
 _ABLATION = dict(settings_of="ttc")
 ABLATION = VARIANTS["ttc"] | _ABLATION  # to which a file adds what differs
