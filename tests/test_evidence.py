@@ -121,7 +121,8 @@ def test_two_variants_without_a_stage_2_tell_nothing_of_a_task(
 def test_an_interval_that_tells_nothing_is_in_no_summary(
     spread, shown, tmp_path):
   finding = judged((-spread, 0.0, spread), 0.0, tmp_path)
-  assert finding.gain.found.tasks == 3 and claims.telling(finding) == shown
+  assert finding.gain.found.tasks == 3
+  assert bool(claims.telling(finding)) == shown
 
 
 def test_missing_runs_give_no_finding(tmp_path):

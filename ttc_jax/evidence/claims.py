@@ -76,11 +76,12 @@ class Finding(NamedTuple):
   gain: Gain | None = None
 
 
-def telling(found: Finding) -> bool:
-  """Returns whether a finding is a gain on enough tasks, known to `WIDE`."""
-  return bool(found.gain and found.gain.found.tasks >= TASKS
-              and found.gain.found.half is not None
-              and found.gain.found.half < WIDE)
+def telling(finding: Finding) -> Gain | None:
+  """Returns the gain of a finding on enough tasks, known to `WIDE`, or None."""
+  if (gain := finding.gain) is None:
+    return None
+  _, half, tasks, _ = gain.found
+  return gain if tasks >= TASKS and half is not None and half < WIDE else None
 
 
 class Claim(NamedTuple):

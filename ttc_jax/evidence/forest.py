@@ -17,8 +17,8 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
   Args:
     findings: as `page.findings` returns them.
   """
-  known = [(source, section, found.gain) for source, _, section, found
-           in findings if telling(found)]
+  known = [(source, section, gain) for source, _, section, found in findings
+           if (gain := telling(found))]
   if not known:
     return None
   from ttc_jax import plots  # an extra

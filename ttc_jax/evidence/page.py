@@ -118,8 +118,9 @@ def summary(sections: Sequence[Section]) -> Grid:
 
   Only those, of both, that say something, as `telling` has it.
   """
-  judged = [(text, name, found.gain, found.verdict)
-            for _, text, name, found in findings(sections) if telling(found)]
+  judged = [(text, name, gain, found.verdict)
+            for _, text, name, found in findings(sections)
+            if (gain := telling(found))]
   names = [*dict.fromkeys(name for _, name, *_ in judged)]
   lines: dict[str, list[str]] = {}
   for text, name, gain, verdict in judged:
