@@ -395,6 +395,17 @@ def test_a_table_says_what_each_variant_tried(tmp_path):
   assert "on val200: 0.1, 0.2; factors of stage 2: 0.01, 1." in setting
 
 
+@pytest.mark.parametrize("chosen, said", [
+    (0.1, "0 to 3, 1 at an end"), (0.2, "0 to 3"),
+    (0.4, "0 to 3, 1 at an end")])
+def test_a_table_says_where_the_best_rate_is_an_edge(chosen, said, tmp_path):
+  found = [r | dict(lr=chosen) for r in rows((1.0,))]
+  found += [row("a", "t", 0, None, protocol="val", lr=lr)
+            for lr in (0.1, 0.2, 0.4)]
+  table = experiments.accuracy(results(found, tmp_path))
+  assert {line[0]: line[-1] for line in table.lines} == {"a": said, "b": "0"}
+
+
 def test_every_claim_is_a_sentence_of_its_own():
   texts = [c.text for c in claims.CLAIMS]
   assert len(set(texts)) == len(texts)

@@ -317,7 +317,10 @@ def accuracy(results: Results,
           for task in tasks),
         *([cell(means)] if len(tasks) > 1 else []),
         *([f"{paper[variant]}" if variant in paper else "-"] if paper else []),
-        *formats.counts(mine)[:2], _rates(mine), _from_to(tried)])
+        *formats.counts(mine)[:2], _rates(mine),
+        _from_to(tried) + (f", {edges} at an end" if (
+            edges := sum(_at_an_end(results, variant, task)
+                         for task in tasks)) else "")])
   finished = len({r["task"] for r in shown})
   header = ["", *tasks, *([f"mean of {finished}"] if len(tasks) > 1 else []),
             *(["paper"] if paper else []), "module", "norm", "lr", "tried"]
@@ -325,11 +328,24 @@ def accuracy(results: Results,
            "chosen on val200, for this variant or the one whose settings it "
            "has. ±: standard deviation over seeds. Columns module, norm: tuned "
            "parameters; tried: how many settings the variant itself had on "
-           "val200, by task.", results.setting]
+           "val200, by task, and for how many tasks the best one was the "
+           "smallest or the largest.", results.setting]
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")
   return Grid(results.title, header, lines, [*under, *notes])
+
+
+def _at_an_end(results, variant, task):
+  """Whether the chosen setting is at an end of those tried."""
+  tried = [r for r in results.rows if (r["protocol"], r["variant"], r["task"])
+           == ("val", variant, task)]
+  for key in ("lr", *_FACTORS.values()):
+    values = {r[key] for r in tried if r.get(key) is not None}
+    chosen = {r.get(key) for r in results.final(variant, task)}
+    if len(values) > 1 and chosen & {min(values), max(values)}:
+      return True
+  return False
 
 
 def _rates(rows):
