@@ -183,7 +183,12 @@ def test_it_is_the_run_of_the_command_line(source, tmp_path):
     (dict(images=["/none/a.png"] * 40), "No such file"),
     (dict(classes=["red"]), "label 'green' is none of the 1 classes"),
     (dict(method="tcc"), "unknown method 'tcc': did you mean"),
-    (dict(lrr=1.0), "lrr"),
+    (dict(lrr=1.0), "unknown setting of fit 'lrr': did you mean lr"),
+    (dict(lora=dict(rnk=3)), "unknown key of lora 'rnk': did you mean rank"),
+    (dict(epochs="3"), r"fit: epochs is '3'; give one as \d"),
+    (dict(lora=3), "fit: lora is 3; give one as"),
+    (dict(weights=None), "fit: weights is None; give a file"),
+    (dict(val=np.zeros((2, 4, 4, 3))), "fit: val is no pair"),
     (dict(lr=-1.0), "config.lr is -1.0"),
     (dict(weights="/none.npz"), "none.npz"),
 ])

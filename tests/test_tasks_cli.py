@@ -175,6 +175,19 @@ def test_check_reads_folders(folders, capsys):
     cli.check(["goood"], options(data=str(folders)))
 
 
+def test_check_reads_built_in_tasks_without_a_folder(capsys):
+  assert cli.check(["digits"], options()) == 0
+  assert "all well" in capsys.readouterr().out
+  for names in ([], ["caltech101"]):
+    with pytest.raises(UserError, match="--data=DIR"):
+      cli.check(names, options())
+
+
+def test_a_folder_that_is_a_task_is_named_so(folders):
+  with pytest.raises(UserError, match="itself a task: give the folder above"):
+    cli.check([], options(data=str(folders / "good" / "inner")))
+
+
 def test_a_fingerprint_tells_folders_apart(folders, capsys):
   file = str(folders / "ours.json")
   assert cli.check(["good"], options(data=str(folders), save=file)) == 0

@@ -19,12 +19,19 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from ttc_jax import backbones, trees, weights
 from ttc_jax.backbones import vit
 from ttc_jax.errors import UserError
-from ttc_jax.weights import formats, released, resampling, sources
+from ttc_jax.weights import (
+  containers,
+  formats,
+  released,
+  resampling,
+  sources,
+)
 
 D, L, H, F, P, S = 8, 2, 2, 16, 4, 16
 
@@ -114,6 +121,25 @@ def check_equal(found, flat, atol=1e-6):
   for name, value in flat.items():
     assert found[name].dtype == np.float32
     np.testing.assert_allclose(found[name], value, atol=atol, err_msg=name)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+  """safetensors writes metadata in an order that changes from call to call."""
+  tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3),
+             "a": np.ones(3, np.float16), "none": np.zeros((0, 2), np.int8)}
+  metadata = {key: f"{key} \u00e4 \"" for key in "zyxwvut"}
+  path = tmp_path / "x.safetensors"
+  contents = set()
+  for order in (metadata, dict(sorted(metadata.items()))) * 8:
+    containers.write_safetensors(str(path), tensors, order)
+    contents.add(path.read_bytes())
+  assert len(contents) == 1
+  with safetensors.safe_open(path, "numpy") as file:
+    assert file.metadata() == metadata
+    for name, value in tensors.items():
+      found = file.get_tensor(name)
+      assert found.dtype == value.dtype
+      np.testing.assert_array_equal(found, value)
 
 
 def check_error(path, *words):

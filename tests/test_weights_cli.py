@@ -93,6 +93,18 @@ def test_there_and_back(sizes, tmp_path, to, format_, dtype):
   assert max(differences.values()) <= (0 if dtype == "float32" else 0.02)
 
 
+@pytest.mark.parametrize("to, name, suffix", [
+    ("timm", "b.npz", ".safetensors"), ("ttc_jax", "b.pth", ".safetensors"),
+    ("bigvision", "b.safetensors", ".npz")])
+def test_a_name_of_another_kind_of_file_is_refused(
+    sizes, tmp_path, to, name, suffix):
+  first = str(tmp_path / "a.safetensors")
+  weights.write(first, trees.unflatten(flat_params()), FIELDS)
+  with pytest.raises(UserError, match=f"written as {suffix}"):
+    cli.convert(first, str(tmp_path / name), to)
+  assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
 @pytest.mark.parametrize("to, format_", [
     ("timm", "swin_timm"), ("hf", "swin_hf")])
 def test_a_swin_too(sizes, tmp_path, to, format_):

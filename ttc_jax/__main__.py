@@ -64,6 +64,9 @@ def main() -> None:
   if name == "completion" and rest in (["bash"], ["zsh"]):
     print(completion(rest[0]), end="")
     return
+  if name == "completion":
+    print("error: say ttc-jax completion bash, or zsh", file=sys.stderr)
+    sys.exit(2)
   if name not in COMMANDS:
     print(f"error: unknown command {name!r}\n{usage()}", file=sys.stderr)
     sys.exit(2)

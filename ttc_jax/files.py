@@ -3,9 +3,10 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import importlib.util
+import logging
 import os
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 import uuid
 
 from ttc_jax.errors import Busy, UserError
@@ -158,3 +159,18 @@ def lock(path: str, wait: bool = False) -> Iterator[None]:
     yield
   finally:
     os.close(descriptor)
+
+
+def remote(address: str, **options: Any) -> tuple[Any, str]:
+  """Returns (fsspec's file system, path in it) of an address.
+
+  Args:
+    **options: of the file system.
+
+  Raises:
+    ImportError: the library of its scheme is not installed (the extra `hub`).
+  """
+  import fsspec
+  # gcsfs logs the traceback of what it raises; our sentences have the cause.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  return fsspec.core.url_to_fs(address, **options)

@@ -21,7 +21,7 @@ from ttc_jax import (
   train,
 )
 from ttc_jax import config as config_lib
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, check_known
 from ttc_jax.methods import ALIGN, TUNE_HEAD
 from ttc_jax.predict import Tuned, attach
 from ttc_jax.runs import inputs, plan, row
@@ -229,14 +229,16 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     seed: of the head, the order of images and random choices.
     progress: shows a bar on stderr.
     **settings: any key of the configuration that is of one run: epochs, lr,
-      batch_size, k, ... Of sections a dict: lora=dict(rank=4).
+      batch_size, k, ... Of sections a dict: lora=dict(rank=4). A batch has at
+      most as many images as there are.
 
   Calls of one process share what they begin with: after method="layernorm",
   method="ttc" with the same images, settings and seed starts at its stage 2.
   Until the process ends, such stages lie in a temporary folder. Compiled
   programs are kept in `compilation_cache`, a folder under ~/.cache by default
-  ("none": nowhere), by JAX's own setting, which then holds for the process.
-  Nothing else is written.
+  ("none": nowhere), by JAX's own setting, which then holds for the process. A
+  folder of pictures that is not divided yet gets its lists of training,
+  validation and test images. Nothing else is written.
 
   Returns:
     The tuned model.
@@ -265,7 +267,11 @@ def _fit(config, images, labels, val, classes, seed, progress):
     train_split = _at(task, config, _size(config)).split("trainval")
   else:
     names, train_split = _split(images, labels, classes, config, _size(config))
-  val_split = _split(val[0], val[1], names, config)[1] if val else None
+  val_split = None
+  if val is not None:
+    if not isinstance(val, (tuple, list)) or len(val) != 2:
+      raise UserError("fit: val is no pair: give (images, labels)")
+    val_split = _split(val[0], val[1], names, config)[1]
   config.batch_size = _batch_size(config, train_split)
   job, scores = _job(config, base, names, train_split, val_split, seed)
   config = job.config
@@ -291,13 +297,23 @@ def _config(method, backbone, weights, image_size, seed, settings):
     if key in settings:
       raise UserError(f"fit makes one run and reads no {key}: leave it out, or "
                       "run python -m ttc_jax.main --config=...")
+  if weights is None:
+    raise UserError("fit: weights is None; give a file, a name or a URL, or "
+                    "'random'")
   values = dict(method=method, backbone=backbone, weights=os.fspath(weights),
                 image_size=image_size, seeds=(seed,), **settings)
-  try:
-    config.update({key: x.item() if isinstance(x, np.generic) else x
-                   for key, x in values.items()})
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(f"fit: {' '.join(str(error).split())}") from error
+  for key, value in values.items():
+    check_known("setting of fit", key, config)
+    inner = value if isinstance(value, Mapping) else {}
+    for part in inner:
+      check_known(f"key of {key}", part, config[key])
+    try:
+      config.update({key: value.item() if isinstance(value, np.generic)
+                     else value})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise UserError(
+          f"fit: {key} is {value!r}; give one as "
+          f"{dict(config[key]) if inner else config[key]!r}") from error
   config_lib.check(config)
   return config
 

@@ -6,7 +6,7 @@ task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 """
 from absl import flags
 
-from ttc_jax import cli
+from ttc_jax import cli, interrupt
 from ttc_jax.errors import UserError
 
 _CONFIG = cli.define_config()
@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
   if argv[1:]:
     raise UserError(f"unexpected argument {argv[1]!r}; after --config=FILE: "
                     "there must be no blanks")
+  interrupt.starting()  # an exception inside an import would be any other's
   from ttc_jax import launch  # JAX and all else, which --help does not need
+  interrupt.ending()
   return launch.run(
       _CONFIG.value, cli.config_filename(), _WORKDIR.value,
       (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value))

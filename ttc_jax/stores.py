@@ -272,9 +272,8 @@ class Bucket(Store):
   def __init__(self, address: str):
     self.address = address.rstrip("/")
     try:
-      import fsspec
       # Listings of a moment ago would show claims that are gone.
-      self._fs, self._root = fsspec.core.url_to_fs(
+      self._fs, self._root = files.remote(
           self.address, use_listings_cache=False)
     except ImportError as error:
       raise UserError(f"'{address}' needs a library that is not installed "

@@ -11,8 +11,8 @@
 # ```
 #
 # Folders `train`, `val` and `test` above the classes are understood too.
-# Without them, the pictures are divided: a fifth of each class for validation
-# and a fifth for the test.
+# Without them, the pictures are divided: a fifth of each class for the test
+# and a fifth of the rest for validation.
 #
 # This notebook divides the pictures, trains, shows the confusion matrix, and
 # shows the worst mistakes. It takes a few minutes on a free T4 or on 2 CPU

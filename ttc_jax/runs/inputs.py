@@ -8,6 +8,7 @@ import ml_collections
 
 from ttc_jax import (
   backbones,
+  measures,
   methods,
   normalisation,
   parallel,
@@ -17,7 +18,7 @@ from ttc_jax import (
   weights,
 )
 from ttc_jax import config as config_lib
-from ttc_jax.errors import UserError, printable
+from ttc_jax.errors import UserError, check_known, printable
 from ttc_jax.model import Model
 from ttc_jax.runs import plan
 from ttc_jax.vtab import rows as vtab
@@ -233,7 +234,13 @@ def check_runs(config, inputs: Inputs) -> None:
       base = inputs.base(variant)
       load_method(resolved(variant, base), base)
       _check_batch_size(variant, task)
+      for measure in variant.measures:
+        check_known("measure", measure, measures.names())
   apart = plan.tasks_set_apart(config)
+  known = {*inputs.tasks, *map(vtab.canonical, inputs.tasks), *vtab.ROWS,
+           *config.tasks, *tasks.names(config.data or None)}
+  for name in apart:
+    check_known("task in per_task", name, known)
   general = [name for name in inputs.tasks
              if not {name, vtab.canonical(name)} & apart.keys()]
   if apart and general:

@@ -145,12 +145,19 @@ def in_data(data: str) -> tuple[str, ...]:
   found = tuple(dict.fromkeys(
       name for family in _families() if not family.names(None)
       for name in family.names(_given(family, data))))
+  if not found and _is_itself_a_task(data):
+    raise errors.UserError(f"data={data} is itself a task: give the folder "
+                           "above it, and its name as the task")
   if not found:
     raise errors.UserError(
         f"no task in data={data}: give a folder with pictures in a folder for "
         "each class, a folder of tasks with train800.txt, a TFDS directory of "
         f"VTAB's data sets, a .zip, hf:NAME or tfds:NAME{hint('', data)}")
   return found
+
+
+def _is_itself_a_task(data):
+  return os.path.isfile(os.path.join(files.expand(data), "train800.txt"))
 
 
 def sets() -> dict[str, tuple[str, ...]]:
@@ -332,7 +339,7 @@ def _hint(name: str, data: str | None) -> str:
     return "; tasks in folders need data=DIR"
   if not os.path.isdir(files.expand(data)):
     return f"; data={data} holds {', '.join(in_data(data))}"
-  if os.path.isfile(os.path.join(files.expand(data), "train800.txt")):
+  if _is_itself_a_task(data):
     return f"; data={data} is itself a task: give the folder above it"
   if os.path.isdir(os.path.join(files.expand(data), name)):
     return f"; the folder {os.path.join(data, name)} holds no train800.txt"

@@ -171,10 +171,12 @@ def _check(name: str, data: str) -> dict[str, Any]:
 
 def _checked(names: list[str], options: Any) -> list[str]:
   """The names given, or all tasks of the data folder."""
-  data = options.data
-  if not data or not archive.is_archive(data) and ":" not in data:
+  data, names = options.data, _in_sets(names)
+  built_in = names and {*names} <= {*tasks.names(None)}
+  if not data and not built_in or data and not (
+      archive.is_archive(data) or ":" in data):
     _need(options, "data")
-  known, names = tasks.names(data), _in_sets(names)
+  known = tasks.names(data)
   for name in names:
     errors.check_known("task", name, {*vtab.ROWS, *fgvc.ROWS, *known})
   found = list(dict.fromkeys(names or (*tasks.in_data(data), *_nested(data))))

@@ -139,8 +139,7 @@ def _get(data, root, objects, names):
 
 def _opened(data):
   try:
-    import fsspec
-    return fsspec.core.url_to_fs(data, use_listings_cache=False)
+    return files.remote(data, use_listings_cache=False)
   except ImportError as error:
     raise errors.UserError(f"data={data} needs a library that is not installed "
                            f"({error}): pip install -e '.[hub]'") from error

@@ -123,7 +123,7 @@ def text(report: dict[str, Any]) -> str:
   lines = [f"{report['name']}  {report['tfds'] or ''}".rstrip()]
   for part, split in report["splits"].items():
     counts = split["labels"]
-    digest = (split["sha256"] or "none: not all could be read")[:16]
+    digest = (split["sha256"] or "")[:16] or "none: not all could be read"
     lines.append(
         f"  {part:15}{split['count']:7,} images, {sum(n > 0 for n in counts)} "
         f"of {len(counts)} classes, {min(counts)} to {max(counts)} a class, "

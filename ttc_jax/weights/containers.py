@@ -10,6 +10,7 @@ Nothing is unpickled, except by PyTorch's own reader of tensors alone.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
+import json
 import math
 import os
 import pickle
@@ -104,9 +105,19 @@ def readable(path: str) -> Iterator[None]:
 def write_safetensors(path: str, tensors: Mapping[str, np.ndarray],
                       metadata: Mapping[str, str]) -> None:
   """Writes a file, whole or not at all, with the user's usual permissions,
-  which safetensors' own writer ignores."""
+  which safetensors' own writer ignores. The same content gives the same bytes:
+  safetensors writes the metadata in an order that changes."""
+  content = memoryview(safetensors.numpy.save(dict(tensors), dict(metadata)))
+  end = 8 + int.from_bytes(content[:8], "little")
+  header = json.loads(bytes(content[8:end]))
+  if metadata:
+    header["__metadata__"] = dict(sorted(metadata.items()))
+  text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+  text = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at a multiple of 8
   with files.replacing(path) as file:
-    file.write(safetensors.numpy.save(dict(tensors), dict(metadata)))
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    file.write(content[end:])
 
 
 def _open_safetensors(path):

@@ -32,6 +32,7 @@ TARGETS = {
            formats.HF_CLIP, formats.HF_SIGLIP, formats.SWIN_HF),
 }
 DTYPES = ("float32", "float16", "bfloat16")
+_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 _LARGEST_PATCH = 64
 _SIZE = 224  # of a backbone whose positions fit any image size
 
@@ -132,11 +133,15 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
     normalisation where they would take another one.
 
   Raises:
-    UserError: `out` exists; the format cannot hold the backbone, or not in
-      that type.
+    UserError: `out` exists or ends as another kind of file; the format cannot
+      hold the backbone, or not in that type.
   """
   check_known("--to", to, TARGETS)
   check_known("--dtype", dtype, DTYPES)
+  suffix = ".npz" if to == "bigvision" else ".safetensors"
+  if os.path.splitext(out)[1] in {*_SUFFIXES} - {suffix}:
+    raise UserError(f"--out={out}: the format {to} is written as {suffix}; "
+                    "give a name that ends so, or has no ending")
   out = files.new(out)
   opened = reader.read(sources.locate(source))
   module, params = load(opened, patch, **({"gelu": gelu} if gelu else {}))

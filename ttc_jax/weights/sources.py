@@ -322,9 +322,8 @@ def _is_current(url: str, record: dict[str, Any]) -> bool:
   """Tells whether a copy is the server's file, as far as it answers."""
   if not isinstance(record.get("version"), dict):
     return True  # of an earlier release
-  import fsspec
   try:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = files.remote(url)
     version = _version(fs.info(path))
   except Exception as error:  # of networks and file systems
     logging.warning("%s cannot be asked whether it has changed (%s): the copy "
@@ -336,8 +335,7 @@ def _is_current(url: str, record: dict[str, Any]) -> bool:
 def _fetch(url: str, part: str) -> dict[str, str]:
   """Completes the file `part`, from where an earlier call left it; returns
   its version."""
-  import fsspec
-  fs, path = fsspec.core.url_to_fs(url)
+  fs, path = files.remote(url)
   info = fs.info(path)
   # Half a file is worth keeping only if the other half belongs to it.
   version = _version(info)
