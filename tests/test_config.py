@@ -96,6 +96,8 @@ def test_settings_are_the_grid_smallest_first():
     ("label_smoothing", 1.0, "config.label_smoothing"),
     ("seeds", (-1,), "at least one integer"),
     ("seeds", (), "at least one integer"),
+    ("seeds", (1, 0, 1), "each seed once"),
+    ("matmul_precision", "low", "known: nothing, high, highest"),
     ("seeds", ("a",), "at least one integer"),
     ("protocol", "select", "config.grid is empty"),
 ])

@@ -164,7 +164,8 @@ def test_a_variant_s_key_may_be_new_to_it():
 # --- The command --------------------------------------------------------------
 
 @pytest.mark.parametrize("args,message", [
-    ([], "error: --config is missing"),
+    ([], "error: --config is missing: give a file, or one of bigvision"),
+    (["--config=demo", "--workdir=README.md"], "it is a file; give another"),
     (["--config", "none.py"], "configuration 'none.py' does not exist"),
     (["--config=configs/vtab.py: task=digits"], "config argument ' task'"),
     (["--config=configs/vtab.py", "--config.lr"], "--config.lr has no value"),

@@ -86,8 +86,12 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     text = " ".join(str(error).split())
     missing = re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text)
-    raise UserError(f"--{missing[1]} is missing" if missing else text
-                    ) from error
+    if missing:
+      text = f"--{missing[1]} is missing"
+      if missing[1] == "config":
+        text += (": give a file, or one of "
+                 f"{', '.join(config_file.packaged())}")
+    raise UserError(text) from error
   for path, text in overrides.items():
     config_file.override(flags.FLAGS.config, path, text)
   if "config" in flags.FLAGS and flags.FLAGS.config is not None:

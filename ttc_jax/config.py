@@ -146,7 +146,8 @@ def default() -> ml_collections.ConfigDict:
   # In the last blocks; 0: the paper's, all of a ViT, of a Swin the last half
   # of stage 3 and stage 4.
   c.blocks = 0
-  c.score = "taylor"          # taylor_abs, taylor_square, block, l2, random
+  # taylor_abs, taylor_square, block, l2, random; class_l2, SCT's
+  c.score = "taylor"
   c.scale = 1.0               # s of Eq. 11, before the map
   c.bias = False              # the map has one
   c.stage1 = "norm"           # what stage 1 tunes beside the head; linear, none
@@ -403,6 +404,8 @@ def _check_seeds_and_grid(config):
       isinstance(s, int) and s >= 0 for s in config.seeds):
     raise UserError(f"config.seeds is {config.seeds}; give at least one "
                     "integer >= 0, e.g. --config.seeds=0,1,2")
+  if len({*config.seeds}) < len(config.seeds):
+    raise UserError(f"config.seeds is {config.seeds}; give each seed once")
   for key, values in config.grid.items():
     if not all(isinstance(v, (int, float)) and v >= 0 for v in values):
       raise UserError(f"config.grid.{key} is {values}; give numbers >= 0, "

@@ -50,7 +50,8 @@ def check_known(kind: str, name: str, known: Iterable[str]) -> str:
   hint = f"did you mean {' or '.join(near)}? " if near else ""
   shown = " ".join(repr(name).split())  # a ConfigDict's has many lines
   raise UserError(
-      f"unknown {kind} {shown}: {hint}known: {', '.join(known) or 'none'}")
+      f"unknown {kind} {shown}: {hint}known: "
+      f"{', '.join(word or 'nothing' for word in known) or 'none'}")
 
 
 # They turn the order of what follows: "gpj.exe" could read as "exe.jpg".

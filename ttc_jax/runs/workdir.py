@@ -165,7 +165,9 @@ class WorkDir:
       self.store.create("config.json", _json(dict(sorted(config.items()))))
       old = json.loads(self.store.read("config.json") or b"")
     except (OSError, ValueError) as e:
-      raise UserError(f"work directory '{self}' cannot be used: {e}") from e
+      why = "it is a file" if os.path.isfile(f"{self}") else e
+      raise UserError(f"work directory '{self}' cannot be used: {why}; give "
+                      "another --workdir") from e
     for key in sorted(config.keys() | old.keys()):
       there, here = (_whole(x.get(key), usual.get(key)) for x in (old, config))
       if there != here:
