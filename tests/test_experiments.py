@@ -12,8 +12,8 @@ from tests.command import ROOT, run_command
 from ttc_jax import experiments, measures, methods
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import check
-from ttc_jax.experiments import Grid, Picture
-from ttc_jax.runs import plan
+from ttc_jax.experiments import Grid, Picture, table4
+from ttc_jax.runs import inputs, plan
 from ttc_jax.runs.workdir import WorkDir
 
 
@@ -220,10 +220,22 @@ def test_table_4_agrees_with_its_formulas(tmp_path):
   rows = {line[0]: line for line in csv.reader(text.splitlines())}
   # L K^2 + 2 D (2 L + 1), with L = 3, D = 32, K = 4.
   assert rows["ttc"][3] == str(3 * 16 + 2 * 32 * 7)
-  # XLA counts the products, and a few sums more.
-  for name in ("lora", "vpt_deep", "ssf", "adapter", "ttc", "ttc_rows"):
-    ours, xla = float(rows[name][5]), float(rows[name][6])
-    assert ours <= xla + 0.01 and xla < 1.5 * ours + 0.01, name
+
+
+@pytest.mark.parametrize("name, most", [
+    ("adapter", 1.25), ("lora", 1.15), ("vpt_deep", 1.1), ("ssf", 1.05),
+    ("ttc", 1.2), ("ttc_rows", 1.1)])
+def test_the_flops_of_a_formula_are_those_of_the_program(
+    name, most, monkeypatch):
+  """Which counts sums, scales and gathers too; the hidden width is not 4 D."""
+  monkeypatch.setitem(vit_lib.SIZES, "ti", (64, 3, 2, 160))
+  c = config("table4,weights=random,backbone=vit_ti16,normalisation=half")
+  values = plan.variants(c)[name]
+  values.k = 32
+  base = inputs.load_base(values)
+  method = inputs.load_method(inputs.resolved(values, base), base)
+  work = table4.FORMULAS[name].work(base.backbone, method.options)
+  assert 1 <= table4.program(method, base)[1] / work < most
 
 
 def test_every_format_of_a_grid_has_every_cell():

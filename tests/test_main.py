@@ -744,7 +744,7 @@ def test_pixels_are_normalised_as_the_weights_or_the_user_say(
     (dict(dtype="fp16"), "unknown dtype 'fp16'"),
     (dict(measures=("norm",)), "unknown measure 'norm': did you mean norms"),
     (dict(per_task={"colour": dict(lr=1.0)}),
-     "unknown task in per_task 'colour': did you mean colours"),
+     "unknown task in config.per_task 'colour': did you mean colours"),
     (dict(backbone="vit_s0"), "unknown backbone 'vit_s0'"),
 ])
 def test_bad_input_is_refused_before_any_work(

@@ -94,7 +94,7 @@ def test_there_and_back(sizes, tmp_path, to, format_, dtype):
 
 
 @pytest.mark.parametrize("to, name, suffix", [
-    ("timm", "b.npz", ".safetensors"), ("ttc_jax", "b.pth", ".safetensors"),
+    ("timm", "b.npz", ".safetensors"), ("ttc_jax", "b.PTH", ".safetensors"),
     ("bigvision", "b.safetensors", ".npz")])
 def test_a_name_of_another_kind_of_file_is_refused(
     sizes, tmp_path, to, name, suffix):

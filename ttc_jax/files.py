@@ -172,5 +172,6 @@ def remote(address: str, **options: Any) -> tuple[Any, str]:
   """
   import fsspec
   # gcsfs logs the traceback of what it raises; our sentences have the cause.
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  if (logger := logging.getLogger("gcsfs")).level == logging.NOTSET:
+    logger.setLevel(logging.CRITICAL)
   return fsspec.core.url_to_fs(address, **options)

@@ -304,18 +304,28 @@ def _config(method, backbone, weights, image_size, seed, settings):
                 image_size=image_size, seeds=(seed,), **settings)
   for key, value in values.items():
     check_known("setting of fit", key, config)
-    inner = value if isinstance(value, Mapping) else {}
-    for part in inner:
-      check_known(f"key of {key}", part, config[key])
-    try:
-      config.update({key: value.item() if isinstance(value, np.generic)
-                     else value})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-      raise UserError(
-          f"fit: {key} is {value!r}; give one as "
-          f"{dict(config[key]) if inner else config[key]!r}") from error
+    if hasattr(config[key], "items") and isinstance(value, Mapping):
+      for part, one in value.items():
+        check_known(f"key of {key}", part, config[key])
+        _set(config[key], part, one, f"{key}.{part}")
+    else:
+      _set(config, key, value, key)
   config_lib.check(config)
   return config
+
+
+def _set(config, key, value, name):
+  """Sets a key to a value of its type."""
+  try:
+    config[key] = value.item() if isinstance(value, np.generic) else value
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f"fit: {name} is {value!r}; give "
+                    f"{_KINDS.get(type(config[key]), 'a value')}, for example "
+                    f"{config[key]!r}") from error
+
+
+_KINDS = {int: "an integer", float: "a number", bool: "True or False",
+          str: "a word", tuple: "a tuple"}
 
 
 def _task(images, labels, config):

@@ -2,10 +2,11 @@
 
 Nothing is trained. D width, L blocks, K channels, P patches, N tokens, T_l of
 them computed by block l's MLP (one in the last block, which is read at [CLS]
-alone), r the bottleneck or rank, n prompts. The FLOPs are those added to an
-image at inference before merging: a formula's products against what XLA counts,
-with its sums, gathers and scatters. TTC's merge is exact and adds none. The
-formulas are the paper's, of one width: on a Swin both are counted alone.
+alone), F the hidden width of the MLP, r the bottleneck or rank, n prompts, W
+the multiply-adds of all matrix products. The FLOPs are those added to an image
+at inference before merging: a formula's products against what XLA counts, with
+its sums, gathers and scatters. TTC's merge is exact and adds none. The formulas
+are the paper's, of one width: on a Swin both are counted alone.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,11 +60,11 @@ def _prompts(b, o):
 
 def _scales(b, o):
   """A product and a sum for each output: of norm1, k and v at N tokens, of q,
-  proj, norm2, fc1 (4 D) and fc2 at T_l, of the embedding and the last norm."""
+  proj, norm2, fc1 (F) and fc2 at T_l, of the embedding and the last norm."""
   del o
-  P, N = _tokens(b)
-  read = b.work.outputs[-1]
-  return 2 * b.width * (P + read + sum(3 * N + 8 * t for t in b.work.outputs))
+  (P, N), D, F = _tokens(b), b.width, b.hidden
+  return 2 * (D * (P + b.work.outputs[-1])
+              + sum(3 * N * D + (4 * D + F) * t for t in b.work.outputs))
 
 
 FORMULAS = {
@@ -81,10 +82,10 @@ FORMULAS = {
         "sum_l 4 (T_l + N) D r", _lora),
     "vpt_deep": Formula("LnD", lambda b, o: (
         b.depth * o["vpt"]["prompts"] * b.width),
-        "of n tokens more", _prompts),
+        "2 W(N + n) - 2 W(N)", _prompts),
     "ssf": Formula("2D(11L + 2)", lambda b, o: 2 * b.width * (
         11 * b.depth + 2),
-        "2D(P + T_L + sum_l (3N + 8 T_l))", _scales),
+        "2D(P + T_L) + 2 sum_l (3ND + (4D + F) T_l)", _scales),
     "ttc": Formula(
         "LK^2 + 2D(2L + 1)", lambda b, o: (
             b.depth * o["k"] ** 2 + 2 * b.width * (2 * b.depth + 1)),

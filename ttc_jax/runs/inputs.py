@@ -1,4 +1,5 @@
 """What runs start from: the backbone with its weights, and the tasks."""
+import difflib
 import itertools
 from typing import Any, NamedTuple
 
@@ -237,10 +238,13 @@ def check_runs(config, inputs: Inputs) -> None:
       for measure in variant.measures:
         check_known("measure", measure, measures.names())
   apart = plan.tasks_set_apart(config)
-  known = {*inputs.tasks, *map(vtab.canonical, inputs.tasks), *vtab.ROWS,
-           *config.tasks, *tasks.names(config.data or None)}
-  for name in apart:
-    check_known("task in per_task", name, known)
+  known = {*inputs.tasks, *map(vtab.canonical, inputs.tasks), *inputs.missing,
+           *vtab.ROWS}
+  for name in apart.keys() - known:
+    if difflib.get_close_matches(name, inputs.tasks, cutoff=0.75):
+      check_known("task in config.per_task", name, inputs.tasks)
+    logging.warning("config.per_task.%s: no task of this session is called so",
+                    printable(name))  # it may be of other data, run later
   general = [name for name in inputs.tasks
              if not {name, vtab.canonical(name)} & apart.keys()]
   if apart and general:

@@ -107,7 +107,8 @@ def write_safetensors(path: str, tensors: Mapping[str, np.ndarray],
   """Writes a file, whole or not at all, with the user's usual permissions,
   which safetensors' own writer ignores. The same content gives the same bytes:
   safetensors writes the metadata in an order that changes."""
-  content = memoryview(safetensors.numpy.save(dict(tensors), dict(metadata)))
+  content = memoryview(safetensors.numpy.save(
+      dict(tensors), dict(metadata) or None))
   end = 8 + int.from_bytes(content[:8], "little")
   header = json.loads(bytes(content[8:end]))
   if metadata:

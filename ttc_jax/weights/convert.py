@@ -139,9 +139,9 @@ def convert(source: str, out: str, to: str = "ttc_jax", dtype: str = "float32",
   check_known("--to", to, TARGETS)
   check_known("--dtype", dtype, DTYPES)
   suffix = ".npz" if to == "bigvision" else ".safetensors"
-  if os.path.splitext(out)[1] in {*_SUFFIXES} - {suffix}:
+  if os.path.splitext(out)[1].lower() in {*_SUFFIXES} - {suffix}:
     raise UserError(f"--out={out}: the format {to} is written as {suffix}; "
-                    "give a name that ends so, or has no ending")
+                    "give a name that ends so")
   out = files.new(out)
   opened = reader.read(sources.locate(source))
   module, params = load(opened, patch, **({"gelu": gelu} if gelu else {}))
