@@ -4,11 +4,12 @@
 task=dtd10,rsscn7,data=DIR,backbone=vit_s14,weights=FILE,size=56
 
 The name comes first: a file of ttc_jax/experiments/. A method tries the
-learning rates of one grid on val200 (train on 800), and up to three more
-beyond an end while the best one lies there; the best one trains on 1000 and is
-tested once for each seed. A variant of a method takes what was chosen for it
-(`SETTINGS` of ttc_jax/experiments). Experiments of the same tasks share a work
-directory and their runs; `method=linear,layernorm` runs some of the variants.
+learning rates of one grid (full tuning smaller ones) on val200 (train on 800),
+and up to three more beyond an end while the best one lies there; the best one
+trains on 1000 and is tested once for each seed. A variant of a method takes
+what was chosen for it (`SETTINGS` of ttc_jax/experiments). Experiments of the
+same tasks share a work directory and their runs; `method=linear,layernorm` runs
+some of the variants.
 `table6` is configs/domain.py, with its arguments.
 Without `weights` they are those of `checkpoints/`: the Swin's for table2, the
 ViT's for all others.

@@ -396,8 +396,8 @@ def test_a_table_says_what_each_variant_tried(tmp_path):
 
 
 @pytest.mark.parametrize("chosen, said", [
-    (0.1, "0 to 3, 1 at an end"), (0.2, "0 to 3"),
-    (0.4, "0 to 3, 1 at an end")])
+    (0.1, "0 to 3; an end on 1"), (0.2, "0 to 3"),
+    (0.4, "0 to 3; an end on 1")])
 def test_a_table_says_where_the_best_rate_is_an_edge(chosen, said, tmp_path):
   found = [r | dict(lr=chosen) for r in rows((1.0,))]
   found += [row("a", "t", 0, None, protocol="val", lr=lr)

@@ -229,8 +229,8 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     seed: of the head, the order of images and random choices.
     progress: shows a bar on stderr.
     **settings: any key of the configuration that is of one run: epochs, lr,
-      batch_size, k, ... Of sections a dict: lora=dict(rank=4). A batch has at
-      most as many images as there are.
+      batch_size, k, ... Of sections a dict: lora=dict(rank=4). `batch_size`
+      is lowered to the number of training images where there are fewer.
 
   Calls of one process share what they begin with: after method="layernorm",
   method="ttc" with the same images, settings and seed starts at its stage 2.

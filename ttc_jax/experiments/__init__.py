@@ -318,7 +318,7 @@ def accuracy(results: Results,
         *([cell(means)] if len(tasks) > 1 else []),
         *([f"{paper[variant]}" if variant in paper else "-"] if paper else []),
         *formats.counts(mine)[:2], _rates(mine),
-        _from_to(tried) + (f", {edges} at an end" if (
+        _from_to(tried) + (f"; an end on {edges}" if (
             edges := sum(_at_an_end(results, variant, task)
                          for task in tasks)) else "")])
   finished = len({r["task"] for r in shown})
@@ -328,8 +328,8 @@ def accuracy(results: Results,
            "chosen on val200, for this variant or the one whose settings it "
            "has. ±: standard deviation over seeds. Columns module, norm: tuned "
            "parameters; tried: how many settings the variant itself had on "
-           "val200, by task, and for how many tasks the best one was the "
-           "smallest or the largest.", results.setting]
+           "val200, by task; \"an end on 1\": on one task the best was the "
+           "smallest or the largest of them.", results.setting]
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")

@@ -1,9 +1,9 @@
 """Table 1: all methods, test accuracy by task.
 
-The paper's methods, with equal training and the same grid of learning rates
-(TTC starts from the stage 1 of `layernorm` and tries rates of stage 2; full
-tuning has smaller ones), and its missing controls: LayerNorm of equal compute,
-TTC with random channels and with our block score.
+The paper's methods, with equal training and the same grid of learning rates,
+except full tuning, which has smaller ones, and TTC, which starts from the stage
+1 of `layernorm` and tries rates of stage 2; and its missing controls: LayerNorm
+of equal compute, TTC with random channels and with our block score.
 """
 from ttc_jax.experiments import Grid, Results, accuracy
 
