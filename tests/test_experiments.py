@@ -12,6 +12,7 @@ from tests.command import ROOT, run_command
 from ttc_jax import experiments, measures, methods
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import check
+from ttc_jax.errors import UserError
 from ttc_jax.experiments import Grid, Picture, table4
 from ttc_jax.runs import inputs, plan
 from ttc_jax.runs.workdir import WorkDir
@@ -150,6 +151,12 @@ def test_variants_whose_settings_are_taken_are_run_too():
   found = domain.get_config("method=ttc_random").variants
   assert [*found] == ["layernorm", "ttc", "ttc_random"]
   assert [*domain.get_config("method=lora").variants] == ["lora"]
+  # Flips and crops would change places, angles and counts.
+  assert not domain.get_config().flip
+  assert domain.get_config("task=pacs/from_photo").flip
+  assert not domain.get_config("task=pacs/from_photo,augment=false").flip
+  with pytest.raises(UserError, match="add augment=false"):
+    domain.get_config("task=sprites_location_shifted")
   assert [*config("table3,method=ttc_random,linear").variants] == [
       "layernorm", "ttc", "ttc_random", "linear"]
 

@@ -52,8 +52,7 @@ SETS = {
              ("table8", "table5a", "table3", "scores", "rates", "table5b",
               "table5c", "table5d", "table7", "selection", "table1")),
     "domains": (("pacs/from_photo", "pacs/from_cartoon",
-                 "pacs/from_art_painting", "sprites_location_shifted",
-                 "pacs/except_photo"),
+                 "pacs/from_art_painting", "pacs/except_photo"),
                 "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
                 "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
     "swin": (("shapes_location", "rsscn7", "gtsrb"),
