@@ -24,7 +24,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
   from ttc_jax import plots  # an extra
   rows = [*dict.fromkeys((source, gain.name) for source, _, gain in known)]
   sections = [*dict.fromkeys(section for _, section, _ in known)]
-  figure, axes = plots.subplots(figsize=(7, 0.32 * len(rows) + 1.1))
+  figure, axes = plots.subplots(figsize=(8, 0.32 * len(rows) + 1.1))
   for source, section, gain in known:
     place = sections.index(section)
     y = rows.index((source, gain.name))
@@ -46,8 +46,8 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
       plots.label(f"{name}  ({source})") for source, name in rows], fontsize=8)
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_xlabel("points, mean over tasks, 95 % interval")
-  axes.legend(fontsize=8, frameon=False, ncols=len(sections) + 1,
-              loc="lower left", bbox_to_anchor=(0, 1))
+  figure.legend(fontsize=8, frameon=False, ncols=len(sections) + 1,
+                loc="outside upper center")
   return Picture(figure, Grid(
       TITLE, ["source", "gain", "on", "points", "half interval", "paper"],
       [[source, gain.name, section, f"{gain.found.mean:.2f}",

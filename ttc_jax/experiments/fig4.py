@@ -29,6 +29,5 @@ def draw(results: Results) -> list[Grid | Picture]:
   axes.set_xticks(np.arange(len(results.tasks)) + 0.4 - wide / 2,
                   [plots.label(t) for t in results.tasks])
   axes.set_ylabel("JS divergence x 100 (nats)")
-  axes.legend(frameon=False, ncols=len(VARIANTS), loc="lower left",
-              bbox_to_anchor=(0, 1))
+  figure.legend(frameon=False, ncols=len(VARIANTS), loc="outside upper center")
   return [table, Picture(figure, table)]
