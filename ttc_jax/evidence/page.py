@@ -222,12 +222,13 @@ def _pipes(lines):
 # --- HTML ---------------------------------------------------------------------
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1300px;
        margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0; font-size: 14px;
         display: block; overflow-x: auto }
 th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right;
-         vertical-align: top }
+         vertical-align: top; white-space: nowrap }
+.claims td { white-space: normal }
 th:first-child, td:first-child, .claims td, .claims th { text-align: left }
 th { border-bottom: 2px solid #999 }
 svg { max-width: 100%; height: auto }
