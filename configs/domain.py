@@ -28,6 +28,7 @@ import ml_collections
 from ttc_jax import experiments
 from ttc_jax.config import default, parse_arg, variants
 from ttc_jax.errors import UserError
+from ttc_jax.tasks import shifted
 
 WEIGHTS = os.path.join(os.path.dirname(__file__), os.pardir, "checkpoints",
                        "vit_ti16_64.safetensors")
@@ -38,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       arg, task=(), data="", backbone="",
       weights=os.path.normpath(WEIGHTS), size=64, normalisation="",
       epochs=50, method=(), augment=True, few_shot=0)
-  drawn = [task for task in arg.task if task.endswith("_shifted")]
+  drawn = [task for task in arg.task if task in shifted.names(None)]
   if drawn and arg.augment:
     raise UserError(f"flips and crops change the labels of {drawn[0]}, which "
                     "are places, angles or counts: add augment=false")

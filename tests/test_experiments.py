@@ -1,7 +1,7 @@
 """Experiments: declared as the folder says, and run end to end when tiny."""
 import csv
-import importlib.util
 import json
+import runpy
 
 import numpy as np
 from PIL import Image
@@ -23,12 +23,8 @@ def small(monkeypatch):
   monkeypatch.setitem(vit_lib.SIZES, "ti", (32, 3, 2, 128))
 
 
-def config(arg):
-  spec = importlib.util.spec_from_file_location(
-      "paper", f"{ROOT}/configs/paper.py")
-  paper = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(paper)
-  return paper.get_config(arg)
+def config(arg, name="paper"):
+  return runpy.run_path(f"{ROOT}/configs/{name}.py")["get_config"](arg)
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -144,21 +140,26 @@ def test_variants_share_no_part_of_a_configuration():
 
 
 def test_variants_whose_settings_are_taken_are_run_too():
-  spec = importlib.util.spec_from_file_location(
-      "domain", f"{ROOT}/configs/domain.py")
-  domain = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(domain)
-  found = domain.get_config("method=ttc_random").variants
+  found = config("method=ttc_random", "domain").variants
   assert [*found] == ["layernorm", "ttc", "ttc_random"]
-  assert [*domain.get_config("method=lora").variants] == ["lora"]
-  # Flips and crops would change places, angles and counts.
-  assert not domain.get_config().flip
-  assert domain.get_config("task=pacs/from_photo").flip
-  assert not domain.get_config("task=pacs/from_photo,augment=false").flip
-  with pytest.raises(UserError, match="add augment=false"):
-    domain.get_config("task=sprites_location_shifted")
+  assert [*config("method=lora", "domain").variants] == ["lora"]
   assert [*config("table3,method=ttc_random,linear").variants] == [
       "layernorm", "ttc", "ttc_random", "linear"]
+
+
+def test_flips_and_crops_change_no_place_angle_or_count():
+  assert config("task=pacs/from_photo", "domain").flip
+  assert config("task=ours_shifted", "domain").flip
+  for arg in ("", "task=pacs/from_photo,augment=false",
+              "task=sprites_location_shifted,augment=false"):
+    assert not config(arg, "domain").flip
+  with pytest.raises(UserError, match="add augment=false"):
+    config("task=sprites_location_shifted", "domain")
+
+
+def test_table_6_is_the_configuration_of_domains():
+  arg = "task=pacs/from_photo,epochs=7"
+  assert config(f"table6,{arg}") == config(arg, "domain")
 
 
 def test_a_long_measure_is_taken_of_the_first_seed():

@@ -157,7 +157,8 @@ def in_data(data: str) -> tuple[str, ...]:
 
 
 def _is_itself_a_task(data):
-  return os.path.isfile(os.path.join(files.expand(data), "train800.txt"))
+  from ttc_jax.tasks import folder  # a family: it imports this module
+  return folder.is_task(files.expand(data))
 
 
 def sets() -> dict[str, tuple[str, ...]]:
