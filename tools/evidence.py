@@ -45,7 +45,12 @@ SETS = {
                 "backbone=vit_s14,weights={weights},size=224,"
                 "normalisation=imagenet,epochs=20",
                 ("table8", "table3", "table5a", "fig2", "fig3", "fig7",
-                 "table5d", "table1", "fig4", "table7")),
+                 "table5d", "table1", "fig4", "table7", "table5c", "table5b",
+                 "scores")),
+    "s14_224_long": (("gtsrb",),
+                     "backbone=vit_s14,weights={weights},size=224,"
+                     "normalisation=imagenet,epochs=40,method=linear,layernorm,"
+                     "layernorm_2x,ttc,ttc_random", ("table3",)),
     "ti16": (("shapes_location", "rsscn7", "gtsrb", "dtd10", "fashion_mnist",
               "shapes_count"),
              "backbone=vit_ti16,size=64,epochs=20",

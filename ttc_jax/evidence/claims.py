@@ -407,6 +407,8 @@ CLAIMS: Sequence[Claim] = (
           better("ttc", "ttc_mhsa")),
     Claim("Table 5d", "An eighth of the channels is above many more.",
           better("ttc", "ttc_k192")),
+    Claim("Table 5d", "An eighth of the channels is above many more, each with "
+          "a rate of its own.", better("ttc", "ttc_k192_rate")),
     Claim("Table 5d", "An eighth of the channels is above a few.",
           better("ttc", "ttc_k4")),
     Claim("Table 7", "A map on the channels is above tuning their weights.",

@@ -67,7 +67,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # of `ttc`: one thing tells these runs apart.
 _STAGE2 = dict(settings_of="layernorm", grid=dict(stage2_lr=(0.01, 0.1, 1.0)))
 _ABLATION = dict(settings_of="ttc")
-ABLATION = VARIANTS["ttc"] | _ABLATION  # to which a file adds what differs
+# To which a file adds what differs: with the rates of `ttc`, or with a search
+# of its own for that of stage 2.
+ABLATION = VARIANTS["ttc"] | _ABLATION
+OWN_STAGE2 = VARIANTS["ttc"] | _STAGE2
 SETTINGS: dict[str, dict[str, Any]] = {
     # All of them move, so the smallest rates of the others destroy the model.
     "full": dict(grid=dict(lr=(6e-5, 2e-4, 6.7e-4))),
