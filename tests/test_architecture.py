@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "ttc_jax"
 # Lower imports higher never; a module may import those of smaller level.
 LEVELS = {
     "errors": 0, "normalisation": 1, "files": 1, "interrupt": 1, "trees": 1,
-    "parallel": 1, "randaugment": 1, "augment": 2, "config": 1,
+    "parallel": 1, "products": 1, "randaugment": 1, "augment": 2, "config": 1,
     "vtab/rows": 1, "vtab/facts": 1,
     "config_file": 2, "cli": 3,
     "compilation": 2, "tasks": 2, "backbones": 2, "optim": 2, "presets": 2,

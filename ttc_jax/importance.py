@@ -30,6 +30,7 @@ import optax
 from ttc_jax import parallel, quantisation, taps, trees
 from ttc_jax.errors import RunError, check_known
 from ttc_jax.model import Model
+from ttc_jax.products import product
 from ttc_jax.tasks.images import Images
 
 Scores = dict[str, list[np.ndarray]]
@@ -179,7 +180,7 @@ def _map_gradient(model, sites, params, buffers, batch):
     def tap(site, block, y, x):
       del x
       at = f"{site}/{block}"
-      return y + y @ maps[at] if at in maps else y
+      return y + product(y, maps[at]) if at in maps else y
     return _sum_loss(model, params, buffers, batch, tap=tap)
   gradient = jax.grad(loss)(zeros)
   return {s: [gradient[f"{s}/{i}"] for i in range(model.backbone.depth)]

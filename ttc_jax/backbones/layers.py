@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttc_jax.products import product
+
 Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
 SCALE = "kernel_scale"  # beside an int8 kernel, see `ttc_jax.quantisation`
 
@@ -112,7 +114,7 @@ def _product(x, kernel, dtype):
 
 
 def _cast(x, kernel, dtype):
-  return x @ kernel.astype(dtype)
+  return product(x, kernel.astype(dtype))
 
 
 # XLA would widen all kernels at the start of a program and so need the memory
@@ -180,7 +182,7 @@ def together(dense: list[Dense], x: jax.Array, masks: list) -> list[jax.Array]:
   wide = jnp.concatenate([kernel.astype(dtype) for kernel in kernels], axis=1)
   ends = np.cumsum([kernel.shape[1] for kernel in kernels])[:-1]
   return [layer.finish(y, mask) for layer, y, mask in zip(
-      dense, jnp.split(x @ wide, ends, axis=-1), masks, strict=True)]
+      dense, jnp.split(product(x, wide), ends, axis=-1), masks, strict=True)]
 
 
 class Mlp(nn.Module):

@@ -3,8 +3,7 @@
 `ttc` has the paper's share, an eighth of the width D. All have its rates, one
 more of the largest K, whose map wants a smaller one, searches that of stage 2.
 """
-from ttc_jax.experiments import (ABLATION, OWN_STAGE2, Grid, Results,
-                                 accuracy)
+from ttc_jax.experiments import ABLATION, OWN_STAGE2, Grid, Results, accuracy
 from ttc_jax.experiments import VARIANTS as KNOWN
 from ttc_jax.experiments.table5a import OTHER_MEAN
 

@@ -32,6 +32,7 @@ from ttc_jax.methods import (
   rate,
   uniform,
 )
+from ttc_jax.products import product
 from ttc_jax.taps import Handler
 
 OPTIONS = ("adapter",)
@@ -66,8 +67,9 @@ def bottleneck(p: dict[str, jax.Array], x: jax.Array,
   """
   def cast(name):
     return p[name].astype(x.dtype)
-  h = dropout(p, activation(x @ cast("down") + cast("down_bias")))
-  return cast("scale") * (h @ cast("up") + cast("up_bias"))
+  h = dropout(p, activation(
+      product(x, cast("down")) + cast("down_bias")))
+  return cast("scale") * (product(h, cast("up")) + cast("up_bias"))
 
 
 # Cached, since compiled functions are found by their handlers.

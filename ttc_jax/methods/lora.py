@@ -23,6 +23,7 @@ from ttc_jax.methods import (
   rate,
   uniform,
 )
+from ttc_jax.products import product
 from ttc_jax.taps import Handler, Shared
 
 OPTIONS = ("lora",)
@@ -42,8 +43,8 @@ def low_rank(up: str) -> Handler:
     up: the name of b in p.
   """
   def handler(p, y, x):
-    h = dropout(p, x) @ p["a"].astype(y.dtype)
-    return y + p["scale"].astype(y.dtype) * (h @ p[up].astype(y.dtype))
+    h = product(dropout(p, x), p["a"].astype(y.dtype))
+    return y + p["scale"].astype(y.dtype) * product(h, p[up].astype(y.dtype))
   return handler
 
 

@@ -48,6 +48,7 @@ from ttc_jax.methods import (
   vpt_shallow,
 )
 from ttc_jax.methods import adapter as adapter_lib
+from ttc_jax.products import product
 from ttc_jax.taps import Handler, Shared
 
 OPTIONS = ("noah",)
@@ -89,8 +90,8 @@ def low_rank(up: str) -> Handler:
     up: the name of b in p.
   """
   def handler(p, y, x):
-    h = _first(p, dropout(p, x) @ p["a"].astype(y.dtype))
-    return y + h @ p[up].astype(y.dtype)
+    h = _first(p, product(dropout(p, x), p["a"].astype(y.dtype)))
+    return y + product(h, p[up].astype(y.dtype))
   return handler
 
 
@@ -106,8 +107,9 @@ def bottleneck(reads: str) -> Handler:
     def cast(name):
       return p[name].astype(y.dtype)
     z = adapter_lib.READS[reads](y, x)
-    h = adapter_lib.ACTIVATIONS["quick"](z @ cast("down") + cast("down_bias"))
-    change = _first(p, dropout(p, h)) @ cast("up") + cast("up_bias")
+    h = adapter_lib.ACTIVATIONS["quick"](
+        product(z, cast("down")) + cast("down_bias"))
+    change = product(_first(p, dropout(p, h)), cast("up")) + cast("up_bias")
     return y + (jnp.where(p["size"] > 0, change, 0) if "size" in p else change)
 
   def handler(p, y, x):

@@ -21,6 +21,7 @@ import numpy as np
 from ttc_jax import importance, trees
 from ttc_jax.errors import check_known
 from ttc_jax.methods import TUNE_ADAPTER, Context, Method, Stage, options, ttc
+from ttc_jax.products import product
 
 OPTIONS = ("k", "blocks", "scale", "sct")
 # The authors' sct_attn, sct_mlp and sct_qkv: the residual stream after MHSA,
@@ -35,7 +36,8 @@ def adapt_scaled(p: dict[str, jax.Array], y: jax.Array,
   """
   del x
   c, scale = p["channels"], p["scale"].astype(y.dtype)
-  change = y[..., c] @ p["kernel"].astype(y.dtype) + p["bias"].astype(y.dtype)
+  change = (product(y[..., c], p["kernel"].astype(y.dtype))
+            + p["bias"].astype(y.dtype))
   return y.at[..., c].set(scale * y[..., c] + change)
 
 

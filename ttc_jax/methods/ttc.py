@@ -32,6 +32,7 @@ from ttc_jax.methods import (
   options,
 )
 from ttc_jax.optim import NORM
+from ttc_jax.products import product
 
 # Position of the map (Table 5c): the output of a branch, before the residual
 # addition, where it folds into the linear layer; or the residual stream after
@@ -61,7 +62,7 @@ def adapt(p: dict[str, jax.Array], y: jax.Array, x: jax.Array) -> jax.Array:
   """
   del x
   selected = jnp.take(y, p["channels"], axis=-1)
-  change = selected @ p["kernel"].astype(y.dtype)
+  change = product(selected, p["kernel"].astype(y.dtype))
   if "bias" in p:
     change = change + p["bias"].astype(y.dtype)
   scale = p["scale"].astype(y.dtype)
@@ -76,7 +77,7 @@ def adapt_rows(p: dict[str, jax.Array], y: jax.Array,
     p: kernel (D_in, K), channels (K,), scale s; bias (K,) or none.
     y: (B, N, D_out), the linear layer's output; x: (B, N, D_in), its input.
   """
-  change = x @ p["kernel"].astype(y.dtype)
+  change = product(x, p["kernel"].astype(y.dtype))
   if "bias" in p:
     change = change + p["bias"].astype(y.dtype)
   return y.at[..., p["channels"]].add(p["scale"].astype(y.dtype) * change)
