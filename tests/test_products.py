@@ -38,7 +38,8 @@ def test_the_value_and_both_gradients_are_those_of_sums(
 def test_only_on_cpu_the_shape_changes(monkeypatch):
   def shapes(platform):
     monkeypatch.setattr(products, "_platform", lambda: platform)
-    text = str(jax.make_jaxpr(products.product)(
+    text = str(jax.make_jaxpr(
+        lambda x, kernel: products.product(x, kernel))(
         jnp.zeros((2, 3, 5)), jnp.zeros((5, 7))))
     return "reshape" in text
   assert shapes("cpu")
