@@ -9,7 +9,7 @@ from scipy import stats
 from ttc_jax import experiments
 from ttc_jax.errors import UserError
 from ttc_jax.evidence import claims, forest, page
-from ttc_jax.experiments import Grid, Results
+from ttc_jax.experiments import Grid, Results, selection
 from ttc_jax.report import grid
 from ttc_jax.runs.workdir import Expected, WorkDir
 
@@ -354,7 +354,6 @@ def test_table_6_has_published_numbers_beside_imagenet_alone(tmp_path):
 
 def test_energy_predicts_if_the_order_is_that_of_accuracy(tmp_path):
   """Rank correlations of 1: their mean of 3 is above 1.96 / sqrt(9)."""
-  from ttc_jax.experiments import selection
   work, found = WorkDir(tmp_path), []
   for t in "tuv":
     linear = row("linear", t, 0, 50)
@@ -413,6 +412,19 @@ def test_every_claim_is_a_sentence_of_its_own():
   assert len(set(texts)) == len(texts)
   assert all(t.endswith(".") and t[0].isupper() for t in texts)
   assert Grid("t", [], []).notes == ()
+
+
+def test_claims_of_the_selection_compare_what_they_name(tmp_path):
+  found = [row(variant, task, seed, 50 + seed) for variant in selection.VARIANTS
+           for task in "tuv" for seed in range(3)]
+  for norms in ("frozen", "tuned"):
+    for k in selection.K:
+      for score in ("Taylor", "block"):
+        claim, = (c for c in claims.CLAIMS if c.text == (
+            f"With the norms {norms} and K = {k}, {score} is above random "
+            "channels."))
+        assert claim.judge(results(found, tmp_path)).measured.startswith(
+            f"{norms}_{score.lower()}_k{k} - {norms}_random_k{k}: ")
 
 
 def gained(tasks, tmp_path):

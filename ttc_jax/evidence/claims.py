@@ -26,7 +26,7 @@ import numpy as np
 from scipy import stats
 
 from ttc_jax import experiments
-from ttc_jax.experiments import Results
+from ttc_jax.experiments import Results, selection
 from ttc_jax.report import rows as rows_lib
 from ttc_jax.runs.workdir import Row
 
@@ -334,7 +334,6 @@ def _energy(results):
   scores, for each task and K. Without any relation each of them has a mean of 0
   and a variance of 1 / (scores - 1), and their mean is near normal.
   """
-  from ttc_jax.experiments import selection
   values, tasks = [], set()
   for task in results.tasks:
     found = results.measured("scores", "linear", task)
@@ -429,12 +428,11 @@ CLAIMS: Sequence[Claim] = (
           better("ttc_block", "ttc")),
     Claim(_OURS, "The sign in Eq. 7 matters: squared scores are better.",
           better("ttc_taylor_square", "ttc")),
-    Claim(_OURS, "With the norms frozen (K = 24), block is above random.",
-          better("frozen_block_k24", "frozen_random_k24")),
-    Claim(_OURS, "With the norms frozen (K = 24), Taylor is above random.",
-          better("frozen_taylor_k24", "frozen_random_k24")),
-    Claim(_OURS, "With the norms tuned (K = 24), block is above random.",
-          better("tuned_block_k24", "tuned_random_k24")),
+    *(Claim(_OURS, f"With the norms {norms} and K = {k}, {title} is above "
+            "random channels.",
+            better(f"{norms}_{score}_k{k}", f"{norms}_random_k{k}"))
+      for norms in ("frozen", "tuned") for k in selection.K
+      for score, title in (("taylor", "Taylor"), ("block", "block"))),
     Claim(_OURS, "The energy that a score's channels hold on the other half of "
           "the images predicts what training the map on them brings.", _energy),
     Claim("Table 6", "On the domain of its training TTC is above NOAH.",
