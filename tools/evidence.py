@@ -60,6 +60,10 @@ SETS = {
                  "pacs/from_art_painting", "pacs/except_photo"),
                 "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
                 "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
+    "shifted": (("scene_count_shifted", "sprites_location_shifted",
+                 "sprites_orientation_shifted"),
+                "backbone=vit_ti16,size=64,epochs=20,augment=false,"
+                "method=linear,layernorm,layernorm_2x,ttc,lora", ("table6",)),
     "swin": (("shapes_location", "rsscn7", "gtsrb"),
              "backbone=swin_mu,size=64,epochs=20", ("table2",)),
     "b16": ((), "backbone=vit_b16,weights=random,size=224", ("table4",)),
