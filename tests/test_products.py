@@ -6,14 +6,14 @@ import pytest
 
 from ttc_jax import products
 
-SHAPES = ((5,), (3, 5), (2, 3, 5), (2, 3, 4, 5))
+SHAPES = ((5,), (3, 5), (2, 3, 5), (2, 3, 4, 5), (0, 3, 5))
 
 
 @pytest.mark.parametrize("platform", ("cpu", "tpu"))
-@pytest.mark.parametrize("shape", SHAPES, ids=len)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_value_and_both_gradients_are_those_of_sums(
     shape, platform, monkeypatch):
-  monkeypatch.setattr(products, "_platform", lambda: platform)
+  monkeypatch.setattr(products, "default_device", lambda: platform)
   rng = np.random.default_rng(0)
   x, kernel, weight = (rng.normal(size=s).astype(np.float32)
                        for s in (shape, (5, 7), (*shape[:-1], 7)))
@@ -37,7 +37,7 @@ def test_the_value_and_both_gradients_are_those_of_sums(
 
 def test_only_on_cpu_the_shape_changes(monkeypatch):
   def shapes(platform):
-    monkeypatch.setattr(products, "_platform", lambda: platform)
+    monkeypatch.setattr(products, "default_device", lambda: platform)
     text = str(jax.make_jaxpr(
         lambda x, kernel: products.product(x, kernel))(
         jnp.zeros((2, 3, 5)), jnp.zeros((5, 7))))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttc_jax.products import product
+from ttc_jax.products import default_device, product
 
 Tap = Callable[[str, int, jax.Array, jax.Array], jax.Array]
 SCALE = "kernel_scale"  # beside an int8 kernel, see `ttc_jax.quantisation`
@@ -289,8 +289,7 @@ def fused(dtype: Any, width: int) -> Literal["cudnn"] | None:
     return None
   if jnp.dtype(dtype).itemsize != 2 or width % 8 or width > 128:
     return None
-  config: Any = jax.config  # of whose keys JAX 0.10 declares few
-  device = config.jax_default_device or jax.local_devices()[0]
+  device = default_device()
   if getattr(device, "platform", device) != "gpu":
     return None
   capability = getattr(device, "compute_capability", "")

@@ -67,8 +67,7 @@ def bottleneck(p: dict[str, jax.Array], x: jax.Array,
   """
   def cast(name):
     return p[name].astype(x.dtype)
-  h = dropout(p, activation(
-      product(x, cast("down")) + cast("down_bias")))
+  h = dropout(p, activation(product(x, cast("down")) + cast("down_bias")))
   return cast("scale") * (product(h, cast("up")) + cast("up_bias"))
 
 
