@@ -429,20 +429,27 @@ def test_claims_of_the_selection_compare_what_they_name(tmp_path):
 
 def gained(tasks, tmp_path):
   found = [*rows((9.0, 9.1, 9.2), ("layernorm", "linear"), tasks),
-           *rows((0.5, 0.4, 0.6), ("ttc", "layernorm_2x"), tasks)]
+           *rows((0.5, 0.4, 0.6), ("ttc", "layernorm_2x"), tasks),
+           *(row("ttc_block", t, s, 70 + s) for t in tasks for s in range(3))]
   return page.Section("small", Results(
       "t", found, list(tasks), WorkDir(tmp_path)), {})
 
 
 def test_the_picture_and_the_summary_have_what_three_tasks_tell(tmp_path):
   section = gained("tuv", tmp_path)
-  numbers = forest.draw(page.findings([section])).numbers
+  numbers = forest.draw(page.findings([section]), ["small"]).numbers
   by_gain = {line[1]: line for line in numbers.lines}
   assert by_gain["layernorm - linear"][2:4] == ["small", "9.10"]
   assert by_gain["layernorm - linear"][5] == "20.7"
   lines = {line[0]: line[1:] for line in page.summary([section]).lines}
   key, = (text for text in lines if "far above linear" in text)
   assert lines[key] == ["+20.7", "+9.1 ± 0.1, supported"]
+  # The paper's claims and their controls; what goes beyond is in the picture.
+  assert any("trains for as long as both" in text for text in lines)
+  claimed, asked = page.apart(page.findings([section]))
+  assert "ttc_block - ttc" in {f.gain.name for *_, f in asked}
+  assert "ttc_block - ttc" not in {f.gain.name for *_, f in claimed}
+  assert not any("Our block score" in text for text in lines)
   both = page.summary([section, section._replace(name="other")])
   assert both.header == ["", "the paper", "small", "other"]
   two = gained("tu", tmp_path / "two")._replace(name="two tasks")
@@ -451,5 +458,5 @@ def test_the_picture_and_the_summary_have_what_three_tasks_tell(tmp_path):
 
 def test_fewer_tasks_are_not_in_the_picture(tmp_path):
   section = gained("tu", tmp_path)
-  assert forest.draw(page.findings([section])) is None
+  assert forest.draw(page.findings([section]), ["small"]) is None
   assert page.summary([section]).lines == []

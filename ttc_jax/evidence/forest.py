@@ -5,9 +5,11 @@ from ttc_jax.evidence.claims import Finding, telling
 from ttc_jax.experiments import Grid, Picture
 
 TITLE = "Gains in test accuracy that are claimed, and what was measured"
+QUESTIONS = "Questions beyond the paper, in points of test accuracy"
 
 
-def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
+def draw(findings: Sequence[tuple[str, str, str, Finding]],
+         names: Sequence[str], title: str = TITLE) -> Picture | None:
   """Returns the picture of all claims on enough tasks, or None without any.
 
   A dot and its 95 % interval for each work directory, a hollow diamond for the
@@ -16,6 +18,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
 
   Args:
     findings: as `page.findings` returns them.
+    names: of all work directories: one has the same colour in all pictures.
   """
   known = [(source, section, gain) for source, _, section, found in findings
            if (gain := telling(found))]
@@ -23,19 +26,19 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
     return None
   from ttc_jax import plots  # an extra
   rows = [*dict.fromkeys((source, gain.name) for source, _, gain in known)]
-  sections = [*dict.fromkeys(section for _, section, _ in known)]
+  sections = {section: names.index(section) for _, section, _ in known}
   figure, axes = plots.subplots(figsize=(8, 0.32 * len(rows) + 1.1))
   for source, section, gain in known:
-    place = sections.index(section)
+    place = sections[section]
     y = rows.index((source, gain.name))
-    shift = 0.4 * ((place + 0.5) / len(sections) - 0.5)
+    shift = 0.4 * ((place + 0.5) / len(names) - 0.5)
     axes.errorbar(gain.found.mean, y + shift, xerr=gain.found.half,
                   color=f"C{place}", marker="os^D"[place % 4], markersize=4,
                   capsize=2, linestyle="none")
     if gain.claimed:
       axes.plot(gain.claimed, y, marker="D", markersize=6, color="0.3",
                 markerfacecolor="none", linestyle="none")
-  for place, section in enumerate(sections):
+  for section, place in sorted(sections.items(), key=lambda one: one[1]):
     axes.plot([], [], color=f"C{place}", marker="os^D"[place % 4],
               linestyle="none", markersize=4, label=plots.label(section))
   axes.plot([], [], marker="D", color="0.3", markerfacecolor="none",
@@ -49,7 +52,7 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]]) -> Picture | None:
   figure.legend(fontsize=8, frameon=False, ncols=len(sections) + 1,
                 loc="outside upper center")
   return Picture(figure, Grid(
-      TITLE, ["source", "gain", "on", "points", "half interval", "paper"],
+      title, ["source", "gain", "on", "points", "half interval", "paper"],
       [[source, gain.name, section, f"{gain.found.mean:.2f}",
         f"{gain.found.half:.2f}",
         f"{gain.claimed}" if gain.claimed else ""]

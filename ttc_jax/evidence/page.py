@@ -100,8 +100,10 @@ def _drawn(name, planned, rows, place):
           if (x.numbers if isinstance(x, Picture) else x).lines]
 
 
-def findings(sections: Sequence[Section]
-             ) -> list[tuple[str, str, str, Finding]]:
+Told = tuple[str, str, str, Finding]  # source, claim, section, finding
+
+
+def findings(sections: Sequence[Section]) -> list[Told]:
   """Returns (source, claim, section, finding) of all that can be judged."""
   told = []
   for claim in CLAIMS:
@@ -113,13 +115,21 @@ def findings(sections: Sequence[Section]
   return told
 
 
-def summary(sections: Sequence[Section]) -> Grid:
-  """Returns the claims about accuracy, a column for each work directory.
+def apart(told: Sequence[Told]) -> tuple[list[Told], list[Told]]:
+  """Returns the paper's claims with their controls, and our own questions."""
+  ours = {claim.text for claim in CLAIMS if claim.ours}
+  return ([one for one in told if one[1] not in ours],
+          [one for one in told if one[1] in ours])
 
-  Only those, of both, that say something, as `telling` has it.
+
+def summary(sections: Sequence[Section]) -> Grid:
+  """Returns the paper's claims about accuracy and the controls that they need.
+
+  A column for each work directory; only lines and columns that say something,
+  as `telling` has it.
   """
   judged = [(text, name, gain, found.verdict)
-            for _, text, name, found in findings(sections)
+            for _, text, name, found in apart(findings(sections))[0]
             if (gain := telling(found))]
   names = [*dict.fromkeys(name for _, name, *_ in judged)]
   lines: dict[str, list[str]] = {}
@@ -153,7 +163,7 @@ def write(sections: Sequence[Section], folder: str) -> list[str]:
     raise UserError(f"two work directories are called '{twice[0]}', which the "
                     "page cannot tell apart: rename one")
   os.makedirs(folder, exist_ok=True)
-  drawn = {"claims": forest.draw(findings(sections))} | {
+  drawn = _forests(sections) | {
       f"{section.name}/{name}-{i}": one for section in sections
       for name, (_, shown) in section.shown.items()
       for i, one in enumerate(shown) if isinstance(one, Picture)}
@@ -172,6 +182,14 @@ def write(sections: Sequence[Section], folder: str) -> list[str]:
   return written
 
 
+def _forests(sections):
+  """{name: the picture of the paper's claims or of our questions, or None}."""
+  claims, questions = apart(findings(sections))
+  names = [section.name for section in sections]
+  return {"claims": forest.draw(claims, names),
+          "questions": forest.draw(questions, names, forest.QUESTIONS)}
+
+
 def _setting(section):
   """What the runs have in common; nothing where there are none."""
   return [section.results.setting] if section.results.rows else []
@@ -184,14 +202,15 @@ def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
 
   Args:
     pictures: {"SECTION/EXPERIMENT-NUMBER": path of the drawn picture}, and
-      "claims" for that of `forest`.
+      "claims" and "questions" for those of `forest`.
   """
   lines = [["", "claim", "on", "measured", "verdict"]] + [
       [source, text, name, found.measured, found.verdict]
       for source, text, name, found in findings(sections)]
   out = ["# Evidence", _RULE, *(
-      [f"![{forest.TITLE}]({pictures['claims']})"] if "claims" in pictures
-      else []), _pipes(lines)]
+      f"![{title}]({pictures[name]})" for name, title in (
+          ("claims", forest.TITLE), ("questions", forest.QUESTIONS))
+      if name in pictures), _pipes(lines)]
   for section in sections:
     out += [f"## {section.name}", *_setting(section)]
     for name, (title, shown) in section.shown.items():
@@ -241,9 +260,9 @@ svg { max-width: 100%; height: auto }
 
 def page(sections: Sequence[Section]) -> str:
   """Writes the page as one HTML file that needs no other."""
-  picture = forest.draw(findings(sections))
   body = ["<h1>Evidence</h1>", f"<p>{html.escape(_RULE)}</p>",
-          *([_svg(picture)] if picture else []), _claims(sections)]
+          *(_svg(one) for one in _forests(sections).values() if one),
+          _claims(sections)]
   for section in sections:
     body.append(f"<h2>{_text(section.name)}</h2>")
     body += [f"<p class=note>{_text(x)}</p>" for x in _setting(section)]
