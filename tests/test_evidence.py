@@ -117,6 +117,21 @@ def test_two_variants_without_a_stage_2_tell_nothing_of_a_task(
   assert ("v" not in by_task) == left_out and {"t", "u"} <= by_task.keys()
 
 
+def test_a_task_that_one_variant_has_no_stage_2_on_is_named(tmp_path):
+  found = rows((1.0, 2.0, 3.0))
+  for r in found:
+    r["stage2_lr"] = {"a": 0.001 if r["task"] == "u" else 0.1}.get(r["variant"])
+  measured = claims.better("a", "b")(results(found, tmp_path)).measured
+  assert measured.endswith("; val200 chose no stage 2 on u")
+
+
+@pytest.mark.parametrize("mean, half, said", [
+    (0.64, 0.57, "+0.64 ± 0.57"), (-0.55, 0.61, "-0.55 ± 0.61"),
+    (0.64, 0.51, "+0.6 ± 0.5"), (1.0, None, "+1.0")])
+def test_an_interval_shows_on_which_side_of_0_it_ends(mean, half, said):
+  assert claims.interval(claims.Difference(mean, half, 3, 3), "") == said
+
+
 @pytest.mark.parametrize("spread, shown", [(1.0, True), (40.0, False)])
 def test_an_interval_that_tells_nothing_is_in_no_summary(
     spread, shown, tmp_path):
@@ -442,7 +457,8 @@ def test_the_picture_and_the_summary_have_what_three_tasks_tell(tmp_path):
   assert by_gain["layernorm - linear"][2:4] == ["small", "9.10"]
   assert by_gain["layernorm - linear"][5] == "20.7"
   lines = {line[0]: line[1:] for line in page.summary([section]).lines}
-  key, = (text for text in lines if "far above linear" in text)
+  key, = (text for text in lines if "above linear probing" in text
+          and "LayerNorms" in text)
   assert lines[key] == ["+20.7", "+9.1 ± 0.1, supported"]
   # The paper's claims and their controls; what goes beyond is in the picture.
   assert any("trains for as long as both" in text for text in lines)

@@ -151,7 +151,8 @@ _RULE = ("A claim that one variant is above another is supported if the whole "
          "fewer than three tasks, it is not decidable here. Left out of a "
          "difference are tasks with one finished seed beside others with more, "
          "and tasks where val200 left both variants without a stage 2, at "
-         f"{IDLE} times the rate of stage 1 or less. Of so many intervals of "
+         f"{IDLE} times the rate of stage 1 or less; where it left one of them "
+         "without, the task counts and is named. Of so many intervals of "
          "95 % some miss by chance.")
 
 
