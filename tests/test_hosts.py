@@ -224,6 +224,30 @@ assert launch and not xla_bridge.backends_are_initialized()
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
+ROWS = """
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize("127.0.0.1:{port}", 2, {process})
+from ttc_jax import parallel
+parallel.span_hosts()
+import numpy as np
+from ttc_jax import evaluate
+squares = parallel.pmap_rows(lambda x: x * x)
+print(evaluate.over(squares, (np.arange(7),), 4).tolist())
+"""
+
+
+def test_every_host_has_the_rows_of_all():
+  port = free_port()
+  hosts = [subprocess.Popen(
+      [sys.executable, "-c", ROWS.format(port=port, process=process)],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      for process in range(2)]
+  said = [host.communicate(timeout=120) for host in hosts]
+  assert [out.splitlines()[-1:] for out, _ in said] == [
+      ["[0, 1, 4, 9, 16, 25, 36]"]] * 2, said
+
+
 # --- A store that hosts share -------------------------------------------------
 
 class Line:

@@ -24,7 +24,9 @@ import safetensors.numpy
 
 from ttc_jax import backbones, trees, weights
 from ttc_jax.backbones import vit
+from ttc_jax.config import default
 from ttc_jax.errors import UserError
+from ttc_jax.runs import inputs
 from ttc_jax.weights import (
   containers,
   formats,
@@ -1097,6 +1099,25 @@ def test_a_part_is_the_tree_below_its_name(tmp_path, monkeypatch, tree):
     assert (source.name, source.address) == (f"two.npz:{part}", source.path)
     check_equal(trees.flatten(weights.load("vit_ti4", source, 16)[1]), want)
   assert weights.describe(f"{path}:img")["file"] == f"{path}:img"
+
+
+def identity(path):
+  config = default()
+  config.update(backbone="vit_ti4", weights=path, image_size=16)
+  return inputs.load_base(config).identity
+
+
+def test_runs_are_named_by_all_that_decides_the_pretrained_model(
+    tmp_path, monkeypatch):
+  monkeypatch.setitem(vit.SIZES, "ti", (D, L, H, F))
+  path, *_ = two_towers(tmp_path / "two.npz")
+  assert identity(f"{path}:img") != identity(f"{path}:teacher")
+  path = save(tmp_path / "model.safetensors", as_timm(flat_params()))
+  assert identity(path) == weights.sha256(path)
+  put_config(tmp_path, architecture="vit_base_patch16_224")
+  exact = identity(path)
+  put_config(tmp_path, architecture="vit_base_patch16_clip_quickgelu_224")
+  assert len({weights.sha256(path), exact, identity(path)}) == 3
 
 
 def test_the_image_tower_is_the_file_s_where_it_is_the_only_one(tmp_path):

@@ -13,9 +13,8 @@ from ttc_jax.tasks.images import Images  # uint8 (N, S, S, 3)
 @functools.cache
 def _pmapped(model: Model, output: str, *args):
   def fn(params, buffers, images):
-    return parallel.gather(
-        getattr(model, output)(params, images, buffers, *args))
-  return parallel.pmap(fn)
+    return getattr(model, output)(params, images, buffers, *args)
+  return parallel.pmap_rows(fn)
 
 
 def over(fn: Callable[..., Any], arrays: tuple[Images, ...],
@@ -23,8 +22,7 @@ def over(fn: Callable[..., Any], arrays: tuple[Images, ...],
   """Returns the results of `fn` for all batches of the arrays: (N, ...).
 
   Args:
-    fn: pmapped; takes a batch of each array, on the devices; what it returns
-      went through `parallel.gather`.
+    fn: of `parallel.pmap_rows`; takes a batch of each array, on the devices.
     arrays: with the same first axis N.
     batch_size: rounded up to a multiple of the devices; the last batch is
       padded to it.

@@ -73,14 +73,17 @@ def device_index() -> jax.Array:
   return jax.lax.axis_index(AXIS)
 
 
-def gather(tree: Tree) -> Tree:
-  """Returns the results of all devices, (n, ...), on each; inside a pmapped
-  function. `unshard` takes what the function returns then."""
-  return jax.lax.all_gather(tree, AXIS) if spans_hosts() else tree
+def pmap_rows(fn: Callable) -> Callable:
+  """Returns `pmap` of a function whose result has a row for each image; every
+  host has the rows of all devices, which `unshard` takes."""
+  def gathered(*args):
+    rows = fn(*args)
+    return jax.lax.all_gather(rows, AXIS) if spans_hosts() else rows
+  return pmap(gathered)
 
 
 def unshard(x: jax.Array) -> np.ndarray:
-  """Returns what `gather` gathered, (devices, B/n, ...) -> (B, ...)."""
+  """Returns all rows of a `pmap_rows`: (devices, B/n, ...) -> (B, ...)."""
   whole = np.asarray(x[0] if spans_hosts() else x)
   return whole.reshape(-1, *whole.shape[2:])
 

@@ -422,7 +422,7 @@ def _program(model: Model, one: bool):
   def of_each(base, stacked, rows, images):
     return jax.vmap(lambda row, image: logits(
         base, stacked, row, image[None])[0])(rows, images)
-  return parallel.pmap(of_one if one else of_each)
+  return parallel.pmap_rows(of_one if one else of_each)
 
 
 if __name__ == "__main__":

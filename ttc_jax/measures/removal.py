@@ -85,4 +85,4 @@ def _losses(model):
       logits = model.logits(params, images, buffers, mask=mask)
     return -jnp.take_along_axis(
         jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
-  return parallel.pmap(fn)
+  return parallel.pmap_rows(fn)

@@ -1,6 +1,7 @@
 """What runs start from: the backbone with its weights, and the tasks."""
 import difflib
 import itertools
+import json
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -41,6 +42,20 @@ class Base(NamedTuple):
   params: trees.Tree
   source: weights.Source
   normalisation: str
+
+  @property
+  def reading(self) -> str:
+    """What decides the pretrained model beside the file's contents: the part
+    that is read, and the fields where a config.json tells some; mostly ""."""
+    found = {"part": self.source.part} if self.source.part else {}
+    if self.source.configured:
+      found |= self.backbone.fields
+    return json.dumps(found, sort_keys=True) if found else ""
+
+  @property
+  def identity(self) -> str:
+    """What decides the pretrained model, as runs and stages are named by it."""
+    return f"{self.source.sha256} {self.reading}".rstrip()
 
 
 class Inputs:

@@ -64,7 +64,7 @@ def make_job(run: Run, base: Base, task: tasks.Task, report: Callable,
   # The method's options enter with the stage that first uses them.
   identity = {
       "task": run.task, "data": run.data, "protocol": run.protocol,
-      "seed": run.seed, "config": common_keys(c), "weights": base.source.sha256,
+      "seed": run.seed, "config": common_keys(c), "weights": base.identity,
       "devices": len(parallel.devices()), "classes": len(task.classes)}
   return train.Job(
       identity=identity, config=c,

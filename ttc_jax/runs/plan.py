@@ -32,7 +32,7 @@ class Run(NamedTuple):
     method: its method, options resolved.
     protocol: "val" or "final".
     data: digest of the images and labels.
-    weights: hash of the pretrained weights.
+    weights: `inputs.Base.identity` of the pretrained model.
   """
   task: str
   variant: str

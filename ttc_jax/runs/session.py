@@ -79,8 +79,8 @@ class Session:
     self.tasks, self.missing = self.inputs.tasks, self.inputs.missing
     self.base = self.inputs.base(config)
     inputs.check_runs(config, self.inputs)
-    self.workdir.adopt(_kept_keys(config, self.base.source.sha256),
-                       _json(default()))
+    self.workdir.adopt(_kept_keys(config, self.base),
+                       _json(default()) | {"weights_reading": ""})
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
     self._planned: dict[str, plan.Run] = {}
@@ -235,7 +235,7 @@ class Session:
     config = inputs.settled(config, method)
     data = job.data_digest(self.inputs.task(task, config), protocol, method)
     run = plan.Run(task, variant, config, method, protocol, seed, data,
-                   base.source.sha256)
+                   base.identity)
     return self._planned.setdefault(run.name, run)
 
   def rows(self) -> list[Row]:
@@ -319,11 +319,13 @@ class Session:
     return self.workdir.write_row(row)
 
 
-def _kept_keys(config, weights_sha256):
+def _kept_keys(config, base):
   """JSON of the values that no later start on a work directory may change."""
   free = (*_FREE, *(_FREE_OF_EXPERIMENTS if config.experiment else ()))
   keep = {k: v for k, v in _json(config).items() if k not in free}
-  keep["weights_sha256"] = weights_sha256
+  keep["weights_sha256"] = base.source.sha256
+  if base.reading:
+    keep["weights_reading"] = base.reading
   if config.protocol == "select":  # on whose rows settings are chosen
     keep["select_seed"] = config.seeds[0]
   return keep

@@ -115,6 +115,17 @@ class Source(NamedTuple):
     return (join_part(os.path.abspath(local), part) if os.path.exists(local)
             else public(self.source))
 
+  @property
+  def part(self) -> str:
+    """The part of the file, see `split_part`, or ""."""
+    return split_part(self.path or "")[1]
+
+  @property
+  def configured(self) -> bool:
+    """Whether a config.json beside the file tells how it is read."""
+    return self.path is not None and os.path.isfile(
+        os.path.join(os.path.dirname(self.path), "config.json"))
+
 
 def open_source(source: str, cache: str | None = None) -> Source:
   """Locates and hashes a source; remote files are fetched.
