@@ -100,6 +100,25 @@ def test_what_was_copied_is_not_copied_again_unless_it_changed(
   assert again() == ["one/cat/cat 0.png"]
 
 
+def test_what_left_the_bucket_leaves_the_copy(objects, tmp_path):
+  pets = fill(tmp_path / "pets")
+  upload(objects, pets, "pets")
+  tasks.load("pets", size=8, data="gs://b/pets")
+  bucket._objects.cache_clear()
+  bucket._whole.clear()
+  one, other, *_ = sorted(pets.rglob("*.png"))
+  one.unlink()
+  other.rename(other.with_name("renamed.png"))
+  for path in (one, other):
+    del objects.contents[f"pets/{path.relative_to(pets).as_posix()}"]
+  upload(objects, pets, "pets")
+  same(tasks.load("pets", size=8, data="gs://b/pets"),
+       tasks.load("pets", size=8, data=str(pets)))
+  copied, = (tmp_path / "cache").rglob("buckets/*/pets")
+  assert {p.relative_to(copied) for p in copied.rglob("*.png")} == {
+      p.relative_to(pets) for p in pets.rglob("*.png")}
+
+
 @pytest.mark.parametrize("name", ["t/../../x.txt", "t/a\\b.txt"])
 def test_a_name_that_leads_elsewhere_is_refused(name, objects):
   objects.put(name, b"x")

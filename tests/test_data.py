@@ -356,6 +356,22 @@ def test_a_zip_equals_its_folder(pets, tmp_path, above):
   assert len(load(path).labels["trainval"]) + 4 == 21
 
 
+@pytest.mark.parametrize("cache_gib", [0, 1])
+def test_hosts_that_unpack_a_zip_have_the_same_task(
+    cache_gib, pets, tmp_path, monkeypatch):
+  path = zipped(pets, tmp_path / "pets.zip")
+  found = set()
+  for host in ("one", "two"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / host))
+    archive._unpacked.cache_clear()
+    found.add(load(path, cache_gib=cache_gib).split("train").digest)
+  picture(pets / "cat" / "cat 0.png", 12345)
+  zipped(pets, path)
+  archive._unpacked.cache_clear()
+  found.add(load(path, cache_gib=cache_gib).split("train").digest)
+  assert len(found) == 2
+
+
 def test_a_zip_of_tasks_in_lists_is_read_too(pets, tmp_path):
   for part, image in (("train800", 0), ("val200", 1), ("train800val200", 0),
                       ("test", 2)):

@@ -300,6 +300,10 @@ def test_few_images_shrink_the_batch(source):
   found = ttc_jax.fit(*pictures(6), weights=source, method="linear",
                       **SMALL | dict(batch_size=64))
   assert len(found.history) == 2
+  # The supernet trains on four fifths of the images.
+  found = ttc_jax.fit(*pictures(10), weights=source, method="noah",
+                      **SMALL | dict(batch_size=64))
+  assert found.history
   with pytest.raises(UserError, match="16 images does not divide into accum"):
     ttc_jax.fit(*pictures(40), weights=source, **SMALL | dict(accumulate=3))
 

@@ -161,3 +161,43 @@ def test_the_commands_know_it(library, pets):
   done = run_command("tasks", "list", f"--data=hf:{pets}")
   assert done.stdout.splitlines()[1].split() == ["pets", "Other", "2", "17",
                                                  "hf"]
+
+
+def paths_alone(library, folder, paths):
+  """Parquet files of rows that hold no bytes, only where the images lie."""
+  folder.mkdir(exist_ok=True)
+  found = library.Dataset.from_dict({
+      "image": [{"bytes": None, "path": str(path)} for path in paths],
+      "label": [i % 2 for i in range(len(paths))]},
+      features=library.Features({
+          "image": library.Image(),
+          "label": library.ClassLabel(names=["cat", "dog"])}))
+  found.to_parquet(folder / "train-00000-of-00001.parquet")
+  return folder
+
+
+def test_images_that_rows_only_name_are_read_anew_when_they_change(
+    library, tmp_path):
+  folder = tmp_path / "named"
+  images = [folder / "images" / f"{i}.png" for i in range(24)]
+  for i, path in enumerate(images):
+    picture(path, i)
+  paths_alone(library, folder, images)
+  old = load(folder, "named")
+  before, digest = pixels(old, "trainval", "test"), old.split("train").digest
+  for i, path in enumerate(images):
+    picture(path, 100 + i)
+  new = load(folder, "named")
+  assert new.split("train").digest != digest
+  assert pixels(new, "trainval", "test") != before
+
+
+@pytest.mark.parametrize("where", ["outside/x.png", "rows/../outside/x.png",
+                                   "rows/folder"])
+def test_rows_name_no_image_outside_of_their_data_set(
+    library, tmp_path, where):
+  (tmp_path / "rows" / "folder").mkdir(parents=True)
+  picture(tmp_path / "outside" / "x.png", 0)
+  folder = paths_alone(library, tmp_path / "rows", [tmp_path / where] * 24)
+  with pytest.raises(UserError, match="not in its folder|is no file"):
+    load(folder, "rows").split("train")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ttc_jax import backbones, importance, measures, parallel
-from ttc_jax.errors import UserError
+from ttc_jax import backbones, importance, measures, parallel, tasks
+from ttc_jax.errors import RunError, UserError
 from ttc_jax.experiments import Results, fig3
 from ttc_jax.measures import (
   divergence,
@@ -67,6 +67,25 @@ def test_silhouette_is_its_definition(rng):
     other = far[y != y[i]].mean()
     found.append((other - own) / max(own, other))
   assert separation.silhouette(x, y) == pytest.approx(np.mean(found), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
+def test_a_silhouette_that_is_not_defined_is_one_sentence(labels):
+  with pytest.raises(RunError, match=f"3 images of {len(set(labels))} classes"):
+    separation.silhouette(np.eye(3), np.array(labels))
+
+
+@pytest.mark.parametrize("labels, rows", [
+    ([0, 1] * 10, range(5)),  # the first ones have all classes
+    ([0] * 11 + [1] * 10, [0, 5, 10, 15, 20]), ([0, 1, 2], range(3))])
+def test_some_test_images_are_of_all_classes(labels, rows):
+  labels = np.array(labels)
+  split = tasks.Split(np.arange(len(labels)), labels)
+  task = types.SimpleNamespace(tests=("test",), split={"test": split}.get)
+  trained = measures.Trained(None, None, None, None, None, task, 0, 0)
+  found = trained.test(5)
+  assert found.images.tolist() == list(rows)
+  assert (found.labels == labels[list(rows)]).all()
 
 
 def test_embedding_keeps_far_clouds_apart(rng):

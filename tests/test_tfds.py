@@ -1,4 +1,6 @@
 """The reader of TFDS's data sets, with one that is none of VTAB's."""
+import shutil
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -52,9 +54,9 @@ def data(request, root, tmp_path):
   return tmp_path
 
 
-def load(spec, data, tmp_path):
+def load(spec, data, tmp_path, **settings):
   return tasks.at_size(reader.task("shades", spec, str(data)), 4,
-                       cache=str(tmp_path / "cache"))
+                       cache=str(tmp_path / "cache"), **settings)
 
 
 def test_any_data_set_is_a_task_with_its_test_sets(data, tmp_path):
@@ -71,6 +73,14 @@ def test_any_data_set_is_a_task_with_its_test_sets(data, tmp_path):
   train, val, both = (task.split(p).images for p in tasks.ROLES)
   assert (np.concatenate([train, val]) == both).all()
   assert len({task.split(p).digest for p in task.splits}) == 5
+
+
+def test_a_copy_is_the_same_task_also_where_it_is_streamed(data, tmp_path):
+  copy = tmp_path / "copied"
+  shutil.copytree(data, copy, copy_function=shutil.copyfile)
+  digests = {load(reader.Spec("shades", SPLITS, "coarse"), place, tmp_path,
+                  cache_gib=0).split("train").digest for place in (data, copy)}
+  assert len(digests) == 1
 
 
 def test_a_label_may_be_a_function_and_the_folder_a_path(data, tmp_path):

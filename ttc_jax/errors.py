@@ -18,7 +18,8 @@ class DataError(UserError):
 
 
 class RunError(RuntimeError):
-  """A run cannot go on after a correct start: it diverged.
+  """A run cannot go on after a correct start: it diverged, or what it shall be
+  measured by is not there.
 
   The command lines print it without a traceback and exit with code 1.
   """

@@ -272,7 +272,6 @@ def _fit(config, images, labels, val, classes, seed, progress):
     if not isinstance(val, (tuple, list)) or len(val) != 2:
       raise UserError("fit: val is no pair: give (images, labels)")
     val_split = _split(val[0], val[1], names, config)[1]
-  config.batch_size = _batch_size(config, train_split)
   job, scores = _job(config, base, names, train_split, val_split, seed)
   config = job.config
   with (tempfile.TemporaryDirectory() as scratch,
@@ -432,6 +431,7 @@ def _job(config, base, classes, train_split, val_split, seed):
   if any(stage.holdout for stage in method.stages):
     holdout = (train_split, val_split) if val_split else _held_out(
         train_split, seed)
+  config.batch_size = _batch_size(config, (holdout or [train_split])[0])
   return train.Job(
       identity={"fit": digests, "classes": list(classes), "seed": seed,
                 "config": plan.common_keys(config),

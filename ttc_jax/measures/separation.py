@@ -9,6 +9,8 @@ Each is {"before": ..., "after": ...}: of the pretrained and trained model.
 import numpy as np
 from sklearn import manifold, metrics
 
+from ttc_jax.errors import RunError
+
 IMAGES = 500
 
 
@@ -27,7 +29,17 @@ def measure(trained):
 
 
 def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the mean silhouette of (N, D) features with labels (N,)."""
+  """Returns the mean silhouette of (N, D) features with labels (N,).
+
+  Raises:
+    RunError: all have one class, or each a class of its own.
+  """
+  count = len(np.unique(labels))
+  if not 1 < count < len(labels):
+    raise RunError(f"the measure separation needs two classes and an image more "
+                   f"than classes; the test set has {len(labels)} images of "
+                   f"{count} classes: leave the measure out of config.measures, "
+                   "or give a larger test set")
   return float(metrics.silhouette_score(features, labels))
 
 

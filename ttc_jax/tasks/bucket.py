@@ -3,11 +3,13 @@
 Lists and descriptions (.txt, .json) of the whole address are copied when it is
 first looked at, the rest of a task's folder when the task is loaded; of a
 folder of pictures, and of a file, everything. A copy is made again when the
-object's size or generation changes. What a killed process had copied is kept.
+object's size or generation changes, and goes when the object is no more. What a
+killed process had copied is kept.
 
 The copies have the objects' times, so that every host sees the same files.
 """
 from collections.abc import Iterable, Mapping
+import contextlib
 import functools
 import hashlib
 import json
@@ -67,8 +69,17 @@ def _objects(data: str) -> tuple[Mapping[str, Mapping[str, Any]], str]:
   root = os.path.join(files.cache_folder("buckets"), key,
                       posixpath.basename(data))
   fs, path = _opened(data)
-  with _explained(data):
-    found = fs.find(path, detail=True)
+  # Within the lock, so that no other process copies what is newer than this.
+  with files.lock(f"{root}.lock", wait=True):
+    with _explained(data):
+      found = fs.find(path, detail=True)
+    named = _named(data, path, found)
+    _drop(root, named)
+  return named, root
+
+
+def _named(data, path, found):
+  """{name below the address: what the store says of it}, all of them paths."""
   named = {name[len(path):].removeprefix("/"): info
            for name, info in found.items()
            if not name.endswith("/")}
@@ -80,7 +91,19 @@ def _objects(data: str) -> tuple[Mapping[str, Mapping[str, Any]], str]:
       raise errors.UserError(
           f"data={data} has an object called {name[:100]!r}, which is no path "
           "of a file: rename it")
-  return named, root
+  return named
+
+
+def _drop(root: str, objects: Mapping[str, Mapping[str, Any]]) -> None:
+  """Removes the copies of objects that are no more."""
+  places = {_place(root, name) for name in objects}
+  for folder, _, names in os.walk(root, topdown=False):
+    for path in (os.path.join(folder, name) for name in names):
+      if path not in places:
+        os.remove(path)
+    if folder != root:
+      with contextlib.suppress(OSError):  # it is not empty
+        os.rmdir(folder)
 
 
 def _copy(data: str, root: str, objects: Mapping[str, Mapping[str, Any]],

@@ -11,7 +11,7 @@ the splits where they have other names. A revision pins what the name means.
 the library's cache; no code of it is run. Extra `hf`. The task is called NAME
 without its owner, or hf_NAME where VTAB-1K has a task of the name.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import io
 import os
 from typing import Any
@@ -27,6 +27,7 @@ OPTIONS = ("config", "revision", "image", "label", "train", "val", "test")
 SPLITS = {"train": ("train",), "val": ("validation", "valid", "val", "dev"),
           "test": ("test",)}
 _LABELS = ("label", "labels")
+_ROWS = 1000  # that are looked at together
 
 
 def names(data: str | None) -> tuple[str, ...]:
@@ -151,17 +152,56 @@ def _source(data: str, split: str, rows: Any, column: str) -> images.Source:
   stored = rows.select_columns([column]).cast_column(
       column, _library().Image(decode=False))
 
+  roots = _roots(data)
+
   def read(i: int) -> Image.Image:
     value = stored[i][column]
     if value and value["bytes"] is None and value["path"]:
-      return images.read(value["path"])
+      return images.read(_inside(value["path"], roots, data))
     where = f"{split}/{i} of {data}"
     try:
       return images.decode(io.BytesIO(value["bytes"]))
     except Exception as error:  # Pillow's decoders raise nearly every type
       raise images.ImageError(where, str(error)) from error
 
-  def lines() -> Sequence[str]:
-    return str(rows._fingerprint), split, column
-  return images.Source(len(rows), read, key=lines,
-                       name=lambda i: f"{split}/{i:07d}")
+  def lines(of: Callable[[Sequence[str]], Iterable[str]]) -> Iterator[str]:
+    yield from (str(rows._fingerprint), split, column)
+    yield from of([_inside(path, roots, data)
+                   for path in _paths(stored, column)])
+  return images.Source(
+      len(rows), read, key=lambda: lines(images.digests),
+      stamp=lambda: lines(images.stamps), name=lambda i: f"{split}/{i:07d}")
+
+
+def _paths(rows: Any, column: str) -> Iterator[str]:
+  """Yields the paths of the images whose bytes are not in the rows; reads no
+  bytes."""
+  arrow = rows.with_format("arrow")
+  for start in range(0, len(rows), _ROWS):
+    for chunk in arrow[start:start + _ROWS][column].chunks:
+      elsewhere = chunk.filter(chunk.field("bytes").is_null())
+      yield from filter(None, elsewhere.field("path").to_pylist())
+
+
+def _roots(data: str) -> list[str]:
+  """The folders that images of a data set may lie in: its own, and those that
+  the library downloads to."""
+  from huggingface_hub import constants
+  local = os.path.abspath(files.expand(
+      prepared.options(data, PREFIX, OPTIONS)[0]))
+  own = [local, os.path.dirname(local)][os.path.isfile(local)]
+  return [os.path.join(os.path.abspath(root), "") for root in (
+      own, _library().config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
+
+
+def _inside(path: str, roots: Sequence[str], data: str) -> str:
+  """Returns a path that rows name, if it is of the data set."""
+  place = os.path.abspath(path)
+  if not place.startswith(tuple(roots)):
+    raise errors.UserError(
+        f"data={data} names the image {errors.printable(path)!r}, which is not "
+        "in its folder: store images as bytes, or below the data set's folder")
+  if os.path.exists(place) and not os.path.isfile(place):
+    raise errors.UserError(f"data={data} names the image "
+                           f"{errors.printable(path)!r}, which is no file")
+  return place

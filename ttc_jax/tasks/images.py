@@ -74,7 +74,7 @@ def from_files(paths: Sequence[str], names: Sequence[str]) -> Source:
   return Source(
       count=len(paths),
       read=lambda i: read(paths[i]),
-      key=lambda: in_order(file_digest, paths),
+      key=lambda: digests(paths),
       stamp=lambda: map(_file_stamp, paths, names),
       name=paths.__getitem__)
 
@@ -382,6 +382,16 @@ def file_digest(path: str) -> str:
   """Returns the SHA-256 of a file's bytes, in hexadecimal."""
   with _readable(path), open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(paths: Sequence[str]) -> Iterator[str]:
+  """Yields the SHA-256 of files, computed on all cores."""
+  return in_order(file_digest, paths)
+
+
+def stamps(paths: Sequence[str]) -> Iterator[str]:
+  """Yields what changes in all likelihood when a file does; by its name."""
+  return (_file_stamp(path, os.path.basename(path)) for path in paths)
 
 
 def _file_stamp(path: str, name: str) -> str:

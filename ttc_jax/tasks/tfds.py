@@ -113,10 +113,12 @@ def as_task(name: str, dataset: Dataset, group: str) -> Task:
 
 def _images(dataset: Dataset, part: str) -> images.Source:
   source, binary = dataset.sources[part], dataset.spec.binary
+
+  def stamp():  # the same on every host, whenever the shards were copied
+    return digest(dataset), dataset.splits[part], str(binary)
   return images.Source(
       len(source), lambda i: source.image(i, binary),
-      key=lambda: (digest(dataset), dataset.splits[part], str(binary),
-                   *_stamps(dataset.folder)))
+      key=lambda: (*stamp(), *_stamps(dataset.folder)), stamp=stamp)
 
 
 def prepared(spec: Spec, data: str | None) -> str | None:
