@@ -89,3 +89,17 @@ def test_only_parallel_calls_jax_pmap():
   for path in files():
     if path.name != "parallel.py":
       assert "jax.pmap" not in path.read_text(), path
+
+
+# Their JSON is this package's own: of a configuration, of other hosts.
+OWN_JSON = {"bundles.py", "containers.py", "launch.py", "session.py",
+            "stores.py", "files.py"}
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.stem)
+def test_json_of_files_is_read_by_one_function(path):
+  """`files.from_json`, whose errors are ValueErrors, also of deep nesting."""
+  text = path.read_text()
+  assert "json.load(" not in text and "RecursionError" not in (
+      text if path.name != "files.py" else "")
+  assert "json.loads(" not in text or path.name in OWN_JSON

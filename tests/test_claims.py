@@ -114,7 +114,8 @@ def _claim_and_end(path):
   os._exit(9)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"released": 1}'])
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b'{"released": 1}', 200_000 * b"["])
 def test_a_damaged_claim_is_waited_out(content, tmp_path):
   store = stores.open_store(tmp_path)
   store.write("claims/a/7", content)

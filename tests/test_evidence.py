@@ -305,6 +305,16 @@ def test_a_measure_of_another_shape_is_one_sentence(
     page.gather(str(work))
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", 200_000 * b"["])
+def test_a_damaged_row_is_left_out(content, tmp_path, caplog):
+  work = WorkDir(tmp_path)
+  work.write_row(row("a", "t", 0, 50))
+  work.store.write("runs/other/row.json", content)
+  work.store.write("results.jsonl", content + b"\n")
+  assert [r["run"] for r in work.rows()] == ["t-a-0"]
+  assert "damaged" in caplog.text
+
+
 @pytest.mark.parametrize("damaged", [
     {"tasks": []}, {"tasks": {"t": None}}, {"tasks": {"t": {"ttc": {}}}},
     {"tasks": {"t": {"ttc": {"seed": 1}}}}, {"missing": 1}, []])

@@ -296,11 +296,11 @@ def _load_file(path):
       if text is None:
         raise UserError(f"'{path}' is no packed bundle: its header has no "
                         f"{_KEY!r}; weights go to --weights")
-      meta = json.loads(text)
+      meta = files.from_json(text)
       # safetensors has compared the sizes that it declares with the file's.
       tensors = {name: file.get_tensor(name) for name in file.keys()}
     version = meta.pop("format", None)
-  except (OSError, ValueError, TypeError, AttributeError, RecursionError,
+  except (OSError, ValueError, TypeError, AttributeError,
           safetensors.SafetensorError) as e:
     reason = " ".join(str(e).split())[:200]
     raise UserError(f"'{path}' is not a whole bundle ({reason})") from e

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ttc_jax import trees
+from ttc_jax import files, trees
 from ttc_jax.claims import Claim, Claims
 from ttc_jax.errors import Busy, UserError, printable
 from ttc_jax.stores import Store
@@ -181,7 +181,7 @@ class StageStore:
     """Reads what `write_notes` wrote; empty, with a warning, if damaged."""
     content = self._store.read(f"{self._name}-notes.json")
     try:
-      return dict(json.loads(content)) if content else {}
+      return dict(files.from_json(content)) if content else {}
     except (TypeError, ValueError):
       logging.warning("%s-notes.json is damaged and left out",
                       printable(self.path))

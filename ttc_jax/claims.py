@@ -21,6 +21,7 @@ import uuid
 
 from absl import logging
 
+from ttc_jax import files
 from ttc_jax.errors import Busy, UserError
 from ttc_jax.stores import Store
 
@@ -183,7 +184,7 @@ def _last(store: Store, name: str) -> int:
 
 def _decoded(content: bytes | None) -> dict:
   try:
-    found = json.loads(content or b"{}")
+    found = files.from_json(content or b"{}")
   except ValueError:
     return {}
   return found if isinstance(found, dict) else {}

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -120,6 +121,29 @@ def size(path: str) -> int:
   """Returns the bytes of all files in a folder and its subfolders."""
   return sum(os.path.getsize(os.path.join(folder, name))
              for folder, _, names in os.walk(path) for name in names)
+
+
+def read_json(path: str) -> Any:
+  """Returns what a JSON file holds.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: as of `from_json`.
+  """
+  with open(path, "rb") as file:
+    return from_json(file.read())
+
+
+def from_json(text: str | bytes) -> Any:
+  """Returns the value of a file's JSON, in UTF-8.
+
+  Raises:
+    ValueError: it is none, or is nested deeper than Python reads.
+  """
+  try:
+    return json.loads(text.decode() if isinstance(text, bytes) else text)
+  except RecursionError as error:
+    raise ValueError("its values are nested too deep") from error
 
 
 def write_text(path: str, text: str) -> None:

@@ -103,8 +103,7 @@ def _read(path):
   if not os.path.exists(path):
     return []
   try:
-    with open(path, encoding="utf-8") as f:
-      return json.load(f)["results"]
+    return files.read_json(path)["results"]
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f"--json={path} is no file of --suite: {e}") from e
 

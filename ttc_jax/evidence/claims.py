@@ -15,9 +15,9 @@ has the degrees of freedom of Welch and Satterthwaite.
 
 Two things say nothing of a difference and are left out of it: a task with a
 single finished seed beside others with more, and a task where val200 left both
-variants without a stage 2, at `IDLE` times the rate of stage 1 or less. Where it
-left one without, as TTC beside LayerNorm, that is the choice of the recipe: the
-task counts and is named.
+variants without a stage 2, at `IDLE` times the rate of stage 1 or less. Where
+it left one without, as TTC beside LayerNorm, that is the choice of the recipe:
+the task counts and is named.
 
 Claims about other numbers say their thresholds.
 """

@@ -36,10 +36,10 @@ def silhouette(features: np.ndarray, labels: np.ndarray) -> float:
   """
   count = len(np.unique(labels))
   if not 1 < count < len(labels):
-    raise RunError(f"the measure separation needs two classes and an image more "
+    raise RunError("the measure separation needs two classes and more images "
                    f"than classes; the test set has {len(labels)} images of "
-                   f"{count} classes: leave the measure out of config.measures, "
-                   "or give a larger test set")
+                   f"{count} classes: give a larger one, or leave the measure "
+                   "out of config.measures")
   return float(metrics.silhouette_score(features, labels))
 
 

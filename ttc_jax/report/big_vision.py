@@ -7,13 +7,13 @@ it is config.json, the configuration; what examples/big_vision/vtab.py writes
 there says which task and method it was. Nothing in the files is executed.
 """
 from collections.abc import Mapping, Sequence
-import json
 import math
 import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttc_jax import files
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.report.rows import SCORE
 from ttc_jax.report.tables import Line, Score, Table, mean
@@ -126,11 +126,11 @@ def _steps(path: str) -> list[dict[str, Any]]:
 
 def _object(path, number, line):
   try:
-    value = json.loads(line)
+    value = files.from_json(line)
     if not isinstance(value, dict) or not isinstance(value.get("step"), int):
       raise ValueError("no object with a step")
     return value
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     raise UserError(
         f"metrics file '{path}', line {number}: {error}; give the {FILE} that "
         "Big Vision's train.py wrote") from error
@@ -140,11 +140,10 @@ def _config(path: str) -> Mapping[str, Any]:
   """The configuration beside the file; empty where there is none."""
   beside = os.path.join(os.path.dirname(path), "config.json")
   try:
-    with open(beside, encoding="utf-8") as file:
-      value = json.load(file)
+    value = files.read_json(beside)
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError, RecursionError) as error:
+  except (OSError, ValueError) as error:
     raise UserError(f"'{beside}', beside the metrics, cannot be read "
                     f"({error}): mend it or move it away") from error
   return value if isinstance(value, dict) else {}

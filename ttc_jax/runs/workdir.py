@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from ttc_jax import stores
+from ttc_jax import files, stores
 from ttc_jax.claims import LEASE_SECONDS, Claim, Claims
 from ttc_jax.errors import UserError, printable
 from ttc_jax.stores import Store
@@ -163,7 +163,7 @@ class WorkDir:
     """
     try:
       self.store.create("config.json", _json(dict(sorted(config.items()))))
-      old = json.loads(self.store.read("config.json") or b"")
+      old = files.from_json(self.store.read("config.json") or b"")
     except (OSError, ValueError) as e:
       why = "it is a file" if os.path.isfile(f"{self}") else e
       raise UserError(f"work directory '{self}' cannot be used: {why}; give "
@@ -389,7 +389,7 @@ class WorkDir:
     if content is None:
       return None
     try:
-      value = json.loads(content.decode())
+      value = files.from_json(content)
       if isinstance(value, dict):
         return value
       raise ValueError("no JSON object")
@@ -438,7 +438,7 @@ def of_lines(content: bytes, path: str) -> list[dict[str, Any]]:
   found = []
   for number, line in enumerate(content.splitlines(keepends=True), 1):
     try:
-      found.append(dict(json.loads(line.decode())))
+      found.append(dict(files.from_json(line)))
     except (ValueError, TypeError):
       if line.endswith(b"\n"):
         logging.warning("%s:%d is damaged and left out", printable(path),

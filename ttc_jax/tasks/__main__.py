@@ -58,8 +58,8 @@ def _status(name: str, data: str | None) -> str:
   if path is None:
     return "missing"
   try:
-    with open(os.path.join(path, "dataset_info.json"), encoding="utf-8") as f:
-      stored = json.load(f).get("fileFormat") or "tfrecord"
+    stored = files.read_json(os.path.join(path, "dataset_info.json")).get(
+        "fileFormat") or "tfrecord"
   except (OSError, ValueError, AttributeError):
     return f"damaged {os.path.basename(path)}"
   return f"{stored} {os.path.basename(path)}"

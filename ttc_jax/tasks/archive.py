@@ -132,8 +132,8 @@ def _unpack(data: str, archive: zipfile.ZipFile,
       os.makedirs(os.path.dirname(path), exist_ok=True)
       with archive.open(member) as source, open(path, "xb") as file:
         shutil.copyfileobj(source, file, _BLOCK)  # at most `file_size` bytes
-      # The stamp of a file is its size and time: so the time tells the contents,
-      # and hosts that unpacked at other times have the same task.
+      # A file's stamp is its size and time: so the time tells the contents, and
+      # hosts that unpacked at other times have the same task.
       os.utime(path, (member.CRC & _TIMES, member.CRC & _TIMES))
     os.makedirs(scratch, exist_ok=True)
     os.rename(scratch, target)

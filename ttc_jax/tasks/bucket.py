@@ -204,7 +204,6 @@ def _changed(info):
 
 def _read(path):
   try:
-    with open(path, encoding="utf-8") as file:
-      return dict(json.load(file))
+    return dict(files.read_json(path))
   except (OSError, TypeError, ValueError):
     return {}

@@ -23,7 +23,6 @@ folder, since VTAB-1K has one of them too.
 """
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import logging
 import os
 from typing import NamedTuple
@@ -164,13 +163,12 @@ def _of_json(name: str, row: Row, folder: str) -> Task:
 def _read(path: str) -> dict[str, int | str]:
   """Reads {image: class id}."""
   try:
-    with open(path, encoding="utf-8") as file:
-      found = json.load(file)
+    found = files.read_json(path)
     if found and isinstance(found, dict) and all(
         type(value) in (int, str) for value in found.values()):
       return found
     why = "it is no {image: class id}"
-  except (OSError, ValueError, RecursionError) as error:
+  except (OSError, ValueError) as error:
     why = str(error)
   raise errors.UserError(f"{path} cannot be read ({why}): give VPT's split "
                          "file")

@@ -602,8 +602,7 @@ def _open_cache(path: str, shape: tuple[int, ...]
   if not os.path.exists(path):
     return None
   try:
-    with open(f"{path}.json", encoding="utf-8") as file:
-      sha256 = json.load(file)["sha256"]
+    sha256 = files.read_json(f"{path}.json")["sha256"]
     array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     whole = array.shape == shape and array.dtype == np.uint8
     if whole and digest(array) == sha256:

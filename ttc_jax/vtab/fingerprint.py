@@ -33,8 +33,7 @@ def save(reports: Iterable[dict[str, Any]], path: str) -> None:
 def read(path: str) -> dict[str, Any]:
   """Reads what `save` wrote; errors.UserError for anything else."""
   try:
-    with open(files.expand(path), encoding="utf-8") as file:
-      tasks = json.load(file)
+    tasks = files.read_json(files.expand(path))
     return {name: _fields(task) for name, task in tasks.items()}
   except OSError as error:
     raise errors.UserError(f"cannot read {path} ({error.strerror}): give a "

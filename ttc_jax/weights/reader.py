@@ -4,7 +4,6 @@ Tensors stay in the file until their shape has been compared with the module's,
 so a wrong or hostile file costs no memory.
 """
 from collections.abc import Mapping
-import json
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttc_jax import files
 from ttc_jax.errors import UserError
 from ttc_jax.weights import containers, formats, sources
 from ttc_jax.weights.containers import Tensor
@@ -119,8 +119,7 @@ def _beside(path, name):
   """Returns the object in a JSON file beside the file, {} if there is none."""
   beside = os.path.join(os.path.dirname(path), name)
   try:
-    with open(beside, encoding="utf-8") as f:
-      config = json.load(f)
+    config = files.read_json(beside)
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

@@ -430,8 +430,7 @@ def _main_file(address, files):
 
 def _read_json(path):
   try:
-    with open(path, encoding="utf-8") as f:
-      value = json.load(f)
+    value = files.read_json(path)
     return value if isinstance(value, dict) else None
   except (OSError, ValueError):
     return None

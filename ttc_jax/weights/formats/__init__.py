@@ -14,13 +14,12 @@ a contradiction between config.json and the tensors is an error.
 """
 from collections.abc import Mapping, Sequence
 import importlib
-import json
 import pkgutil
 import re
 from types import ModuleType
 from typing import Any
 
-from ttc_jax import backbones
+from ttc_jax import backbones, files
 from ttc_jax import normalisation as pixels
 from ttc_jax.backbones.layers import Field
 from ttc_jax.errors import UserError
@@ -162,7 +161,7 @@ def _own_normalisation(text, path):
 def _own_fields(text, tensors, path):
   where = f"weights file '{path}'"
   try:
-    fields = json.loads(text)
+    fields = files.from_json(text)
   except ValueError as e:
     raise UserError(f"{where}: its metadata is no JSON ({e})") from e
   if not isinstance(fields, dict):
