@@ -320,6 +320,16 @@ def test_the_card_shows_the_preprocessing_and_a_program_s_limits(tmp_path):
   assert "resizes with PyTorch" in card
 
 
+def test_a_card_of_an_unknown_past_and_odd_names(tmp_path):
+  gone = dict.fromkeys(bundles._OPTIONAL.keys() - {"weights", "seed"})
+  bundle = save(tmp_path, **gone | dict(
+      task="<img src=x>|", classes=["<b>", "a|b", "c"]))
+  card = (exported(bundle, "hf", tmp_path / "out") / "README.md").read_text()
+  body = card.rpartition("\n---\n")[2]
+  assert r"\<img src=x>\|" in body and r"\<b>, a\|b, c" in body
+  assert not re.search(r"(?<!\\)<", body) and "None" not in body
+
+
 def test_big_vision_s_card_crops_the_centre(tmp_path, monkeypatch):
   """A model of Big Vision's recipe: the short side, then the centre."""
   bundle = save(tmp_path, fields={"gelu": "tanh"},

@@ -72,7 +72,9 @@ def _is_resample(value):
 # What a bundle cannot be used without: a type, and what else must hold.
 _NEEDED: dict[str, tuple[Any, Any]] = {
     "task": (str, bool), "method": (str, bool), "options": (dict, None),
-    "backbone": (str, bool), "fields": (dict, None),
+    # A word: a model card puts it into lines of code.
+    "backbone": (str, re.compile(r"\w+", re.ASCII).fullmatch),
+    "fields": (dict, None),
     "image_size": (int, lambda n: 0 < n < 10_000),
     "normalisation": (str, _is_normalisation),
     "resample": (str, _is_resample),
@@ -80,14 +82,24 @@ _NEEDED: dict[str, tuple[Any, Any]] = {
     "weights_sha256": (str, _is_sha), "weights_source": (str, bool),
     "classes": (list, lambda v: v and all(type(c) is str for c in v)),
 }
-# Keys that may be missing; the model card shows them.
-_OPTIONAL: dict[str, Any] = {
-    "group": str, "protocol": str, "stages": list, "versions": dict,
-    "frozen_dtype": str, "matmul_precision": str,
-    "module_params": int, "norm_params": int, "head_params": int,
-    "test_top1": (int, float), "val_top1": (int, float)}
-_HOLDS = {"frozen_dtype": lambda v: v in FROZEN_DTYPES,
-          "matmul_precision": lambda v: v in ("default", "high", "highest")}
+# Keys that may be missing or null; `inspect` and the model card show them.
+_TEXT = (str, None)
+_COUNT = (int, lambda n: 0 <= n < 2 ** 63)
+_NUMBER = ((int, float), lambda x: abs(x) < 2 ** 63)  # NaN is not
+_PERCENT = ((int, float), lambda x: 0 <= x <= 100)
+_OPTIONAL: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("variant", "group", "protocol", "optimiser", "weights",
+                     "data_digest", "device"), _TEXT),
+    **dict.fromkeys(("k", "seed", "train_count", "test_count", "batch_size",
+                     "epochs", "module_params", "norm_params", "head_params"),
+                    _COUNT),
+    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "drop_path",
+                     "label_smoothing"), _NUMBER),
+    "test_top1": _PERCENT, "val_top1": _PERCENT,
+    "stages": (list, lambda v: all(type(x) is str for x in v)),
+    "versions": (dict, lambda v: all(type(x) is str for x in v.values())),
+    "frozen_dtype": (str, lambda v: v in FROZEN_DTYPES),
+    "matmul_precision": (str, lambda v: v in ("default", "high", "highest"))}
 
 
 def temporary(path: str) -> str:
@@ -237,6 +249,9 @@ def load(path: str) -> Bundle:
                     "'bundle' of a finished run, or a packed file")
   bundle = (_load_folder if os.path.isdir(path) else _load_file)(path)
   bundle = _check_digest(path, bundle)
+  bundle = bundle._replace(meta={
+      key: value for key, value in bundle.meta.items()
+      if value is not None or key not in _OPTIONAL})
   _check(path, bundle)
   return bundle
 
@@ -319,8 +334,7 @@ def _load_file(path):
 
 def _check(path: str, bundle: Bundle) -> None:
   meta = bundle.meta
-  given = {k: (kind, _HOLDS.get(k)) for k, kind in _OPTIONAL.items()
-           if meta.get(k) is not None}
+  given = {key: rule for key, rule in _OPTIONAL.items() if key in meta}
   for key, (kind, holds) in (_NEEDED | given).items():
     value = meta.get(key)
     if (not isinstance(value, kind) or isinstance(value, bool)

@@ -20,7 +20,7 @@ from ttc_jax.evidence.claims import (
     telling,
 )
 from ttc_jax.experiments import Grid, Picture, Results
-from ttc_jax.report import grid
+from ttc_jax.report import formats, grid
 from ttc_jax.report import rows as rows_lib
 from ttc_jax.runs.workdir import WorkDir
 
@@ -211,9 +211,10 @@ def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
   out = ["# Evidence", _RULE, *(
       f"![{title}]({pictures[name]})" for name, title in (
           ("claims", forest.TITLE), ("questions", forest.QUESTIONS))
-      if name in pictures), _pipes(lines)]
+      if name in pictures), formats.pipes(lines, aligned=False)]
   for section in sections:
-    out += [f"## {section.name}", *_setting(section)]
+    out += map(formats.in_markdown,
+               (f"## {section.name}", *_setting(section)))
     for name, (title, shown) in section.shown.items():
       out.append(f"### {title}")
       for i, one in enumerate(shown):
@@ -229,14 +230,6 @@ def _under(title, table):
   """A table under its experiment's title, which it does not repeat."""
   rest = table.title.removeprefix(title).lstrip(" :.")
   return table._replace(title=rest[:1].upper() + rest[1:])
-
-
-def _pipes(lines):
-  """A Markdown table, not aligned: its cells are sentences."""
-  cells = [[printable(c).replace("|", r"\|") for c in line] for line in lines]
-  rule = "|" + "---|" * len(lines[0])
-  first, *rest = ("| " + " | ".join(line) + " |" for line in cells)
-  return "\n".join([first, rule, *rest])
 
 
 # --- HTML ---------------------------------------------------------------------

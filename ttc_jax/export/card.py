@@ -8,6 +8,7 @@ from ttc_jax import trees
 from ttc_jax.errors import printable
 from ttc_jax.methods import described
 from ttc_jax.predict import LoadedModel
+from ttc_jax.report import formats
 
 if TYPE_CHECKING:
   from ttc_jax.export import Target
@@ -26,7 +27,7 @@ def text(model: LoadedModel, target: "Target", code: str,
   meta = model.meta
   sections = [
       front_matter(meta, target.hub_library, target.name),
-      f"# {_name(meta)}", _summary(model, target),
+      _heading(meta), _summary(model, target),
       "## Use", f"In the folder that holds this one:\n\n{_block(code)}",
       "## Results", _table(_results(meta)),
       "## Training", _table(_training(meta)),
@@ -50,7 +51,7 @@ def of_bundle(meta: Meta, address: str) -> str:
           f'weights={json.dumps(weights)})\n'
           'probabilities = tuned.predict(["image.png"])')
   sections = [
-      front_matter(meta, "ttc_jax"), f"# {_name(meta)}",
+      front_matter(meta, "ttc_jax"), _heading(meta),
       f"What `ttc_jax` tuned with the method `{meta['method']}` ({source}: "
       f"{what.rstrip('.')}): leaves to put on the base weights, which are not "
       f"here (sha256 {meta['weights_sha256']}).",
@@ -61,7 +62,11 @@ def of_bundle(meta: Meta, address: str) -> str:
 
 
 def _name(meta):
-  return printable(f"{meta['backbone']}, {meta['method']} on {meta['task']}")
+  return f"{meta['backbone']}, {meta['method']} on {meta['task']}"
+
+
+def _heading(meta):
+  return formats.in_markdown(f"# {_name(meta)}")
 
 
 def _accuracy(meta):
@@ -85,7 +90,7 @@ def front_matter(meta: Meta, library: str, *tags: str) -> str:
       "tags": ["image-classification", "parameter-efficient-fine-tuning",
                meta["method"], meta["backbone"], *tags],
       "metrics": ["accuracy"],
-      "model-index": [{"name": _name(meta), "results": results}]}
+      "model-index": [{"name": printable(_name(meta)), "results": results}]}
   if hub := re.match(r"hf://([^/]+/[^/#@]+)", meta.get("weights_source", "")):
     fields["base_model"] = hub[1]
   lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
@@ -161,10 +166,9 @@ def _parameters(model):
 
 
 def _table(rows):
-  def cell(value):
-    return printable(str(value).replace("\n", " ")).replace("|", "\\|")
-  return "\n".join(["| | |", "|---|---|", *(
-      f"| {title} | {cell(value)} |" for title, value in rows.items())])
+  return formats.pipes([("", ""), *((title, str(value).replace("\n", " "))
+                                    for title, value in rows.items())],
+                       aligned=False)
 
 
 def _preprocessing(how):

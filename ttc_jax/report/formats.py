@@ -104,24 +104,36 @@ def text(table: Table, interval: bool = False) -> str:
   """Writes plain text; two blanks separate columns."""
   lines = align([header(table), *(cells(x, interval) for x in table.lines)])
   return paragraphs(
-      table.what + ".", "\n".join("  ".join(x).rstrip() for x in lines),
+      printable(table.what + "."),
+      "\n".join("  ".join(x).rstrip() for x in lines),
       "\n".join(notes(table, interval)))
 
 
 def markdown(table: Table, interval: bool = False) -> str:
   """Writes Markdown, aligned in the source too."""
   return paragraphs(
-      table.what + ".",
+      in_markdown(table.what + "."),
       pipes([header(table), *(cells(x, interval) for x in table.lines)]),
-      "\n".join(notes(table, interval)))
+      "\n".join(map(in_markdown, notes(table, interval))))
 
 
-def pipes(lines: Sequence[Sequence[str]]) -> str:
-  r"""Writes a Markdown table; the first line is the header. "|" is "\|"."""
-  lines = align([[cell.replace("|", r"\|") for cell in x] for x in lines])
+def in_markdown(text_: str) -> str:
+  r"""Returns text for Markdown: "<" is "\<", so that a name is no HTML, and
+  what `printable` escapes is escaped."""
+  return printable(text_).replace("<", r"\<")
+
+
+def pipes(lines: Sequence[Sequence[str]], aligned: bool = True) -> str:
+  r"""Writes a Markdown table; the first line is the header. "|" is "\|".
+
+  Args:
+    aligned: in the source too; of long sentences better not.
+  """
+  lines = [[in_markdown(cell).replace("|", r"\|") for cell in x] for x in lines]
+  lines = align(lines) if aligned else lines
   first, *rest = ("| " + " | ".join(x) + " |" for x in lines)
-  dashes = [len(c) for c in lines[0]]
-  rule = "|" + "|".join("-" * (n + 1) + ":" if i else "-" * (n + 2)
+  dashes = [len(c) if aligned else 1 for c in lines[0]]
+  rule = "|" + "|".join("-" * (n + 1) + (":" if i and aligned else "-")
                         for i, n in enumerate(dashes)) + "|"
   return "\n".join([first, rule, *rest])
 

@@ -8,6 +8,7 @@ import io
 import json
 from typing import Any, NamedTuple, TypeGuard
 
+from ttc_jax.errors import printable
 from ttc_jax.report import formats
 
 
@@ -34,14 +35,16 @@ def text(grid: Grid) -> str:
   """Writes plain text."""
   body = "\n".join("  ".join(x).rstrip()
                    for x in formats.align([grid.header, *grid.lines]))
-  return formats.paragraphs(grid.sentence, body, "\n".join(grid.notes))
+  return formats.paragraphs(printable(grid.sentence), body,
+                            "\n".join(map(printable, grid.notes)))
 
 
 def markdown(grid: Grid) -> str:
   """Writes Markdown."""
   return formats.paragraphs(
-      grid.sentence, formats.pipes([grid.header, *grid.lines]),
-      "\n".join(grid.notes))
+      formats.in_markdown(grid.sentence),
+      formats.pipes([grid.header, *grid.lines]),
+      "\n".join(map(formats.in_markdown, grid.notes)))
 
 
 def latex(grid: Grid) -> str:
