@@ -1,6 +1,7 @@
 """Claims are judged by the rule that they state; the page holds them all."""
 from html.parser import HTMLParser
 import json
+import re
 
 import numpy as np
 import pytest
@@ -208,8 +209,9 @@ def test_markdown_has_the_same_findings(workdir):
   found = page.findings([section])
   assert found
   for *_, finding in found:
-    assert finding.measured.replace("|", r"\|") in text
-  assert "## a<b>" in text and "Table 3" in text
+    assert finding.measured.replace("|", r"\|").replace("<", r"\<") in text
+  assert r"## a\<b>" in text and "Table 3" in text
+  assert not re.search(r"(?<!\\)<", text)  # no name is HTML
   for written in text, page.page([section]):
     assert written.count("learning rates tried") == 1
 
@@ -418,7 +420,14 @@ def test_a_table_says_what_each_variant_tried(tmp_path):
   assert {line[0]: line[-1] for line in table.lines} == {
       "a": "0 to 2", "b": "0"}
   setting = results(found, tmp_path).setting
-  assert "on val200: 0.1, 0.2; factors of stage 2: 0.01, 1." in setting
+  assert "on val: 0.1, 0.2; factors of stage 2: 0.01, 1." in setting
+
+
+def test_a_table_says_that_it_is_of_few_images(tmp_path):
+  found = [r | dict(limit=1064, few_shot=16) for r in rows((1.0,))]
+  setting = results(found, tmp_path).setting
+  assert ("the first 1,064 images of each split alone, 16 training images a "
+          "class alone;") in setting
 
 
 @pytest.mark.parametrize("chosen, said", [

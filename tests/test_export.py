@@ -231,7 +231,7 @@ def test_nothing_is_overwritten_nor_left_behind(tmp_path, monkeypatch):
       0o666 & ~current_umask()}
   (folder / "notes.txt").write_text("precious")
   for out in (folder, folder / "notes.txt", folder / "notes.txt" / "x"):
-    with pytest.raises(UserError, match="another --out"):
+    with pytest.raises(UserError, match="another path"):
       exported(bundle, "timm", out)
   assert (folder / "notes.txt").read_text() == "precious"
   there = sorted(tmp_path.iterdir())

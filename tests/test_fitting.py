@@ -187,7 +187,7 @@ def test_it_is_the_run_of_the_command_line(source, tmp_path):
     (dict(lora=dict(rnk=3)), "unknown key of lora 'rnk': did you mean rank"),
     (dict(epochs="3"), "fit: epochs is '3'; give an integer, for example"),
     (dict(epochs={"a": 1}), "fit: epochs is .*; give an integer, for example"),
-    (dict(lora=3), "fit: lora is 3; give a value, for example"),
+    (dict(lora=3), "fit: lora is 3; give a dictionary of alpha, "),
     (dict(lora=dict(rank="x")), "fit: lora.rank is 'x'; give an integer"),
     (dict(weights=None), "fit: weights is None; give a file"),
     (dict(val=np.zeros((2, 4, 4, 3))), "fit: val is no pair"),

@@ -76,6 +76,19 @@ def test_pushed_and_loaded_it_is_the_same(client, saved):
       np.testing.assert_array_equal(x, other[name])
 
 
+def test_without_a_network_it_is_one_sentence(client, saved, monkeypatch):
+  class Unreachable(Exception):  # of the client's own
+    pass
+
+  def refuse(*args, **more):
+    raise Unreachable("Name or service\nnot known")
+  monkeypatch.setattr(client.HfApi, "create_repo", refuse)
+  with pytest.raises(UserError, match=(
+      r"hf://me/pets was not written \(Unreachable: Name or service not known"
+      r"\): check that this machine reaches")):
+    hub.push(saved, "hf://me/pets")
+
+
 def test_the_card_says_how_to_load_it_and_no_folder_of_ours(client, saved):
   hub.push(saved, "hf://me/pets")
   text = (client.root / "me/pets/README.md").read_text()

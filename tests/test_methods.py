@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from tests.conftest import DEPTH, features, numpy_tree, random_adapter
-from ttc_jax import backbones, methods, optim, parallel, taps, trees
+from ttc_jax import (
+  backbones,
+  importance,
+  methods,
+  optim,
+  parallel,
+  taps,
+  trees,
+)
 from ttc_jax.backbones import layers
 from ttc_jax.errors import UserError
 from ttc_jax.methods import (
@@ -485,6 +493,26 @@ def test_adapters_have_the_scale_of_their_paper(
       model, {}, {}, None, None, 0))
   assert {float(v) for v in trees.flatten(buffers).values()} == {
       float(np.float32(scale))}
+
+
+@pytest.mark.parametrize("name, values, sites", [
+    ("ttc", {"position": "stream_mhsa", "score": "block"}, ("attention",)),
+    ("ttc", {"position": "stream_mhsa", "score": "taylor"}, ("proj",)),
+    ("sct", {"sct.position": "attention", "sct.score": "block"},
+     ("attention",)),
+    ("sct", {"sct.position": "attention", "sct.score": "taylor"}, ("proj",))])
+def test_the_block_score_is_of_what_the_map_acts_on(
+    config, model, params, split, monkeypatch, name, values, sites):
+  asked, score = [], importance.score
+  monkeypatch.setattr(importance, "score", lambda *args: (
+      asked.append(args[6]), score(*args))[1])
+  for key, value in values.items():
+    part, _, last = key.rpartition(".")
+    (config[part] if part else config)[last] = value
+  method = methods.load(name, config, model.backbone)
+  method.stages[-1].prepare(methods.Context(
+      model, parallel.replicate(params), {}, split.images, split.labels, 0))
+  assert asked == [sites]
 
 
 def test_sct_adapts_the_blocks_of_the_authors_code_on_swin(config):

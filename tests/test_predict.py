@@ -12,6 +12,8 @@ from tests import made_bundles
 from tests.command import run_command
 from ttc_jax import bundles, predict
 from ttc_jax.backbones import vit
+from ttc_jax.errors import UserError
+from ttc_jax.predict.__main__ import image_paths
 
 SIZE = made_bundles.SIZE
 
@@ -63,6 +65,20 @@ def test_a_folder_is_answered_and_all_damage_is_listed(bundle, folder):
   assert len(errors) == 2
   assert "cut.png" in errors[0] and "empty.png" in errors[1]
   assert count == "error: 2 of 6 images cannot be read"
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(
+    monkeypatch, tmp_path):
+  (tmp_path / "a").mkdir()
+  real = os.scandir
+
+  def scandir(path):
+    if os.fspath(path).endswith("a"):
+      raise PermissionError(13, "Permission denied", path)
+    return real(path)
+  monkeypatch.setattr(os, "scandir", scandir)
+  with pytest.raises(UserError, match="a' cannot be read .Permission denied"):
+    image_paths([str(tmp_path)])
 
 
 def test_the_first_20_of_many_damaged_images(bundle, tmp_path):

@@ -235,7 +235,9 @@ def test_a_task_that_vtab_lacks_leaves_a_hole_in_what_was_published():
 
 
 def test_stated_means_stand_under_what_they_are_of():
-  options = {"score": "taylor", "stage1": "norm", "tune": "channels"}
+  options = {"score": "taylor", "stage1": "norm", "tune": "channels",
+             "position": "mlp", "tune_norm": True, "scale": 1.0, "k": 24,
+             "blocks": 12}
   rows = (vtab_rows("ttc", options=options) +
           vtab_rows("ttc_random", method="ttc",
                     options=options | {"score": "random"}))
@@ -246,6 +248,11 @@ def test_stated_means_stand_under_what_they_are_of():
           if s} == {
       "Specialized": 86.7, "Structured": 61.5, "mean of 19": 74.8}
   assert ttc.beside == ["ttc"]  # not the variant with random channels
+  of_ttc, = (p for p in published.ROWS if p.name == "TTC")
+  for other in ({"k": 4}, {"blocks": 2}, {"position": "mhsa"}, {"scale": 0.1},
+                {"tune_norm": False}):
+    assert of_ttc.is_of(rows[0]) and not of_ttc.is_of(
+        rows[0] | {"options": options | other})
 
 
 def test_an_adapter_stands_beside_the_one_of_its_placement():
@@ -470,6 +477,9 @@ def test_seeds_of_several_work_directories_come_together():
 def test_a_work_directory_without_a_row_is_an_error(tmp_path):
   with pytest.raises(UserError, match="no work directory '.*none'"):
     report.collect([str(tmp_path / "none")])
+  with pytest.raises(UserError, match="is no work directory and no results"):
+    report.collect([str(tmp_path)])
+  WorkDir(tmp_path).adopt({}, {})
   with pytest.raises(UserError, match="no finished run in"):
     report.collect([str(tmp_path)])
   WorkDir(tmp_path).write_row({"run": "x"})

@@ -331,12 +331,21 @@ def test_images_that_are_none(pets, base):
   resized = np.stack([np.asarray(Image.fromarray(x).resize(
       (size, size), Image.Resampling.BICUBIC)) for x in wide])
   np.testing.assert_array_equal(tuned.predict(wide), tuned.predict(resized))
-  with pytest.raises(UserError, match="batch_size is 0"):
-    serve.load(base["vit_ti8"], batch_size=0)
+  for wrong in (0, "3", 2.0):
+    with pytest.raises(UserError, match=f"batch_size is {wrong!r}"):
+      serve.load(base["vit_ti8"], batch_size=wrong)
   model = serve.load(base["vit_ti8"])
   model.add("pets", pets)
-  with pytest.raises(UserError, match="expected a sequence"):
-    model.predict("image.png", task="pets")
+  for wrong in ("image.png", None):
+    with pytest.raises(UserError, match="expected a sequence"):
+      model.predict(wrong, task="pets")
+  for wrong in (3, ["pets"] * 4 + [["pets"]]):
+    with pytest.raises(UserError, match="a name of a task is .*expected text"):
+      model.predict(pictures(), task=wrong)
+  with pytest.raises(UserError, match="a name of a task is 3"):
+    model.add(3, pets)
+  with pytest.raises(UserError, match="a bundle is None"):
+    predict.load(None)
   found = model.classify(pictures(), task=(n for n in ["pets"] * 5))
   assert found == model.classify(pictures(), task=["pets"] * 5) and found
 

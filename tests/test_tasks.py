@@ -110,7 +110,7 @@ def test_a_folder_wins_over_a_built_in_task_of_its_name(data):
 def test_tasks_never_import_jax_or_what_is_above_them():
   allowed = sys.stdlib_module_names | {
       "ttc_jax", "numpy", "PIL", "sklearn", "tensorflow_datasets",
-      "google_crc32c", "datasets", "fsspec"}
+      "google_crc32c", "datasets", "huggingface_hub", "fsspec"}
   for path in pathlib.Path(tasks.__file__).parent.glob("*.py"):
     if path.name == "__main__.py":  # a command stands above
       continue
@@ -159,6 +159,12 @@ def test_blank_lines_at_the_end_windows_ends_and_a_bom_are_fine(load, data):
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n")
                    + b"\r\n  \r\n\n")
   assert load().labels["val"].tolist() == [0, 1]
+
+
+def test_a_line_that_is_there_twice_is_told(load, data):
+  path = data / "toy" / "test.txt"
+  path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+  assert "test.txt names an image again in 1 lines" in load().notes
 
 
 def test_classes_txt_names_the_classes(load, data):
@@ -403,7 +409,8 @@ def test_unreadable_lists_are_named(load, data):
 
 @pytest.mark.parametrize("text, word", [
     ("a\nb\n", r"train800.txt:3: the label 2 has no name.* 0 to 1"),
-    ("a\n\nc\n", r"classes.txt:2: a blank line"), ("", "classes.txt is empty")])
+    ("a\n\nc\n", r"classes.txt:2: a blank line"), ("", "classes.txt is empty"),
+    ("a\nb\na\n", "classes.txt:3: the class 'a' stands in line 1 too")])
 def test_bad_class_names_are_refused(load, data, text, word):
   (data / "toy" / "classes.txt").write_text(text)
   with pytest.raises(errors.UserError, match=word):

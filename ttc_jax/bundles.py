@@ -238,6 +238,8 @@ def load(path: str) -> Bundle:
   Raises:
     UserError: no bundle there, not a whole one, or its digest differs.
   """
+  if not isinstance(path, (str, os.PathLike)):
+    raise UserError(f"a bundle is {path!r}; expected its path or address")
   path = os.fspath(path)
   if path.startswith("gs://") and path.endswith("/bundle"):
     path += ".safetensors"  # as a work directory has it in a bucket
@@ -249,9 +251,6 @@ def load(path: str) -> Bundle:
                     "'bundle' of a finished run, or a packed file")
   bundle = (_load_folder if os.path.isdir(path) else _load_file)(path)
   bundle = _check_digest(path, bundle)
-  bundle = bundle._replace(meta={
-      key: value for key, value in bundle.meta.items()
-      if value is not None or key not in _OPTIONAL})
   _check(path, bundle)
   return bundle
 
@@ -334,7 +333,8 @@ def _load_file(path):
 
 def _check(path: str, bundle: Bundle) -> None:
   meta = bundle.meta
-  given = {key: rule for key, rule in _OPTIONAL.items() if key in meta}
+  given = {key: rule for key, rule in _OPTIONAL.items()
+           if meta.get(key) is not None}
   for key, (kind, holds) in (_NEEDED | given).items():
     value = meta.get(key)
     if (not isinstance(value, kind) or isinstance(value, bool)

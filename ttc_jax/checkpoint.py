@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import sys
+import threading
 from typing import Any, NamedTuple, TypeVarTuple, Unpack
 
 from absl import logging
@@ -24,6 +25,8 @@ from ttc_jax.errors import Busy, UserError, printable
 from ttc_jax.stores import Store
 
 Flat = dict[str, np.ndarray]
+
+_POLICY = threading.RLock()
 
 
 def digest(value: Any) -> str:
@@ -322,12 +325,13 @@ def quiet_reads() -> Iterator[None]:
   Orbax closes its loop when the first read fails; each of the other reads
   would print the traceback of "Event loop is closed".
   """
-  before = asyncio.get_event_loop_policy()
-  asyncio.set_event_loop_policy(_Policy())
-  try:
-    yield
-  finally:
-    asyncio.set_event_loop_policy(before)
+  with _POLICY:  # which is the process's: threads take turns
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_Policy())
+    try:
+      yield
+    finally:
+      asyncio.set_event_loop_policy(before)
 
 
 # Orbax saves no empty dictionary: a marker stands for it.

@@ -87,7 +87,7 @@ def new(path: str) -> str:
   path = utf8(path)
   if os.path.lexists(path):
     raise UserError(f"'{path}' exists and is not overwritten: delete "
-                    "it, or give another --out")
+                    "it, or give another path")
   folder = os.path.dirname(path)
   while not os.path.lexists(folder):
     folder = os.path.dirname(folder)
@@ -96,7 +96,7 @@ def new(path: str) -> str:
       os.remove(probe.name)
   except OSError as error:
     raise UserError(f"'{path}' cannot be written ({error.strerror}): give "
-                    "another --out") from error
+                    "another path") from error
   return path
 
 

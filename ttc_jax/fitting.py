@@ -302,7 +302,8 @@ def _config(method, backbone, weights, image_size, seed, settings):
   values = dict(method=method, backbone=backbone, weights=os.fspath(weights),
                 image_size=image_size, seeds=(seed,), **settings)
   for key, value in values.items():
-    check_known("setting of fit", key, config)
+    if key in settings:
+      check_known("setting of fit", key, {*config} - {*_NOT_OF_FIT})
     if hasattr(config[key], "items") and isinstance(value, Mapping):
       for part, one in value.items():
         check_known(f"key of {key}", part, config[key])
@@ -315,6 +316,9 @@ def _config(method, backbone, weights, image_size, seed, settings):
 
 def _set(config, key, value, name):
   """Sets a key to a value of its type."""
+  if hasattr(config[key], "items"):
+    raise UserError(f"fit: {name} is {value!r}; give a dictionary of "
+                    f"{', '.join(config[key])}")
   try:
     config[key] = value.item() if isinstance(value, np.generic) else value
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -362,6 +366,9 @@ def _split(images, labels, classes, config, size=0):
   pixels = images_lib.prepare_all(
       images, size or config.image_size, config.resample)
   _check_counts(pixels, numbers)
+  if len(names) < 2:
+    raise UserError(f"fit: there is one class only, {names[0]!r}: a task needs "
+                    "two or more")
   return names, tasks.Split(pixels, numbers)
 
 

@@ -50,10 +50,12 @@ def push(bundle: str, address: str, private: bool = False) -> str:
       api.create_repo(match[1], private=private, exist_ok=True)
       api.upload_folder(repo_id=match[1], folder_path=folder,
                         commit_message="Bundle of ttc_jax")
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as e:
-      reason = " ".join(str(e).split())[:300]
-      raise UserError(f"{address} was not written ({reason}); log in with "
-                      "`hf auth login`, or set HF_TOKEN") from e
+    except Exception as e:  # the library and its client have their own
+      reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+      raise UserError(
+          f"{address} was not written ({reason}): check that this machine "
+          "reaches huggingface.co, and log in with `hf auth login`, or set "
+          "HF_TOKEN") from e
   return f"https://huggingface.co/{match[1]}"
 
 

@@ -95,8 +95,9 @@ class ModelServer:
 
   def __init__(self, source: str, batch_size: int = 64,
                frozen_dtype: str | None = None):
-    if batch_size < 1:
-      raise UserError(f"batch_size is {batch_size}; give 1 or more")
+    if type(batch_size) is not int or batch_size < 1:
+      raise UserError(f"batch_size is {batch_size!r}; give a whole number of 1 "
+                      "or more")
     if frozen_dtype is not None:
       check_known("frozen_dtype", frozen_dtype, FROZEN_DTYPES)
     self.frozen_dtype = frozen_dtype
@@ -132,6 +133,8 @@ class ModelServer:
     Raises:
       UserError: the name is taken; no bundle; another base, both hashes named.
     """
+    if not isinstance(name, str):
+      raise UserError(f"a name of a task is {name!r}; expected text")
     saved = bundles.load(bundle)
     predict.base.check(bundle, saved.meta, self.base)
     with self._lock:
@@ -175,11 +178,17 @@ class ModelServer:
     self._put_again(name, merge=False)
 
   def _named(self, task):
-    """The task, that in use for None."""
+    """The name of a task, that in use for None; or a list of names."""
     task = self.in_use if task is None else task
     if task is None:
       raise UserError("no task is in use: name one, or call use(NAME)")
-    return task
+    if isinstance(task, str):
+      return task
+    names = list(task) if hasattr(task, "__iter__") else [task]
+    for name in names:
+      if not isinstance(name, str):
+        raise UserError(f"a name of a task is {name!r}; expected text")
+    return names
 
   def _put_again(self, name, merge):
     with self._lock:
@@ -246,10 +255,11 @@ class ModelServer:
       UserError: unknown task; images that cannot be read.
     """
     task = self._named(task)
-    if isinstance(images, (str, bytes, os.PathLike)):
+    if isinstance(images, (str, bytes, os.PathLike)) or not hasattr(
+        images, "__len__"):
       raise UserError(f"images are {images!r}; expected a sequence of them")
     tasks, groups = self._snapshot()
-    names = [task] * len(images) if isinstance(task, str) else list(task)
+    names = [task] * len(images) if isinstance(task, str) else task
     if len(names) != len(images):
       raise UserError(f"{len(images)} images and {len(names)} names of tasks; "
                       "give one name, or one for each image")
@@ -282,7 +292,6 @@ class ModelServer:
       A list [(class, probability), ...] for each image, the likeliest first.
     """
     task = self._named(task)
-    task = task if isinstance(task, str) else list(task)
     names = [task] * len(images) if isinstance(task, str) else task
     classes = self.tasks
     return [[(classes[name][i], float(p[i]))

@@ -25,7 +25,7 @@ import uuid
 import zipfile
 
 from ttc_jax import files
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, printable
 
 # File systems on which links of files do not work: FAT, some of FUSE.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
@@ -132,7 +132,10 @@ class Disk(Store):
     return os.path.isdir(self.address)
 
   def place(self, name):
-    return os.path.join(self.address, *name.split("/"))
+    parts = name.split("/")
+    if ".." in parts or os.path.isabs(name):
+      raise UserError(f"{printable(name)!r} leads out of '{self.address}'")
+    return os.path.join(self.address, *parts)
 
   def read(self, name):
     def attempt():

@@ -102,7 +102,7 @@ def canonical(name: str) -> str:
 def _check_size(name, patch, image_size):
   if image_size >= 1 and image_size % patch == 0:
     return
-  below = image_size // patch * patch
+  below = max(0, image_size // patch * patch)
   near = [size for size in (below, below + patch) if size > 0]
   raise UserError(
       f"image_size {image_size} is not divisible by the patch {patch} of "

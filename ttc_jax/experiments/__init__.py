@@ -125,17 +125,21 @@ class Results(NamedTuple):
     def values(key, rows=self.rows):
       return _listed(r[key] for r in rows)
     tried = [r for r in self.rows if r["protocol"] == "val"]
-    said = [f"learning rates tried on val200: {values('lr', tried) or 'none'}"]
+    said = [f"learning rates tried on val: {values('lr', tried) or 'none'}"]
     for what, key in _FACTORS.items():
       if found := [r[key] for r in tried if r.get(key) not in (None, 1)]:
         said.append(f"factors of {what}: {_listed([*found, 1.0])}")
     jax = _listed(r.get("versions", {}).get("jax", "?") for r in self.rows)
     files = {f"{r['weights']} (sha256 {r['weights_sha256'][:12]})"
              for r in self.rows}
+    few = [f"the first {n:,} images of each split" if key == "limit" else
+           f"{n} training images a class" for key in ("limit", "few_shot")
+           for n in sorted({r[key] for r in self.rows if r.get(key)})]
     return (f"{values('backbone')} at {values('image_size')} px, weights "
             f"{', '.join(sorted(files))}, {values('dtype')}, "
             f"{_listed(r.get('device', '?') for r in self.rows)}, JAX {jax}, "
-            f"epochs of a stage {values('epochs')}, seeds {values('seed')}; "
+            f"epochs of a stage {values('epochs')}, seeds {values('seed')}"
+            f"{''.join(f', {x} alone' for x in few)}; "
             f"{'; '.join(said)}.")
 
 
@@ -328,10 +332,10 @@ def accuracy(results: Results,
   header = ["", *tasks, *([f"mean of {finished}"] if len(tasks) > 1 else []),
             *(["paper"] if paper else []), "module", "norm", "lr", "tried"]
   under = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
-           "chosen on val200, for this variant or the one whose settings it "
+           "chosen on val, for this variant or the one whose settings it "
            "has. ±: standard deviation over seeds. Columns module, norm: tuned "
            "parameters; tried: how many settings the variant itself had on "
-           "val200, by task; \"an end on 1\": on one task the best was the "
+           "val, by task; \"an end on 1\": on one task the best was the "
            "smallest or the largest of them.", results.setting]
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "

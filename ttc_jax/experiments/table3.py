@@ -14,7 +14,12 @@ PAPER = {"linear": 52.9, "layernorm": 73.6, "ttc": 74.8,
 
 def draw(results: Results) -> list[Grid]:
   """Returns the table."""
-  return [accuracy(results, PAPER, notes=[
-      "ttc_joint chooses its channels before any training, by a gradient "
-      "through a head at its initial values; it and ttc_on_linear have one "
-      "rate for all, which they search themselves."])]
+  notes = []
+  if "ttc_joint" in results.variants:
+    notes.append("ttc_joint chooses its channels before any training, by a "
+                 "gradient through a head at its initial values.")
+  if own := [v for v in ("ttc_joint", "ttc_on_linear")
+             if v in results.variants]:
+    notes.append(f"One rate for all that is trained, from a search of its own: "
+                 f"{', '.join(own)}.")
+  return [accuracy(results, PAPER, notes=notes)]

@@ -141,10 +141,11 @@ def _training(meta):
       frozen_dtype="frozen kernels kept in",
       matmul_precision="matrix products", device="device",
       weights="base weights", weights_sha256="sha256 of the base weights")
-  rows["stages"] = ", ".join(map(str, meta.get("stages", ()))) or "one"
+  rows["stages"] = ", ".join(meta.get("stages") or ()) or "one"
   rows["options of the method"] = _code(meta["options"])
   rows["versions"] = ", ".join(
-      f"{name} {version}" for name, version in meta.get("versions", {}).items())
+      f"{name} {version}"
+      for name, version in (meta.get("versions") or {}).items())
   return rows
 
 
@@ -161,7 +162,7 @@ def _code(value):
 def _parameters(model):
   rows = {part: f"{model.meta[f'{part}_params']:,}"
           for part in ("module", "norm", "head")
-          if f"{part}_params" in model.meta}
+          if model.meta.get(f"{part}_params") is not None}
   return rows | {"of the exported model": f"{trees.count(model.params):,}"}
 
 
@@ -188,9 +189,9 @@ def _limits(meta, target):
       "Measured on the test images named above alone; other images, another "
       "resampling or size may give another accuracy.",
       "The licences of the base weights and of the data apply."]
-  if meta.get("dtype", "float32") != "float32":
+  if meta["dtype"] != "float32":
     lines.append(f"Trained and tested in {meta['dtype']}, exported in float32.")
-  if meta.get("frozen_dtype", "float32") != "float32":
+  if (meta.get("frozen_dtype") or "float32") != "float32":
     lines.append(f"Trained and tested with kernels kept in "
                  f"{meta['frozen_dtype']}; exported with the same values.")
   lines += target.limits

@@ -47,8 +47,9 @@ def prepare(context: Context, *, sites: tuple[str, ...], score: str, k: int,
 
   Both for every site in the last `blocks` blocks.
   """
-  # class_l2 is a score of any feature map; the others are of linear layers.
-  scored = sites if score == "class_l2" else tuple(
+  # class_l2 and block are scores of what the map acts on; the others are of
+  # the linear layer before it.
+  scored = sites if score in ("class_l2", "block") else tuple(
       ttc.SCORED_AT.get(s, s) for s in sites)
   scores = importance.score(
       score, context.model, context.params, context.buffers,

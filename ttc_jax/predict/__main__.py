@@ -56,7 +56,11 @@ def image_paths(arguments: Sequence[str]) -> list[str]:
 def _within(folder):
   """Images in a folder and its subfolders, links followed, hidden ones not."""
   seen = set()
-  for place, folders, names in os.walk(folder, followlinks=True):
+
+  def fail(error):
+    raise UserError(f"the folder '{error.filename}' cannot be read "
+                    f"({error.strerror}): mend that, or name other folders")
+  for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
     folders[:] = [f for f in folders if not f.startswith(".")]
     if (real := os.path.realpath(place)) in seen:
       folders.clear()  # a link to a folder around it

@@ -89,7 +89,7 @@ def check(bundle: str, meta: Meta, base: Source) -> Source:
 
 def precision(meta: Meta) -> contextlib.AbstractContextManager[None]:
   """Within the block, float32 products are as in the bundle's training."""
-  return compilation.precision(meta.get("matmul_precision", ""))
+  return compilation.precision(meta.get("matmul_precision") or "")
 
 
 def frozen_dtype(meta: Meta, wanted: str | None) -> str:
@@ -100,7 +100,7 @@ def frozen_dtype(meta: Meta, wanted: str | None) -> str:
   """
   if wanted is not None:
     return check_known("frozen_dtype", wanted, FROZEN_DTYPES)
-  return meta.get("frozen_dtype", "float32")
+  return meta.get("frozen_dtype") or "float32"
 
 
 def load(bundle: str, meta: Meta, base: Source,
@@ -117,7 +117,11 @@ def load(bundle: str, meta: Meta, base: Source,
   """
   fields = meta["fields"] | {"dtype": jnp.dtype(meta["dtype"])}
   size = meta["image_size"]
-  _check_size(bundle, meta, backbones.make(meta["backbone"], size, **fields))
+  try:
+    module = backbones.make(meta["backbone"], size, **fields)
+  except UserError as error:
+    raise UserError(f"bundle '{bundle}': {error}") from error
+  _check_size(bundle, meta, module)
   module, params = weights.load(meta["backbone"], base, size, **fields)
   return module, quantisation.store(params, module, frozen_dtype(meta, kept))
 

@@ -61,9 +61,11 @@ def _method(bundle, meta, module):
   try:
     return methods.load(meta["method"], options, module)
   except (UserError, AttributeError, KeyError, TypeError, ValueError) as e:
-    raise UserError(
-        f"bundle '{bundle}': its options are not those of {meta['method']} "
-        f"({' '.join(str(e).split())[:200]})") from e
+    reason = " ".join(str(e).split())[:200]
+    if isinstance(e, KeyError):  # whose text is the key alone
+      reason = f"without {reason}"
+    raise UserError(f"bundle '{bundle}': its options are not those of "
+                    f"{meta['method']} ({reason})") from e
 
 
 def _check_backbone(bundle, saved, method, bare):

@@ -71,7 +71,10 @@ def paper(workdirs: Sequence[str], folder: str) -> None:
   """Writes the page of claims, tables and figures as HTML and Markdown."""
   from ttc_jax.evidence import page
   sections = [page.gather(workdir) for workdir in workdirs]
-  written = page.write(sections, folder)
+  try:
+    written = page.write(sections, folder)
+  except OSError as e:
+    raise UserError(f"--out='{folder}' cannot be written: {e.strerror}") from e
   for *start, found in page.findings(sections):
     print(printable("  ".join([*start, found.measured, found.verdict])))
   for path in written:
@@ -97,6 +100,8 @@ def main(argv: list[str]) -> None:
     raise UserError("name a work directory: python -m ttc_jax.report DIR...")
   if _PLOT.value and not _OUT.value:
     raise UserError("--plot writes files: add --out=DIR")
+  if _WATCH.value and _FORMAT.value != "text":
+    raise UserError("--watch shows text: leave --format out")
   if workdirs[0] == "paper" and workdirs[1:]:
     paper(workdirs[1:], _OUT.value or ".")
   elif _WATCH.value:

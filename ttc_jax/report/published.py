@@ -6,6 +6,8 @@ holds printed means whose 19 numbers were not printed.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ttc_jax import backbones
+from ttc_jax.errors import UserError
 from ttc_jax.vtab import rows as vtab
 
 _BENCHMARK = ("the tables of V-PETL Bench, README of synbol/"
@@ -35,8 +37,9 @@ class Published(NamedTuple):
 
   def is_of(self, row: Mapping[str, Any]) -> bool:
     """Returns True if a run has this method with the published options."""
-    return row["method"] == self.method and _within(
-        self.options, row["options"])
+    return (row["method"] == self.method
+            and _within(self.options, row["options"])
+            and (self.method != "ttc" or _has_its_size(row)))
 
   def mean(self, groups: Sequence[Sequence[str]]) -> float | None:
     """Returns the mean of the groups' means; None if it is not published."""
@@ -46,6 +49,16 @@ class Published(NamedTuple):
       means = [sum(top1[t] for t in group) / len(group) for group in names]
       return sum(means) / len(means)
     return self.stated.get(_known_set(names))
+
+
+def _has_its_size(row):
+  """Whether TTC has the K and the blocks that the paper gives a backbone."""
+  try:
+    module = backbones.make(row["backbone"], row["image_size"])
+  except UserError:  # another version's
+    return False
+  return (row["options"].get("k") == module.default_k
+          and row["options"].get("blocks") == module.default_blocks)
 
 
 def sources(rows: Iterable[Published]) -> list[str]:
@@ -132,7 +145,8 @@ ROWS = (
     Published("LayerNorm", "layernorm", "0.03M", stated={"mean": 73.6},
               source=_TTC),
     Published("TTC", "ttc", "0.11M",
-              options={"score": "taylor", "stage1": "norm", "tune": "channels"},
+              options={"score": "taylor", "stage1": "norm", "tune": "channels",
+                       "position": "mlp", "tune_norm": True, "scale": 1.0},
               stated={"mean": 74.8, "Specialized": 86.7, "Structured": 61.5},
               source=_TTC),
 )

@@ -9,7 +9,7 @@ import os
 from absl import logging
 import numpy as np
 
-from ttc_jax.errors import UserError
+from ttc_jax.errors import UserError, printable
 from ttc_jax.runs import workdir as workdir_lib
 from ttc_jax.runs.workdir import Row, WorkDir
 
@@ -31,8 +31,13 @@ _SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
 
 
 def read(path: str) -> list[Row]:
-  """Reads the rows of a results file; warns of lines that are damaged."""
-  return [row for row in workdir_lib.from_lines(path) if "run" in row]
+  """Reads the rows of a results file; warns of lines that are none."""
+  found = workdir_lib.from_lines(path)
+  rows = [row for row in found if "run" in row]
+  if len(rows) < len(found):
+    logging.warning("%s: left out are %d lines that are no rows of runs",
+                    printable(path), len(found) - len(rows))
+  return rows
 
 
 def collect(workdirs: Sequence[str]) -> list[Row]:
@@ -43,6 +48,9 @@ def collect(workdirs: Sequence[str]) -> list[Row]:
   """
   found = {workdir: of(workdir) for workdir in workdirs}
   for workdir, rows in found.items():
+    if not rows and not WorkDir(workdir).started:
+      raise UserError(f"'{workdir}' is no work directory and no results file: "
+                      "give what main's --workdir was, or what it printed last")
     if not rows:
       raise UserError(f"no finished run in '{workdir}' yet; --watch shows how "
                       "far it is")

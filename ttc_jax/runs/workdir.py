@@ -149,6 +149,11 @@ class WorkDir:
     """Tells whether the directory is there."""
     return self.store.exists()
 
+  @property
+  def started(self) -> bool:
+    """Whether a command has used the directory."""
+    return self.exists() and self.store.read("config.json") is not None
+
   def adopt(self, config: Mapping[str, Any],
             usual: Mapping[str, Any]) -> None:
     """Creates the directory for a configuration, or checks that it is of it.

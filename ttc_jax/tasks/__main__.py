@@ -148,6 +148,8 @@ def check(names: list[str], options: Any) -> int:
   """Reads every image; 1 if something is wrong."""
   against = options.against
   known = fingerprint.read(against) if against else {}
+  if options.save:  # before hours of reading
+    fingerprint.check_place(options.save)
   reports = []
   for name in _checked(names, options):
     report = _check(name, options.data)

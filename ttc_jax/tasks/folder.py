@@ -274,6 +274,11 @@ def class_names(name: str, bases: Sequence[str], lists: dict[str, Entries]
       if "" in found:
         raise errors.UserError(f"{path}:{found.index('') + 1}: a blank line "
                                "where a class name is expected")
+      for number, class_ in enumerate(found, 1):
+        if found.index(class_) + 1 != number:
+          raise errors.UserError(
+              f"{path}:{number}: the class {class_!r} stands in line "
+              f"{found.index(class_) + 1} too: give each label its own name")
       return _check_labels(bases[0], lists, found, "classes.txt")
   row = vtab.ROWS.get(vtab.canonical(name))  # small lists may not show all
   count = (row.classes if row
@@ -321,6 +326,10 @@ def _notes(lists: dict[str, Entries], classes: tuple[str, ...]
     notes.append(f"{LISTS['trainval']}.txt is not {LISTS['train']}.txt and "
                  f"{LISTS['val']}.txt together: {apart:,} images are in one "
                  "and not in the other")
+  for split, entries in lists.items():
+    if again := len(entries.files) - len(set(entries.files)):
+      notes.append(f"{os.path.basename(_path('', split))} names an image again "
+                   f"in {again:,} lines")
   unused = set(range(len(classes))).difference(*(
       entries.labels.tolist() for entries in lists.values()))
   if unused:

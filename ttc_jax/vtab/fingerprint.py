@@ -1,6 +1,7 @@
 """Counts, histograms and checksums of tasks, for two sites to compare."""
 from collections.abc import Iterable
 import json
+import os
 from typing import Any
 
 from ttc_jax import errors, files
@@ -28,6 +29,14 @@ def save(reports: Iterable[dict[str, Any]], path: str) -> None:
   except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
     raise errors.UserError(f"cannot write {path} ({error.strerror}): give a "
                            "file in a folder that exists") from error
+
+
+def check_place(path: str) -> None:
+  """Raises UserError where `save` could not write."""
+  folder = os.path.dirname(os.path.abspath(files.expand(path)))
+  if not os.access(folder, os.W_OK) or os.path.isdir(files.expand(path)):
+    raise errors.UserError(f"cannot write {path}: give --save=FILE in a folder "
+                           "that is there and may be written")
 
 
 def read(path: str) -> dict[str, Any]:

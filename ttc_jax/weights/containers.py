@@ -93,6 +93,9 @@ def readable(path: str) -> Iterator[None]:
     yield
   except FileNotFoundError as e:
     raise UserError(f"weights file '{path}' does not exist") from e
+  except PermissionError as e:
+    raise UserError(f"weights file '{path}' may not be read ({e.strerror}): "
+                    "change its permissions") from e
   except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
           SyntaxError, tokenize.TokenError, pickle.UnpicklingError,
           zipfile.BadZipFile, zlib.error, safetensors.SafetensorError) as e:

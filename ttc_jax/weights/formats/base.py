@@ -161,12 +161,12 @@ def sizes(config: Mapping[str, Any],
 
 
 def normalisation(mean: Any, std: Any) -> Normalisation | None:
-  """Returns a configuration's mean and deviation, None if it states none.
+  """Returns a configuration's mean and deviation, None if it states neither.
 
   Raises:
     UserError: they are no three numbers each.
   """
-  if mean is None or std is None:
+  if mean is None and std is None:
     return None
 
   def triple(name, value):
@@ -175,7 +175,7 @@ def normalisation(mean: Any, std: Any) -> Normalisation | None:
         and (name == "mean" or min(value) > 0)):
       return (float(value[0]), float(value[1]), float(value[2]))
     raise UserError(f"the configuration beside it has the {name} {value!r}; "
-                    "expected three numbers")
+                    f"expected three numbers{' above 0' * (name == 'std')}")
   return Normalisation(triple("mean", mean), triple("std", std))
 
 
