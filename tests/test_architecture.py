@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).parent.parent / "ttc_jax"
 
 # Lower imports higher never; a module may import those of smaller level.
 LEVELS = {
-    "errors": 0, "normalisation": 1, "files": 1, "interrupt": 1, "trees": 1,
+    "errors": 0, "hardware": 1, "normalisation": 1, "files": 1,
+    "interrupt": 1, "trees": 1,
     "parallel": 1, "products": 1, "randaugment": 1, "augment": 2, "config": 1,
     "vtab/rows": 1, "vtab/facts": 1,
     "config_file": 2, "cli": 3,
@@ -22,7 +23,7 @@ LEVELS = {
     "plots": 10, "predict": 10, "bench": 10, "serve": 11, "export": 11,
     "experiments": 11, "fitting": 12, "hub": 12, "evidence": 12,
     "launch": 12,
-    "bench/hardware": 1, "bench/pytorch": 3, "main": 13,
+    "bench/pytorch": 3, "main": 13,
 }
 
 

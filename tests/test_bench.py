@@ -14,12 +14,19 @@ import pytest
 
 from tests.command import ROOT
 from tests.torch_models import import_timm
-from ttc_jax import backbones, methods, parallel, quantisation, trees
+from ttc_jax import (
+  backbones,
+  hardware,
+  methods,
+  parallel,
+  quantisation,
+  trees,
+)
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.backbones.swin import Swin
 from ttc_jax.backbones.vit import ViT
 from ttc_jax.bench import __main__ as bench
-from ttc_jax.bench import hardware, memory, pipeline, programs, suite, timing
+from ttc_jax.bench import memory, pipeline, programs, suite, timing
 from ttc_jax.config import FROZEN_DTYPES, default
 from ttc_jax.errors import UserError
 from ttc_jax.model import Model

@@ -5,7 +5,6 @@
   pipeline.py   reads a training set that streams, alone and with the step
   memory.py     the largest batch of a device, from compiled programs
   pytorch.py    PyTorch doing the same training step, eager and compiled
-  hardware.py   what it ran on
   text.py       what is printed of a measurement
   suite.py      all shapes in both types; bench.json and its table
   __main__.py   the command

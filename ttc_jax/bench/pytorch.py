@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttc_jax import hardware
 from ttc_jax.backbones.swin import Swin
-from ttc_jax.bench import hardware
 from ttc_jax.errors import UserError
 
 

@@ -9,8 +9,8 @@ import json
 import os
 from typing import Any
 
-from ttc_jax import files, parallel
-from ttc_jax.bench import hardware, timing
+from ttc_jax import files, hardware, parallel
+from ttc_jax.bench import timing
 from ttc_jax.errors import UserError
 from ttc_jax.report import formats
 

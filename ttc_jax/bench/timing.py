@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ttc_jax import parallel
-from ttc_jax.bench import hardware
+from ttc_jax import hardware, parallel
 from ttc_jax.bench import programs as programs_lib
 from ttc_jax.bench.programs import Program
-from ttc_jax.runs import row
 
 TURNS = 6  # each program's seconds are spread over so many turns
 
@@ -133,7 +131,7 @@ def _row(name, program, turns, batch, ceilings):
 
 def versions(against: str) -> dict[str, str]:
   """Returns the versions of the libraries, with the other side's."""
-  found = dict(row.versions())
+  found = dict(hardware.versions())
   if against:
     from ttc_jax.bench import pytorch  # or one sentence why not
     found["torch"] = pytorch.torch.__version__

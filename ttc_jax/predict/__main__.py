@@ -18,6 +18,7 @@ import numpy as np
 
 from ttc_jax import cli, files, predict
 from ttc_jax.errors import UserError, printable
+from ttc_jax.report.formats import csv_cell
 from ttc_jax.tasks import images as images_lib
 from ttc_jax.tasks.pictures import SUFFIXES
 
@@ -123,13 +124,8 @@ def write_csv(found: Iterator[Answer]) -> Iterator[Answer]:
   writer.writerow(["image", "rank", "class", "probability"])
   for answer in found:
     for rank, (name, p) in enumerate(answer.classes, 1):
-      writer.writerow([_cell(answer.path), rank, _cell(name), f"{p:.6f}"])
+      writer.writerow([csv_cell(answer.path), rank, csv_cell(name), f"{p:.6f}"])
     yield answer
-
-
-def _cell(text):
-  """A spreadsheet would run what begins as a formula."""
-  return "'" * text.startswith(("=", "+", "-", "@")) + printable(text)
 
 
 def write_json(found: Iterator[Answer]) -> Iterator[Answer]:

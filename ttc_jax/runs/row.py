@@ -2,20 +2,16 @@
 from collections.abc import Sequence
 import datetime
 import functools
-import platform
 import time
 from typing import Any
 
-import flax
 import jax
-import numpy as np
-import optax
-import PIL
 
 from ttc_jax import (
   bundles,
   cost,
   evaluate,
+  hardware,
   methods,
   optim,
   parallel,
@@ -23,7 +19,6 @@ from ttc_jax import (
   train,
   trees,
 )
-from ttc_jax.bench import hardware
 from ttc_jax.model import trim_head
 from ttc_jax.runs.inputs import Base
 from ttc_jax.runs.plan import Run
@@ -73,7 +68,8 @@ def make_bundle(job: train.Job, base: Base, classes: Sequence[str],
       "matmul_precision": c.matmul_precision or "default",
       "weights_sha256": base.source.sha256,
       "weights_source": base.source.address, "seed": job.seed,
-      "stages": [s.name for s in job.method.stages], "versions": versions(),
+      "stages": [s.name for s in job.method.stages],
+      "versions": hardware.versions(),
       **{f"{part}_params": n for part, n in optim.counts(tuned).items()}}
   return bundles.Bundle(
       trees.flatten(tuned),
@@ -104,7 +100,7 @@ def _facts(run, base, task, job):
       "stages": [s.name for s in run.method.stages],
       "train_count": len(job.train.labels),
       "device": _device(),
-      "versions": versions(), "run": run.name}
+      "versions": hardware.versions(), "run": run.name}
 
 
 def _device():
@@ -165,13 +161,6 @@ def _flops(job, model, params, buffers):
 
 
 @functools.cache
-def versions() -> dict[str, str]:
-  """Returns the versions that a result depends on."""
-  return {"python": platform.python_version(), "jax": jax.__version__,
-          "flax": flax.__version__, "optax": optax.__version__,
-          "numpy": np.__version__, "pillow": PIL.__version__}
-
-
 def _now() -> str:
   """The time in UTC, ISO 8601: sorts as text."""
   now = datetime.datetime.now(datetime.UTC)

@@ -1,9 +1,13 @@
-"""What a benchmark ran on: devices, processor, its vector instructions."""
+"""What a run or a benchmark ran on: devices, processor, versions."""
 import os
 import platform
 from typing import Any
 
+import flax
 import jax
+import numpy as np
+import optax
+import PIL
 
 # The kernel's names of what the matrix products of either library may use.
 _INSTRUCTIONS = {
@@ -50,3 +54,10 @@ def _told(cpuinfo):
     return {}
   pairs = (line.partition(":") for line in lines)
   return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that a result depends on."""
+  return {"python": platform.python_version(), "jax": jax.__version__,
+          "flax": flax.__version__, "optax": optax.__version__,
+          "numpy": np.__version__, "pillow": PIL.__version__}
