@@ -68,6 +68,14 @@ def test_a_fault_of_ours_is_a_traceback(monkeypatch, error):
     cli.run(main)
 
 
+def test_a_warning_is_a_sentence_too():
+  code = ("from absl import logging; from ttc_jax import cli; "
+          "cli.run(lambda argv: logging.warning('%s is left out', 'x'))")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                        text=True, cwd=ROOT, check=True)
+  assert done.stderr == "warning: x is left out\n"
+
+
 def test_a_command_without_a_configuration_has_no_overrides(monkeypatch):
   monkeypatch.setattr(cli.flags, "FLAGS", flags.FlagValues())
   assert cli._take_overrides(["x", "--config.lr=1"]) == (

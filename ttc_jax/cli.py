@@ -6,6 +6,7 @@
 from collections.abc import Callable
 import errno
 import io
+import logging as logs
 import os
 import re
 import sys
@@ -70,6 +71,13 @@ def check_no_arguments(argv: list[str]) -> None:
                     "--flags alone; --help lists them")
 
 
+class _Plain(logs.Formatter):
+  """"warning: ..." as errors are printed, without time and source."""
+
+  def format(self, record: logs.LogRecord) -> str:
+    return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 def _exit(message, code, kind="error: "):
   lines = str(message).split("\n")
   print(kind + "\n".join(map(printable, lines)), file=sys.stderr)
@@ -78,6 +86,7 @@ def _exit(message, code, kind="error: "):
 
 def _parse(argv: list[str]) -> list[str]:
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_handler().setFormatter(_Plain())
   if any(arg in _HELP for arg in argv[1:]):
     app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
   argv, overrides = _take_overrides(argv)

@@ -6,7 +6,6 @@ holds printed means whose 19 numbers were not printed.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ttc_jax import backbones
 from ttc_jax.errors import UserError
 from ttc_jax.vtab import rows as vtab
 
@@ -53,6 +52,7 @@ class Published(NamedTuple):
 
 def _has_its_size(row):
   """Whether TTC has the K and the blocks that the paper gives a backbone."""
+  from ttc_jax import backbones  # it takes seconds, and most tables need none
   try:
     module = backbones.make(row["backbone"], row["image_size"])
   except UserError:  # another version's
