@@ -104,6 +104,8 @@ def test_what_left_the_bucket_leaves_the_copy(objects, tmp_path):
   pets = fill(tmp_path / "pets")
   upload(objects, pets, "pets")
   tasks.load("pets", size=8, data="gs://b/pets")
+  for path in (tmp_path / "cache").rglob("ttc_jax_*list.txt"):
+    path.unlink()  # for a new division
   bucket._objects.cache_clear()
   bucket._whole.clear()
   one, other, *_ = sorted(pets.rglob("*.png"))
@@ -117,6 +119,26 @@ def test_what_left_the_bucket_leaves_the_copy(objects, tmp_path):
   copied, = (tmp_path / "cache").rglob("buckets/*/pets")
   assert {p.relative_to(copied) for p in copied.rglob("*.png")} == {
       p.relative_to(pets) for p in pets.rglob("*.png")}
+
+
+def test_the_lists_of_a_division_stay_beside_the_copy(objects, tmp_path):
+  """So that no image that was trained on is ever tested on."""
+  pets = fill(tmp_path / "pets")
+  upload(objects, pets, "pets")
+
+  def again():
+    bucket._objects.cache_clear()
+    bucket._whole.clear()
+    return tasks.load("pets", size=8, data="gs://b/pets")
+  before = again()
+  lists_ = sorted((tmp_path / "cache").rglob("ttc_jax_*list.txt"))
+  assert len(lists_) == 3
+  same(again(), before)
+  gone, = pets.rglob("cat 3.png")
+  del objects.contents[f"pets/{gone.relative_to(pets).as_posix()}"]
+  with pytest.raises(errors.UserError, match="cat 3.png"):
+    again()
+  assert sorted((tmp_path / "cache").rglob("ttc_jax_*list.txt")) == lists_
 
 
 @pytest.mark.parametrize("name", ["t/../../x.txt", "t/a\\b.txt"])

@@ -12,6 +12,7 @@ from ttc_jax.errors import UserError
 from ttc_jax.evidence import claims, forest, page
 from ttc_jax.experiments import Grid, Results, selection
 from ttc_jax.report import grid
+from ttc_jax.report import rows as rows_lib
 from ttc_jax.runs.workdir import Expected, WorkDir
 
 
@@ -128,7 +129,8 @@ def test_a_task_that_one_variant_has_no_stage_2_on_is_named(tmp_path):
 
 @pytest.mark.parametrize("mean, half, said", [
     (0.64, 0.57, "+0.64 ± 0.57"), (-0.55, 0.61, "-0.55 ± 0.61"),
-    (0.64, 0.51, "+0.6 ± 0.5"), (1.0, None, "+1.0")])
+    (0.64, 0.51, "+0.6 ± 0.5"), (1.0, None, "+1.0"),
+    (0.644, 0.643, "+0.644 ± 0.643"), (0.643, 0.644, "+0.643 ± 0.644")])
 def test_an_interval_shows_on_which_side_of_0_it_ends(mean, half, said):
   assert claims.interval(claims.Difference(mean, half, 3, 3), "") == said
 
@@ -312,8 +314,13 @@ def test_a_damaged_row_is_left_out(content, tmp_path, caplog):
   work = WorkDir(tmp_path)
   work.write_row(row("a", "t", 0, 50))
   work.store.write("runs/other/row.json", content)
-  work.store.write("results.jsonl", content + b"\n")
   assert [r["run"] for r in work.rows()] == ["t-a-0"]
+  assert "damaged" in caplog.text
+  (tmp_path / "results.jsonl").write_bytes(
+      content + b"\n" + json.dumps(row("a", "t", 0, 50)).encode() + b"\n")
+  caplog.clear()
+  assert [r["run"] for r in rows_lib.read(str(tmp_path / "results.jsonl"))] == [
+      "t-a-0"]
   assert "damaged" in caplog.text
 
 
@@ -426,8 +433,8 @@ def test_a_table_says_what_each_variant_tried(tmp_path):
 def test_a_table_says_that_it_is_of_few_images(tmp_path):
   found = [r | dict(limit=1064, few_shot=16) for r in rows((1.0,))]
   setting = results(found, tmp_path).setting
-  assert ("the first 1,064 images of each split alone, 16 training images a "
-          "class alone;") in setting
+  assert ("; only the first 1,064 images of each split; only 16 training "
+          "images a class; ") in setting
 
 
 @pytest.mark.parametrize("chosen, said", [

@@ -1,4 +1,5 @@
 """data=hf:NAME, on folders and parquet files that the tests make."""
+import os
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ from tests.command import run_command
 from tests.test_data import counts, fill, named, picture
 from ttc_jax import tasks
 from ttc_jax.errors import UserError
+from ttc_jax.tasks import hf, images
 
 
 @pytest.fixture(scope="module")
@@ -172,22 +174,22 @@ def paths_alone(library, folder, paths):
       features=library.Features({
           "image": library.Image(),
           "label": library.ClassLabel(names=["cat", "dog"])}))
-  found.to_parquet(folder / "train-00000-of-00001.parquet")
-  return folder
+  found.to_parquet(folder / "named.parquet")
+  return folder / "named.parquet"
 
 
 def test_images_that_rows_only_name_are_read_anew_when_they_change(
     library, tmp_path):
   folder = tmp_path / "named"
-  images = [folder / "images" / f"{i}.png" for i in range(24)]
-  for i, path in enumerate(images):
+  files = [folder / "images" / f"{i}.png" for i in range(24)]
+  for i, path in enumerate(files):
     picture(path, i)
-  paths_alone(library, folder, images)
-  old = load(folder, "named")
+  data = paths_alone(library, folder, files)
+  old = load(data, "named")
   before, digest = pixels(old, "trainval", "test"), old.split("train").digest
-  for i, path in enumerate(images):
+  for i, path in enumerate(files):
     picture(path, 100 + i)
-  new = load(folder, "named")
+  new = load(data, "named")
   assert new.split("train").digest != digest
   assert pixels(new, "trainval", "test") != before
 
@@ -198,6 +200,42 @@ def test_rows_name_no_image_outside_of_their_data_set(
     library, tmp_path, where):
   (tmp_path / "rows" / "folder").mkdir(parents=True)
   picture(tmp_path / "outside" / "x.png", 0)
-  folder = paths_alone(library, tmp_path / "rows", [tmp_path / where] * 24)
+  data = paths_alone(library, tmp_path / "rows", [tmp_path / where] * 24)
   with pytest.raises(UserError, match="not in its folder|is no file"):
-    load(folder, "rows").split("train")
+    load(data, "named").split("train")
+
+
+def test_a_link_to_a_data_set_is_the_data_set(library, pets, tmp_path):
+  (tmp_path / "link").symlink_to(pets.parent)
+  assert pixels(load(tmp_path / "link" / "pets"), "trainval") == pixels(
+      load(pets), "trainval")
+
+
+def test_an_image_is_hashed_for_its_own_parts_alone(
+    library, pets, monkeypatch):
+  """Once in train or val and once in trainval, or once in test."""
+  hashed = []
+  digest = images.file_digest
+  monkeypatch.setattr(images, "file_digest",
+                      lambda path: hashed.append(path) or digest(path))
+  task = load(pets)
+  for split in task.splits:
+    task.split(split)
+  assert max(map(hashed.count, hashed)) <= 2 and len({*hashed}) == 34
+
+
+def test_the_time_of_a_download_is_no_part_of_a_stream(
+    library, pets, tmp_path, monkeypatch):
+  """The user's own images have theirs; what the library fetched has none."""
+  files = sorted(pets.rglob("*.png"))
+  data = paths_alone(library, pets.parent, files)
+
+  def digest(time):
+    for path in files:
+      os.utime(path, (time, time))
+    return tasks.load("named", size=6, data=f"hf:{data}",
+                      cache_gib=0).split("train").digest
+  assert digest(1) != digest(2)
+  monkeypatch.setattr(hf, "_roots", lambda data: (
+      (), (f"{pets}{os.sep}",)))
+  assert digest(1) == digest(2)

@@ -20,6 +20,7 @@ from ttc_jax import (
   bundles,
   checkpoint,
   config_file,
+  measures,
   predict,
   train,
   trees,
@@ -28,7 +29,7 @@ from ttc_jax import weights as weights_lib
 from ttc_jax.backbones import vit as vit_lib
 from ttc_jax.config import default, run_locally
 from ttc_jax.config import variants as variants_of
-from ttc_jax.errors import UserError
+from ttc_jax.errors import RunError, UserError
 from ttc_jax.methods import Method
 from ttc_jax.runs.plan import Run, expected, variants
 from ttc_jax.runs.session import Session
@@ -526,6 +527,7 @@ def test_select_tests_the_setting_that_is_best_on_val200(
   final = [r for r in rows(tmp_path / "work") if r["protocol"] == "final"]
   assert [r["lr"] for r in val] == [1e-5, 1e-2]
   assert all(r["test_top1"] is None and r["train_count"] == 32 for r in val)
+  assert len({r["finished"] for r in val + final}) == len(val + final)
   best = max(val, key=lambda r: (r["val_top1"], -r["lr"]))
   assert [(r["seed"], r["lr"]) for r in final] == [
       (0, best["lr"]), (1, best["lr"])]
@@ -649,6 +651,19 @@ def test_what_would_take_the_settings_of_failed_runs_is_not_run(
       other=dict(method="layernorm", settings_of="broken"))
   s.run_all()
   assert len(s.failed) == 1 and rows(tmp_path / "work") == []
+
+
+def test_a_run_whose_measure_fails_is_done(
+    data, weights, tmp_path, monkeypatch):
+  def fail(*args):
+    raise RunError("the test set has 1 class")
+  monkeypatch.setattr(measures, "take", fail)
+  s = session(data, weights, tmp_path, epochs=1, method="layernorm",
+              measures=("norms",))
+  s.run_all()
+  row, = s.rows()
+  assert s.failed == {f"{row['run']}, norms": "the test set has 1 class"}
+  assert not s.workdir.failures()
 
 
 def test_a_row_of_an_earlier_version_gets_its_measure(data, weights, tmp_path):

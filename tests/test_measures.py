@@ -77,7 +77,9 @@ def test_a_silhouette_that_is_not_defined_is_one_sentence(labels):
 
 @pytest.mark.parametrize("labels, rows", [
     ([0, 1] * 10, range(5)),  # the first ones have all classes
-    ([0] * 11 + [1] * 10, [0, 5, 10, 15, 20]), ([0, 1, 2], range(3))])
+    ([0] * 11 + [1] * 10, [0, 1, 2, 11, 12]), ([0, 1, 2], range(3)),
+    ([0, 1] * 9 + [2], [0, 1, 2, 3, 18]), ([0] * 9 + [1] + [2] * 9,
+                                           [0, 1, 9, 10, 11])])
 def test_some_test_images_are_of_all_classes(labels, rows):
   labels = np.array(labels)
   split = tasks.Split(np.arange(len(labels)), labels)

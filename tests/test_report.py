@@ -477,7 +477,7 @@ def test_seeds_of_several_work_directories_come_together():
 def test_a_work_directory_without_a_row_is_an_error(tmp_path):
   with pytest.raises(UserError, match="no work directory '.*none'"):
     report.collect([str(tmp_path / "none")])
-  with pytest.raises(UserError, match="is no work directory and no results"):
+  with pytest.raises(UserError, match="is no work directory: give"):
     report.collect([str(tmp_path)])
   WorkDir(tmp_path).adopt({}, {})
   with pytest.raises(UserError, match="no finished run in"):

@@ -336,9 +336,11 @@ def test_images_that_are_none(pets, base):
       serve.load(base["vit_ti8"], batch_size=wrong)
   model = serve.load(base["vit_ti8"])
   model.add("pets", pets)
-  for wrong in ("image.png", None):
-    with pytest.raises(UserError, match="expected a sequence"):
-      model.predict(wrong, task="pets")
+  for wrong in ("image.png", None, 3, iter(pictures())):
+    for call in (model.predict, model.classify):
+      with pytest.raises(UserError, match="expected a sequence"):
+        call(wrong, task="pets")
+  assert serve.load(base["vit_ti8"], batch_size=np.int64(4)).batch_size == 4
   for wrong in (3, ["pets"] * 4 + [["pets"]]):
     with pytest.raises(UserError, match="a name of a task is .*expected text"):
       model.predict(pictures(), task=wrong)

@@ -481,7 +481,8 @@ def _keep_stages(job, scratch):
 def _held_out(split, seed):
   """(training, validation) images: one in five is held out."""
   order = np.random.default_rng(seed).permutation(len(split.labels))
-  parts = order[len(order) // _HELD_OUT:], order[:len(order) // _HELD_OUT]
+  count = max(1, len(order) // _HELD_OUT)
+  parts = order[count:], order[:count]
   return tuple(tasks.Split(split.images[rows], split.labels[rows])
                for rows in parts)
 

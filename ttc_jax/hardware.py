@@ -1,4 +1,5 @@
 """What a run or a benchmark ran on: devices, processor, versions."""
+import functools
 import os
 import platform
 from typing import Any
@@ -56,6 +57,7 @@ def _told(cpuinfo):
   return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+@functools.cache
 def versions() -> dict[str, str]:
   """Returns the versions that a result depends on."""
   return {"python": platform.python_version(), "jax": jax.__version__,

@@ -23,6 +23,7 @@ compiles nothing until it passes the next of these numbers.
 from collections.abc import Sequence
 import functools
 import json
+import numbers
 import os
 import re
 import sys
@@ -95,7 +96,7 @@ class ModelServer:
 
   def __init__(self, source: str, batch_size: int = 64,
                frozen_dtype: str | None = None):
-    if type(batch_size) is not int or batch_size < 1:
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
       raise UserError(f"batch_size is {batch_size!r}; give a whole number of 1 "
                       "or more")
     if frozen_dtype is not None:
@@ -103,7 +104,7 @@ class ModelServer:
     self.frozen_dtype = frozen_dtype
     self.in_use: str | None = None
     self.base = open_source(source)
-    self.batch_size = batch_size
+    self.batch_size = int(batch_size)
     self._lock = threading.RLock()
     # {key: (module, parameters on the host, on devices)}
     self._bases: dict[str, tuple[Any, Flat, Flat]] = {}
@@ -255,9 +256,7 @@ class ModelServer:
       UserError: unknown task; images that cannot be read.
     """
     task = self._named(task)
-    if isinstance(images, (str, bytes, os.PathLike)) or not hasattr(
-        images, "__len__"):
-      raise UserError(f"images are {images!r}; expected a sequence of them")
+    _check_sequence(images)
     tasks, groups = self._snapshot()
     names = [task] * len(images) if isinstance(task, str) else task
     if len(names) != len(images):
@@ -292,6 +291,7 @@ class ModelServer:
       A list [(class, probability), ...] for each image, the likeliest first.
     """
     task = self._named(task)
+    _check_sequence(images)
     names = [task] * len(images) if isinstance(task, str) else task
     classes = self.tasks
     return [[(classes[name][i], float(p[i]))
@@ -408,6 +408,12 @@ def _stack(tasks):
   flats += flats[-1:] * (capacity - len(flats))
   return {name: parallel.replicate(np.stack([flat[name] for flat in flats]))
           for name in flats[0]}
+
+
+def _check_sequence(images):
+  if isinstance(images, (str, bytes, os.PathLike)) or not hasattr(
+      images, "__len__"):
+    raise UserError(f"images are {images!r}; expected a sequence of them")
 
 
 @functools.cache

@@ -378,7 +378,7 @@ def make(name: str, image_size: int, **fields) -> Swin | None:
 def canonical(name: str) -> str | None:
   """Returns e.g. "swin_b" for timm's and Hugging Face's names of a Swin, None
   for other names."""
-  match = re.fullmatch(r"(?:[\w.-]*/)*swin[-_](tiny|small|base|large)"
+  match = re.fullmatch(r"(?:.*/)?swin[-_](tiny|small|base|large)"
                        r"[-_]patch4[-_]window\d+[-_][\w.-]*", name)
   return match and f"swin_{'ti' if match[1] == 'tiny' else match[1][0]}"
 

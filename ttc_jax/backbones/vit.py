@@ -409,15 +409,15 @@ def make(name: str, image_size: int, **fields) -> ViT | None:
 _WORDS = {"tiny": "ti", "small": "s", "base": "b", "large": "l", "huge": "h",
           "giant": "g", "so400m": "so400m"}
 _WORD = f"({'|'.join(_WORDS)})"
-_REST = r"[\w.-]*"  # of a name; an owner
+_REST = r"[\w.-]*"  # of a name
 _LETTER = "([Tt]i|[Ss]|[Bb]|[Ll]|[Hh]|g|[Ss]o400m)"
 # timm, Hugging Face (two), Big Vision; the groups are the size and the patch.
 _NAMES = (
     rf"(?:vit|deit3?|flexivit)_{_WORD}(?:_distilled)?_patch(\d+)"
     rf"(?:[_.]{_REST})?",
-    rf"(?:{_REST}/)*(?:vit|deit|clip-vit|siglip2?)-{_WORD}-patch(\d+)"
+    rf"(?:.*/)?(?:vit|deit|clip-vit|siglip2?)-{_WORD}-patch(\d+)"
     rf"(?:-{_REST})?",
-    rf"(?:{_REST}/)*dino(?:v3)?-vit([sbl])(\d+)(?:-{_REST})?",  # Hugging Face
+    rf"(?:.*/)?dino(?:v3)?-vit([sbl])(\d+)(?:-{_REST})?",  # Hugging Face
     rf"(?:[Vv]i[Tt][-_])?{_LETTER}[-_/](\d+)",  # Big Vision: B/16, ViT-B_16
 )
 

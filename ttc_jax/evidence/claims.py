@@ -193,7 +193,8 @@ def interval(found: Difference, unit: str = " points") -> str:
   if found.half is None:
     return f"{found.mean:+.1f}{unit}"
   # Enough digits to see on which side of 0 an end of the interval is.
-  digits = 1 + (f"{abs(found.mean):.1f}" == f"{found.half:.1f}")
+  digits = next((n for n in range(1, 4) if
+                 f"{abs(found.mean):.{n}f}" != f"{found.half:.{n}f}"), 4)
   return f"{found.mean:+.{digits}f} ± {found.half:.{digits}f}{unit}"
 
 

@@ -132,14 +132,14 @@ class Results(NamedTuple):
     jax = _listed(r.get("versions", {}).get("jax", "?") for r in self.rows)
     files = {f"{r['weights']} (sha256 {r['weights_sha256'][:12]})"
              for r in self.rows}
-    few = [f"the first {n:,} images of each split" if key == "limit" else
-           f"{n} training images a class" for key in ("limit", "few_shot")
+    few = [f"only the first {n:,} images of each split" if key == "limit" else
+           f"only {n} training images a class" for key in ("limit", "few_shot")
            for n in sorted({r[key] for r in self.rows if r.get(key)})]
     return (f"{values('backbone')} at {values('image_size')} px, weights "
             f"{', '.join(sorted(files))}, {values('dtype')}, "
             f"{_listed(r.get('device', '?') for r in self.rows)}, JAX {jax}, "
             f"epochs of a stage {values('epochs')}, seeds {values('seed')}"
-            f"{''.join(f', {x} alone' for x in few)}; "
+            f"{''.join(f'; {x}' for x in few)}; "
             f"{'; '.join(said)}.")
 
 

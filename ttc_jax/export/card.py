@@ -156,7 +156,9 @@ def _some(meta, **titles):
 
 
 def _code(value):
-  return f"`{json.dumps(value)}`" if value else "none"
+  # "<" would be escaped as Markdown, and a backslash shows within backticks.
+  text_ = json.dumps(value).replace("<", "\\u003c")
+  return f"`{text_}`" if value else "none"
 
 
 def _parameters(model):

@@ -55,7 +55,7 @@ def _has_its_size(row):
   from ttc_jax import backbones  # it takes seconds, and most tables need none
   try:
     module = backbones.make(row["backbone"], row["image_size"])
-  except UserError:  # another version's
+  except (UserError, TypeError):  # another program's
     return False
   return (row["options"].get("k") == module.default_k
           and row["options"].get("blocks") == module.default_blocks)

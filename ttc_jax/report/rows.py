@@ -17,9 +17,9 @@ SCORE = {"val": "val_top1", "final": "test_top1"}
 
 # The facts of a variant that its task, seed and tuned setting do not change.
 _OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
-                 "image_size", "normalisation", "dtype", "frozen_dtype",
-                 "matmul_precision", "epochs", "optimiser", "batch_size",
-                 "limit", "few_shot")
+                 "weights_reading", "image_size", "normalisation", "dtype",
+                 "frozen_dtype", "matmul_precision", "epochs", "optimiser",
+                 "batch_size", "limit", "few_shot")
 # Facts that older rows do not state; of all others 0 is the same as none.
 _BEFORE = {"frozen_dtype": "float32", "stage2_lr": 1.0}
 _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
@@ -48,9 +48,9 @@ def collect(workdirs: Sequence[str]) -> list[Row]:
   """
   found = {workdir: of(workdir) for workdir in workdirs}
   for workdir, rows in found.items():
-    if not rows and not WorkDir(workdir).started:
-      raise UserError(f"'{workdir}' is no work directory and no results file: "
-                      "give what main's --workdir was, or what it printed last")
+    if not rows and WorkDir(workdir).exists() and not WorkDir(workdir).started:
+      raise UserError(f"'{workdir}' is no work directory: give what main's "
+                      "--workdir was, or what it printed last")
     if not rows:
       raise UserError(f"no finished run in '{workdir}' yet; --watch shows how "
                       "far it is")

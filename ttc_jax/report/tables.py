@@ -22,11 +22,13 @@ _WHAT = {
 
 # Settings that the notes show where rows differ; the first three always.
 _SETTINGS = ("epochs", "limit", "few_shot", "backbone", "weights_sha256",
-             "image_size", "normalisation", "dtype", "frozen_dtype",
-             "matmul_precision", "optimiser", "batch_size", "device", "jax")
+             "weights_reading", "image_size", "normalisation", "dtype",
+             "frozen_dtype", "matmul_precision", "optimiser", "batch_size",
+             "device", "jax")
 # Of these, all rows of a table should have the same.
-_COMMON = ("limit", "few_shot", "backbone", "weights_sha256", "image_size",
-           "normalisation", "dtype", "matmul_precision")
+_COMMON = ("limit", "few_shot", "backbone", "weights_sha256",
+           "weights_reading", "image_size", "normalisation", "dtype",
+           "matmul_precision")
 
 
 class Score(NamedTuple):

@@ -44,13 +44,16 @@ class Base(NamedTuple):
   normalisation: str
 
   @property
+  def stated(self) -> str:
+    """The fields where a config.json beside the file tells some, as JSON."""
+    return json.dumps(self.backbone.fields, sort_keys=True) * (
+        self.source.configured)
+
+  @property
   def reading(self) -> str:
-    """What decides the pretrained model beside the file's contents: the part
-    that is read, and the fields where a config.json tells some; mostly ""."""
-    found = {"part": self.source.part} if self.source.part else {}
-    if self.source.configured:
-      found |= self.backbone.fields
-    return json.dumps(found, sort_keys=True) if found else ""
+    """What decides the pretrained model beside the contents of the file: the
+    part that is read, and `stated`; mostly ""."""
+    return f"{self.source.part} {self.stated}".strip()
 
   @property
   def identity(self) -> str:

@@ -1,7 +1,6 @@
 """A trained run -> its test accuracy, its row and its bundle."""
 from collections.abc import Sequence
 import datetime
-import functools
 import time
 from typing import Any
 
@@ -91,6 +90,7 @@ def _facts(run, base, task, job):
       "task": run.task, "group": task.group, "method": run.method.name,
       "variant": run.variant, "protocol": run.protocol, "seed": run.seed,
       "weights": base.source.name, "weights_sha256": base.source.sha256,
+      "weights_reading": base.reading,
       "matmul_precision": c.matmul_precision or "default",
       "data_digest": run.data, "options": options,
       **{key: (methods.ADDED | options).get(key) if key in known else None
@@ -160,7 +160,6 @@ def _flops(job, model, params, buffers):
   return {"flops": tuned, "flops_merged": merged}
 
 
-@functools.cache
 def _now() -> str:
   """The time in UTC, ISO 8601: sorts as text."""
   now = datetime.datetime.now(datetime.UTC)

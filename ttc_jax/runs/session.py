@@ -79,8 +79,10 @@ class Session:
     self.tasks, self.missing = self.inputs.tasks, self.inputs.missing
     self.base = self.inputs.base(config)
     inputs.check_runs(config, self.inputs)
-    self.workdir.adopt(_kept_keys(config, self.base),
-                       _json(default()) | {"weights_reading": ""})
+    kept = _kept_keys(config, self.base)
+    # Earlier versions did not note what a config.json beside the weights says.
+    self.workdir.adopt(kept, _json(default()) | {
+        "weights_part": "", "weights_config": kept["weights_config"]})
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
     self._planned: dict[str, plan.Run] = {}
@@ -270,9 +272,12 @@ class Session:
         if row is None or to_measure and not self.workdir.has_bundle(run.name):
           row = self._do(run, claim)
           self.say(_line(row))
-        for name in self._to_measure(run):
-          self._measure(run, name)
         self.done[run.name] = row
+        for name in self._to_measure(run):
+          try:
+            self._measure(run, name)
+          except RunError as error:  # of the measure; the run itself is done
+            self.failed[_measured(run, name)] = str(error)
     except Busy:
       return False
     except (RunError, DataError) as error:
@@ -286,6 +291,7 @@ class Session:
     """Names of the measures that a run still lacks."""
     return [name for name in run.config.measures if run.protocol == "final"
             and run.seed in measures.seeds(name, run.config.seeds)
+            and _measured(run, name) not in self.failed
             and self.workdir.measure(run.name, name) is None]
 
   def _measure(self, run: plan.Run, name: str) -> None:
@@ -319,13 +325,18 @@ class Session:
     return self.workdir.write_row(row)
 
 
+def _measured(run, name):
+  """How a measure of a run is called in `Session.failed`."""
+  return f"{run.name}, {name}"
+
+
 def _kept_keys(config, base):
   """JSON of the values that no later start on a work directory may change."""
   free = (*_FREE, *(_FREE_OF_EXPERIMENTS if config.experiment else ()))
   keep = {k: v for k, v in _json(config).items() if k not in free}
   keep["weights_sha256"] = base.source.sha256
-  if base.reading:
-    keep["weights_reading"] = base.reading
+  keep["weights_part"] = base.source.part
+  keep["weights_config"] = base.stated
   if config.protocol == "select":  # on whose rows settings are chosen
     keep["select_seed"] = config.seeds[0]
   return keep

@@ -69,7 +69,7 @@ def _objects(data: str) -> tuple[Mapping[str, Mapping[str, Any]], str]:
   root = os.path.join(files.cache_folder("buckets"), key,
                       posixpath.basename(data))
   fs, path = _opened(data)
-  # Within the lock, so that no other process copies what is newer than this.
+  # In one lock, so that nothing goes that a process with a newer list copied.
   with files.lock(f"{root}.lock", wait=True):
     with _explained(data):
       found = fs.find(path, detail=True)
@@ -87,23 +87,35 @@ def _named(data, path, found):
     raise errors.UserError(f"data={data} holds nothing: give an address of a "
                            "folder, or of a .zip, in a bucket")
   for name in named:
-    if name and posixpath.normpath(f"/{name}") != f"/{name}" or "\\" in name:
+    if not _is_path(name):
       raise errors.UserError(
           f"data={data} has an object called {name[:100]!r}, which is no path "
           "of a file: rename it")
   return named
 
 
+def _is_path(name):
+  return not name or (posixpath.normpath(f"/{name}") == f"/{name}"
+                      and "\\" not in name)
+
+
 def _drop(root: str, objects: Mapping[str, Mapping[str, Any]]) -> None:
-  """Removes the copies of objects that are no more."""
-  places = {_place(root, name) for name in objects}
-  for folder, _, names in os.walk(root, topdown=False):
-    for path in (os.path.join(folder, name) for name in names):
-      if path not in places:
-        os.remove(path)
-    if folder != root:
-      with contextlib.suppress(OSError):  # it is not empty
-        os.rmdir(folder)
+  """Removes the copies of objects that are no more, and nothing else: the lists
+  of a division lie beside the copies."""
+  known = _read(f"{root}{_NOTE}")
+  gone = [name for name in known if name not in objects and _is_path(name)]
+  for name in gone:
+    place = _place(root, name)
+    with contextlib.suppress(OSError):  # it is gone, or a folder by now
+      os.remove(place)
+    while name and (place := os.path.dirname(place)) != root:
+      try:
+        os.rmdir(place)
+      except OSError:  # it is not empty
+        break
+  if gone:
+    files.write_text(f"{root}{_NOTE}", json.dumps(
+        {name: known[name] for name in known.keys() - set(gone)}))
 
 
 def _copy(data: str, root: str, objects: Mapping[str, Mapping[str, Any]],

@@ -274,11 +274,12 @@ def class_names(name: str, bases: Sequence[str], lists: dict[str, Entries]
       if "" in found:
         raise errors.UserError(f"{path}:{found.index('') + 1}: a blank line "
                                "where a class name is expected")
+      first: dict[str, int] = {}
       for number, class_ in enumerate(found, 1):
-        if found.index(class_) + 1 != number:
+        if (line := first.setdefault(class_, number)) != number:
           raise errors.UserError(
-              f"{path}:{number}: the class {class_!r} stands in line "
-              f"{found.index(class_) + 1} too: give each label its own name")
+              f"{path}:{number}: the class {class_!r} stands in line {line} "
+              "too: give each label its own name")
       return _check_labels(bases[0], lists, found, "classes.txt")
   row = vtab.ROWS.get(vtab.canonical(name))  # small lists may not show all
   count = (row.classes if row

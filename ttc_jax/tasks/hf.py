@@ -11,10 +11,12 @@ the splits where they have other names. A revision pins what the name means.
 the library's cache; no code of it is run. Extra `hf`. The task is called NAME
 without its owner, or hf_NAME where VTAB-1K has a task of the name.
 """
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
 import io
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -143,65 +145,102 @@ def _part(data: str, split: str, rows: Any, image: str, label: str,
         f"class of train (row {wrong[0]}: {values[wrong[0]]!r}); if its labels "
         "are secret, test on another split: ?test=validation")
   labels = np.array([number[value] for value in values], np.int32)
-  source = _source(data, split, rows, image)
+  source, paths = _source(data, split, rows, image)
+
+  def choose(chosen: Sequence[int]) -> images.Source:
+    return _with_paths(images.subset(source, chosen), lambda: [
+        paths()[i] for i in chosen if i in paths()])
   return division.Part([f"{split}/{i:07d}" for i in range(len(labels))], labels,
-                       lambda chosen: images.subset(source, chosen))
+                       choose)
 
 
-def _source(data: str, split: str, rows: Any, column: str) -> images.Source:
+def _source(data: str, split: str, rows: Any, column: str
+            ) -> tuple[images.Source, Callable[[], dict[int, "_Path"]]]:
+  """-> (all images; those that are files of their own, by row)."""
   stored = rows.select_columns([column]).cast_column(
       column, _library().Image(decode=False))
+  own, libraries = _roots(data)
 
-  roots = _roots(data)
+  def inside(path: str) -> _Path:
+    return _inside(path, own, libraries, data)
+
+  @functools.cache
+  def paths() -> dict[int, _Path]:
+    return {i: inside(path) for i, path in _paths(stored, column)}
 
   def read(i: int) -> Image.Image:
     value = stored[i][column]
     if value and value["bytes"] is None and value["path"]:
-      return images.read(_inside(value["path"], roots, data))
+      return images.read(inside(value["path"]).place)
     where = f"{split}/{i} of {data}"
     try:
       return images.decode(io.BytesIO(value["bytes"]))
     except Exception as error:  # Pillow's decoders raise nearly every type
       raise images.ImageError(where, str(error)) from error
 
-  def lines(of: Callable[[Sequence[str]], Iterable[str]]) -> Iterator[str]:
-    yield from (str(rows._fingerprint), split, column)
-    yield from of([_inside(path, roots, data)
-                   for path in _paths(stored, column)])
-  return images.Source(
-      len(rows), read, key=lambda: lines(images.digests),
-      stamp=lambda: lines(images.stamps), name=lambda i: f"{split}/{i:07d}")
+  def lines() -> Sequence[str]:
+    return str(rows._fingerprint), split, column
+  return images.Source(len(rows), read, key=lines,
+                       name=lambda i: f"{split}/{i:07d}"), paths
 
 
-def _paths(rows: Any, column: str) -> Iterator[str]:
-  """Yields the paths of the images whose bytes are not in the rows; reads no
+class _Path(NamedTuple):
+  """An image that is a file of its own; timed: its time is the user's own, not
+  that of a download."""
+  place: str
+  timed: bool
+
+
+def _with_paths(source: images.Source,
+                paths: Callable[[], list[_Path]]) -> images.Source:
+  """The source, whose lines tell the files of its images too."""
+  lines = source.key
+  return dataclasses.replace(
+      source,
+      key=lambda: (*lines(), *images.digests([x.place for x in paths()])),
+      stamp=lambda: (*lines(), *(images.file_stamp(
+          x.place, os.path.basename(x.place), x.timed) for x in paths())))
+
+
+def _paths(rows: Any, column: str) -> Iterator[tuple[int, str]]:
+  """Yields (row, path) of the images whose bytes are not in the rows; reads no
   bytes."""
   arrow = rows.with_format("arrow")
   for start in range(0, len(rows), _ROWS):
+    at = start
     for chunk in arrow[start:start + _ROWS][column].chunks:
-      elsewhere = chunk.filter(chunk.field("bytes").is_null())
-      yield from filter(None, elsewhere.field("path").to_pylist())
+      empty = chunk.field("bytes").is_null().to_numpy(zero_copy_only=False)
+      for i in np.flatnonzero(empty).tolist():
+        if path := chunk[i].as_py() and chunk[i]["path"].as_py():
+          yield at + i, path
+      at += len(chunk)
 
 
-def _roots(data: str) -> list[str]:
+def _roots(data: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """The folders that images of a data set may lie in: its own, and those that
-  the library downloads to."""
+  the library downloads to; as they are called and where they really are."""
   from huggingface_hub import constants
-  local = os.path.abspath(files.expand(
-      prepared.options(data, PREFIX, OPTIONS)[0]))
+  config = _library().config
+  local = files.expand(prepared.options(data, PREFIX, OPTIONS)[0])
   own = [local, os.path.dirname(local)][os.path.isfile(local)]
-  return [os.path.join(os.path.abspath(root), "") for root in (
-      own, _library().config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
+
+  def named(*roots):
+    return tuple(os.path.join(form(root), "") for root in roots
+                 for form in (os.path.abspath, os.path.realpath))
+  return named(own), named(
+      config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH,
+      config.EXTRACTED_DATASETS_PATH, constants.HF_HUB_CACHE)
 
 
-def _inside(path: str, roots: Sequence[str], data: str) -> str:
+def _inside(path: str, own: tuple[str, ...], libraries: tuple[str, ...],
+            data: str) -> _Path:
   """Returns a path that rows name, if it is of the data set."""
   place = os.path.abspath(path)
-  if not place.startswith(tuple(roots)):
+  if not place.startswith((*own, *libraries)):
     raise errors.UserError(
         f"data={data} names the image {errors.printable(path)!r}, which is not "
         "in its folder: store images as bytes, or below the data set's folder")
   if os.path.exists(place) and not os.path.isfile(place):
     raise errors.UserError(f"data={data} names the image "
                            f"{errors.printable(path)!r}, which is no file")
-  return place
+  return _Path(place, not place.startswith(libraries))

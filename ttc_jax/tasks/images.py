@@ -75,7 +75,7 @@ def from_files(paths: Sequence[str], names: Sequence[str]) -> Source:
       count=len(paths),
       read=lambda i: read(paths[i]),
       key=lambda: digests(paths),
-      stamp=lambda: map(_file_stamp, paths, names),
+      stamp=lambda: map(file_stamp, paths, names),
       name=paths.__getitem__)
 
 
@@ -389,15 +389,16 @@ def digests(paths: Sequence[str]) -> Iterator[str]:
   return in_order(file_digest, paths)
 
 
-def stamps(paths: Sequence[str]) -> Iterator[str]:
-  """Yields what changes in all likelihood when a file does; by its name."""
-  return (_file_stamp(path, os.path.basename(path)) for path in paths)
+def file_stamp(path: str, name: str, timed: bool = True) -> str:
+  """Returns what changes in all likelihood when a file does.
 
-
-def _file_stamp(path: str, name: str) -> str:
+  Args:
+    name: that stands for the file, wherever it lies.
+    timed: with the time of its last change.
+  """
   with _readable(path):
     stat = os.stat(path)
-  return f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}"
+  return f"{name}\t{stat.st_size}" + f"\t{stat.st_mtime_ns}" * timed
 
 
 @contextlib.contextmanager
