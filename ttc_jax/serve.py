@@ -23,7 +23,7 @@ compiles nothing until it passes the next of these numbers.
 from collections.abc import Sequence
 import functools
 import json
-import numbers
+import operator
 import os
 import re
 import sys
@@ -96,7 +96,7 @@ class ModelServer:
 
   def __init__(self, source: str, batch_size: int = 64,
                frozen_dtype: str | None = None):
-    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+    if not hasattr(batch_size, "__index__") or batch_size < 1:
       raise UserError(f"batch_size is {batch_size!r}; give a whole number of 1 "
                       "or more")
     if frozen_dtype is not None:
@@ -104,7 +104,7 @@ class ModelServer:
     self.frozen_dtype = frozen_dtype
     self.in_use: str | None = None
     self.base = open_source(source)
-    self.batch_size = int(batch_size)
+    self.batch_size = operator.index(batch_size)
     self._lock = threading.RLock()
     # {key: (module, parameters on the host, on devices)}
     self._bases: dict[str, tuple[Any, Flat, Flat]] = {}

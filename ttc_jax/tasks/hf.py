@@ -194,7 +194,7 @@ class _Path(NamedTuple):
 def _with_paths(source: images.Source,
                 paths: Callable[[], list[_Path]]) -> images.Source:
   """The source, whose lines tell the files of its images too."""
-  lines = source.key
+  lines = source.key or tuple
   return dataclasses.replace(
       source,
       key=lambda: (*lines(), *images.digests([x.place for x in paths()])),
