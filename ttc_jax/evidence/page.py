@@ -242,6 +242,7 @@ table { border-collapse: collapse; margin: 1em 0; font-size: 14px;
 th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right;
          vertical-align: top; white-space: nowrap }
 .claims td { white-space: normal }
+.claims td:last-child { white-space: nowrap }
 th:first-child, td:first-child, .claims td, .claims th { text-align: left }
 th { border-bottom: 2px solid #999 }
 svg { max-width: 100%; height: auto }
