@@ -449,9 +449,9 @@ CLAIMS: Sequence[Claim] = (
             better(f"{norms}_{score}_k{k}", f"{norms}_random_k{k}"))
       for norms in ("frozen", "tuned") for k in selection.K
       for score, title in (("taylor", "Taylor"), ("block", "block"))),
-    *(Claim(_OURS, f"With a rate of the map's own and K = 24, stage 2 on {what} "
-            "channels adds more than stage 1 does when it trains for as long "
-            "as both.", better(f"tuned_{score}_k24", "layernorm_2x"))
+    *(Claim(_OURS, "With a rate of the map's own and K = 24, stage 2 on "
+            f"{what} channels adds more than stage 1 does when it trains for "
+            "as long as both.", better(f"tuned_{score}_k24", "layernorm_2x"))
       for score, what in (("taylor", "Taylor's"), ("random", "random"))),
     Claim(_OURS, "The energy that a score's channels hold on the other half of "
           "the images predicts what training the map on them brings.", _energy),
