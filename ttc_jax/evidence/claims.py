@@ -451,7 +451,9 @@ CLAIMS: Sequence[Claim] = (
       for score, title in (("taylor", "Taylor"), ("block", "block"))),
     *(Claim(_OURS, "With a rate of the map's own and K = 24, stage 2 on "
             f"{what} channels adds more than stage 1 does when it trains for "
-            "as long as both.", better(f"tuned_{score}_k24", "layernorm_2x"))
+            f"as long as both{rate}.", better(f"tuned_{score}_k24", control))
+      for control, rate in (("layernorm_2x", ""), (
+          "layernorm_2x_rate", ", with the rate that is best for that"))
       for score, what in (("taylor", "Taylor's"), ("random", "random"))),
     Claim(_OURS, "The energy that a score's channels hold on the other half of "
           "the images predicts what training the map on them brings.", _energy),
