@@ -389,6 +389,9 @@ CLAIMS: Sequence[Claim] = (
           better("ttc", "layernorm", 1.2)),
     Claim(_OURS, "Stage 2 adds more than stage 1 does when it trains for as "
           "long as both.", better("ttc", "layernorm_2x"), control=True),
+    # K = 24 is TTC's on the ViT-Ti/16, the one that was searched so.
+    Claim(_OURS, "With a rate of the map's own it does, each at its best rate.",
+          better("tuned_taylor_k24", "layernorm_2x_rate"), control=True),
     Claim(_OURS, "With one learning rate for both stages, stage 2 adds to "
           "stage 1.", better("ttc_one_rate", "layernorm")),
     Claim("Table 3", "Two stages are above one joint stage.",
@@ -449,12 +452,9 @@ CLAIMS: Sequence[Claim] = (
             better(f"{norms}_{score}_k{k}", f"{norms}_random_k{k}"))
       for norms in ("frozen", "tuned") for k in selection.K
       for score, title in (("taylor", "Taylor"), ("block", "block"))),
-    *(Claim(_OURS, "With a rate of the map's own and K = 24, stage 2 on "
-            f"{what} channels adds more than stage 1 does when it trains for "
-            f"as long as both{rate}.", better(f"tuned_{score}_k24", control))
-      for control, rate in (("layernorm_2x", ""), (
-          "layernorm_2x_rate", ", with the rate that is best for that"))
-      for score, what in (("taylor", "Taylor's"), ("random", "random"))),
+    Claim(_OURS, "On random channels a map with a rate of its own is above "
+          "stage 1 for as long as both.",
+          better("tuned_random_k24", "layernorm_2x_rate")),
     Claim(_OURS, "The energy that a score's channels hold on the other half of "
           "the images predicts what training the map on them brings.", _energy),
     Claim("Table 6", "On the domain of its training TTC is above NOAH.",
