@@ -41,8 +41,9 @@ def draw(findings: Sequence[tuple[str, str, str, Finding]],
   for section, place in sorted(sections.items(), key=lambda one: one[1]):
     axes.plot([], [], color=f"C{place}", marker="os^D"[place % 4],
               linestyle="none", markersize=4, label=plots.label(section))
-  axes.plot([], [], marker="D", color="0.3", markerfacecolor="none",
-            linestyle="none", label="the paper")
+  if any(gain.claimed for *_, gain in known):
+    axes.plot([], [], marker="D", color="0.3", markerfacecolor="none",
+              linestyle="none", label="the paper")
   axes.axvline(0, color="0.4", linewidth=0.8)
   _spread(axes)
   axes.set_yticks(range(len(rows)), [
@@ -63,8 +64,8 @@ def _spread(axes):
   """Makes the horizontal axis symmetrically logarithmic, with few ticks."""
   low, high = axes.get_xlim()
   axes.set_xscale("symlog", linthresh=2, linscale=1.2)
-  ticks = [tick for tick in (-100, -20, -5, -2, -1, 0, 1, 2, 5, 20, 100)
-           if low <= tick <= high]
+  ticks = [tick for tick in (-100, -20, -5, -3, -2, -1, 0, 1, 2, 3, 5, 20, 100)
+           if low <= tick <= high and (abs(tick) != 3 or -5 < low < high < 5)]
   axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
   axes.minorticks_off()
   axes.set_xlim(low, high)
