@@ -442,8 +442,7 @@ def _job(config, base, classes, train_split, val_split, seed):
   return train.Job(
       identity={"fit": digests, "classes": list(classes), "seed": seed,
                 "config": plan.common_keys(config),
-                "weights": base.identity, "fields": base.backbone.fields,
-                "devices": len(parallel.devices())},
+                "weights": base.identity, "devices": len(parallel.devices())},
       config=config,
       model=inputs.trained_model(config, base),
       method=method, train=train_split, val=val_split, holdout=holdout,
