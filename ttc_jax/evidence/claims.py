@@ -390,8 +390,8 @@ CLAIMS: Sequence[Claim] = (
     Claim(_OURS, "Stage 2 adds more than stage 1 does when it trains for as "
           "long as both.", better("ttc", "layernorm_2x"), control=True),
     # K = 24 is TTC's on the ViT-Ti/16, the one that was searched so.
-    Claim(_OURS, "With a rate of the map's own stage 2 adds more than that, each "
-          "at its best rate.",
+    Claim(_OURS, "With a rate of the map's own stage 2 adds more than that, "
+          "each at its best rate.",
           better("tuned_taylor_k24", "layernorm_2x_rate"), control=True),
     Claim(_OURS, "With one learning rate for both stages, stage 2 adds to "
           "stage 1.", better("ttc_one_rate", "layernorm")),
