@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 from absl import flags
-import flax.linen as nn
 import ml_collections
 import numpy as np
 
@@ -17,19 +16,22 @@ from ttc_jax.errors import UserError
 from ttc_jax.model import Model, init_head
 
 
-def row(name: str, backbone: nn.Module, config: ml_collections.ConfigDict,
-        classes: int) -> dict[str, Any]:
+def row(name: str, plain: Model, params: trees.Tree, before: float,
+        config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns a method's parameters and cost: a JSON object.
 
   FLOPs are of one image. NOAH's row is its supernet, the largest network that
   its search may find.
+
+  Args:
+    plain: the model without a method.
+    params: its parameters, of which the backbone's may be shapes.
+    before: its FLOPs.
   """
-  method = methods.load(name, config, backbone)
-  params = {"backbone": backbones.shapes(backbone), "adapter": {},
-            "head": init_head(backbone.width, classes, 0)}
-  plain = Model(backbone, "half")
+  method = methods.load(name, config, plain.backbone)
+  params = dict(params)
   buffers: trees.Tree = {}
-  size = backbone.image_size
+  size = plain.backbone.image_size
   images, labels = np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int32)
   for prepare in [s.prepare for s in method.stages if s.prepare][:1]:
     params["adapter"], buffers = prepare(
@@ -37,7 +39,6 @@ def row(name: str, backbone: nn.Module, config: ml_collections.ConfigDict,
   rules = methods.tuned_rules(method)
   counts = optim.counts(
       trees.split(params, trees.label(params, rules), "tune")[0])
-  before = cost.flops(plain, params | {"adapter": {}}, {})
   extra = cost.flops(plain._replace(handlers=method.handlers), params,
                      buffers) - before
   mergeable = not method.cannot_merge
@@ -77,10 +78,14 @@ def main(argv: list[str]) -> None:
   config = config_lib.default()
   # Any other score needs images; the list needs only the shapes.
   config.score = config.sct.score = "random"
+  plain = Model(backbone, "half")
+  params = {"backbone": backbones.shapes(backbone), "adapter": {},
+            "head": init_head(backbone.width, _CLASSES.value, 0)}
+  before = cost.flops(plain, params, {})
   rows, unfit = [], []
   for name in methods.names():
     try:
-      rows.append(row(name, backbone, config, _CLASSES.value))
+      rows.append(row(name, plain, params, before, config))
     except UserError as error:
       unfit.append(f"not on {_BACKBONE.value}: {name}: {error}")
   print(json.dumps(rows, indent=2) if _JSON.value else table(rows))
