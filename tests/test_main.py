@@ -31,7 +31,7 @@ from ttc_jax.config import default, run_locally
 from ttc_jax.config import variants as variants_of
 from ttc_jax.errors import RunError, UserError
 from ttc_jax.methods import Method
-from ttc_jax.runs.plan import Run, expected, variants
+from ttc_jax.runs.plan import Run, common_keys, expected, variants
 from ttc_jax.runs.session import Session
 from ttc_jax.runs.workdir import WorkDir
 
@@ -117,6 +117,9 @@ def test_a_run_writes_a_row_and_a_table(finished, weights):
   assert done.returncode == 0, done.stderr
   row, = rows(workdir)
   assert not set(CONTRACT) - row.keys()
+  # All that decides a result is told, so that tables can compare it.
+  deciding = common_keys(dict.fromkeys(default(), object()))
+  assert not deciding.keys() - row.keys()
   assert row["weights_sha256"] == weights_lib.sha256(str(weights))
   assert (row["test_count"], row["train_count"]) == (24, 48)
   K = WIDTH // 8

@@ -524,3 +524,36 @@ def test_rows_of_earlier_releases_are_compared_with_those_that_state_more():
   assert rows_lib.of_one_setting([old, new]) == [old, new]
   other = new | {"run": "other", "frozen_dtype": "int8"}
   assert rows_lib.of_one_setting([old, other]) == [other]
+
+
+@pytest.mark.parametrize("change", [
+    dict(drop_path=0.1), dict(label_smoothing=0.1), dict(head_init="zeros"),
+    dict(clip_norm=1.0), dict(warmup_epochs=9.0), dict(min_lr=1e-5),
+    dict(flip=True), dict(augment={"mixup": 0.8}), dict(smallest_crop=0.1),
+    dict(lr=0.5), dict(stage2_lr=0.0)])
+def test_seeds_that_train_otherwise_are_no_seeds_of_one_variant(change, caplog):
+  usual = dict(drop_path=0.0, label_smoothing=0.0, head_init="normal",
+               clip_norm=0.0, warmup_epochs=1.0, min_lr=0.0, flip=False,
+               augment={"mixup": 0.0}, smallest_crop=1.0, stage2_lr=1.0)
+  one = row("a", "ttc", 0, 50.0, **usual)
+  two = row("a", "ttc", 1, 80.0, **usual) | change
+  merged = rows_lib.merge({"one": [one], "two": [two]})
+  assert [r["variant"] for r in merged] == ["ttc (one)", "ttc (two)"]
+  assert rows_lib.of_one_setting([one, two]) == [two]
+  tables.make([one, two], "final")
+  assert (f"Seeds of ttc on a differ in more than the seed: {[*change][0]}."
+          in caplog.text)
+  # An older row, which does not state it, is of the same variant.
+  if "lr" not in change and "stage2_lr" not in change:
+    for key in change:
+      del one[key]
+    assert rows_lib.of_one_setting([one, two]) == [one, two]
+    assert rows_lib.merge({"one": [one], "two": [two]}) == [one, two]
+
+
+def test_settings_that_a_search_tries_do_not_split_a_variant():
+  one, two = ([row("a", "ttc", 0, None, protocol="val", val_top1=50.0, lr=lr,
+                   run=f"{lr}")] for lr in (0.1, 0.2))
+  assert rows_lib.merge({"one": one, "two": two})[0]["variant"] == "ttc (one)"
+  two[0]["seed"] = 1
+  assert rows_lib.merge({"one": one, "two": two}) == [*one, *two]

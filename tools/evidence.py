@@ -60,10 +60,17 @@ SETS = {
     "ti16_tuned": (("gtsrb", "rsscn7", "shapes_count"),
                    "backbone=vit_ti16,size=64,epochs=20",
                    ("rates", "selection")),
+    # Does the choice of channels matter where training is short?
+    "ti16_short": (("shapes_location", "gtsrb", "rsscn7"),
+                   "backbone=vit_ti16,size=64,epochs=8", ("selection",)),
     "domains": (("pacs/from_photo", "pacs/from_cartoon",
                  "pacs/from_art_painting", "pacs/except_photo"),
                 "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
                 "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
+    "domains_s14": (("pacs/from_photo",),
+                    "backbone=vit_s14,weights={weights},size=56,"
+                    "normalisation=imagenet,epochs=50,method=layernorm,"
+                    "layernorm_2x,ttc", ("table6",)),
     "shifted": (("scene_count_shifted", "sprites_location_shifted",
                  "sprites_orientation_shifted"),
                 "backbone=vit_ti16,size=64,epochs=20,augment=false,"
@@ -196,8 +203,8 @@ def run_all() -> None:
   end = time.monotonic() + 3600 * _UNTIL.value
   for name in _ONLY.value:
     if not _DATA.value or not _WEIGHTS.value and "{weights}" in SETS[name][1]:
-      raise UserError("run needs --data=DIR, and --weights=FILE for s14 and "
-                      "s14_224")
+      raise UserError("run needs --data=DIR, and --weights=FILE for the "
+                      "ViT-S/14")
     restore(name, workdir(name))
   if _AT_ONCE.value > 1:
     with ThreadPoolExecutor(_AT_ONCE.value) as pool:

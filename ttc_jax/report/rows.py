@@ -16,18 +16,25 @@ from ttc_jax.runs.workdir import Row, WorkDir
 SCORE = {"val": "val_top1", "final": "test_top1"}
 
 # The facts of a variant that its task, seed and tuned setting do not change.
-_OF_A_VARIANT = ("method", "options", "backbone", "weights_sha256",
-                 "weights_reading", "image_size", "normalisation", "dtype",
-                 "frozen_dtype", "matmul_precision", "epochs", "optimiser",
-                 "batch_size", "limit", "few_shot")
-# Facts that older rows do not state; of all others 0 is the same as none.
+_OF_A_VARIANT = ("method", "options", "backbone", "gelu", "window",
+                 "weights_sha256", "weights_reading", "image_size",
+                 "normalisation", "resample", "dtype", "frozen_dtype",
+                 "matmul_precision", "epochs", "optimiser", "batch_size",
+                 "limit", "few_shot", "masked_tests")
+# How it trains, which a task may have of its own.
+TRAINING = ("accumulate", "warmup_epochs", "warmup_lr", "min_lr", "decay_all",
+            "clip_norm", "drop_path", "label_smoothing", "head_init",
+            "crop_from", "flip", "smallest_crop", "crop_aspect", "augment")
+# What older rows do not state is one of these; of all others 0 is as none.
 _BEFORE = {"frozen_dtype": "float32", "stage2_lr": 1.0}
+# Nobody knows what it was in a row that does not state it.
+_UNKNOWN = frozenset({"resample", "gelu", "window", "masked_tests", *TRAINING})
 _NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
            "weight_decay", "val_top1", "test_top1", "module_params",
            "norm_params", "head_params", "backbone", "image_size", "weights",
            "weights_sha256")
 # What is tuned for a variant, by a search or by hand.
-_SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
+SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
 
 
 def read(path: str) -> list[Row]:
@@ -86,8 +93,8 @@ def merge(found: Mapping[str, Sequence[Row]]) -> list[Row]:
 
   A row that several directories hold is kept once. A variant is split into
   "variant (work directory)" if its facts differ between directories (another
-  backbone, for example), or if two directories have runs of the same task and
-  seed.
+  backbone, for example), or on a task how it trains and the settings that it
+  is tested with, or if two directories have runs of the same task and seed.
   """
   seen: dict[str, list[Row]] = {}
   placed: list[tuple[str, Row]] = []
@@ -106,13 +113,18 @@ def _apart(placed):
   """Returns the variants that must be split by work directory."""
   homes: dict[tuple, set[str]] = {}
   facts: dict[tuple, dict[str, set[str]]] = {}
+  told = {key for key in (*_OF_A_VARIANT, "data_digest", *TRAINING, *SETTING)
+          if key not in _UNKNOWN or all(key in row for _, row in placed)}
   for workdir, row in placed:
-    variant, task = row["variant"], row["task"]
+    variant, task, final = (
+        row["variant"], row["task"], row["protocol"] == "final")
     homes.setdefault((variant, task, row["protocol"], row["seed"]),
                      set()).add(workdir)
-    for what, keys in ((None, _OF_A_VARIANT), (task, ("data_digest",))):
-      facts.setdefault((variant, what), {}).setdefault(workdir, set()).add(
-          json.dumps([_fact(row, key) for key in keys], sort_keys=True))
+    for what, keys in (((variant,), _OF_A_VARIANT),
+                       ((variant, task), ("data_digest", *TRAINING)),
+                       ((variant, task, final), SETTING if final else ())):
+      facts.setdefault(what, {}).setdefault(workdir, set()).add(json.dumps(
+          [_fact(row, key) for key in keys if key in told], sort_keys=True))
   return ({key[0] for key, where in homes.items() if len(where) > 1} |
           {key[0] for key, by_workdir in facts.items()
            if len(set(map(frozenset, by_workdir.values()))) > 1})
@@ -174,12 +186,13 @@ def of_one_setting(rows: Sequence[Row]) -> list[Row]:
     rows: of one protocol, the newest last.
   """
   for kind, keys in ((("task",), ("data_digest",)),
-                     (("task", "variant"), (*_OF_A_VARIANT, *_SETTING))):
+                     (("task", "variant"),
+                      (*_OF_A_VARIANT, *TRAINING, *SETTING))):
     newest = {tuple(r[k] for k in kind): r for r in rows}
     kept = []
     for row in rows:
       other = newest[tuple(row[k] for k in kind)]
-      if apart := [k for k in keys if _fact(row, k) != _fact(other, k)]:
+      if apart := differing([row, other], keys):
         logging.warning("%s is left out: %s has another %s", row["run"],
                         other["run"], apart[0])
       else:
@@ -188,9 +201,18 @@ def of_one_setting(rows: Sequence[Row]) -> list[Row]:
   return [*rows]
 
 
+def differing(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
+  """Returns the facts in which rows differ, as far as all of them are known."""
+  return [key for key in keys if len({json.dumps(
+      _fact(row, key), sort_keys=True) for row in rows
+      if key in row or key not in _UNKNOWN}) > 1]
+
+
 def _fact(row, key):
   """A fact of a row, also of one that was written before rows stated it."""
-  return row.get(key) or _BEFORE.get(key)
+  value = row.get(key)
+  return _BEFORE.get(key) if value is None or (
+      not value and key not in _BEFORE) else value
 
 
 def _key(row):

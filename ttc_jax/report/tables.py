@@ -23,12 +23,14 @@ _WHAT = {
 # Settings that the notes show where rows differ; the first three always.
 _SETTINGS = ("epochs", "limit", "few_shot", "backbone", "weights_sha256",
              "weights_reading", "image_size", "normalisation", "dtype",
-             "frozen_dtype", "matmul_precision", "optimiser", "batch_size",
+             "resample", "frozen_dtype", "matmul_precision", "optimiser",
+             "batch_size", *(key for key in rows_lib.TRAINING
+                             if key != "warmup_epochs"),  # follows epochs
              "device", "jax")
 # Of these, all rows of a table should have the same.
 _COMMON = ("limit", "few_shot", "backbone", "weights_sha256",
-           "weights_reading", "image_size", "normalisation", "dtype",
-           "matmul_precision")
+           "weights_reading", "image_size", "normalisation", "resample",
+           "dtype", "matmul_precision")
 
 
 class Score(NamedTuple):
@@ -238,6 +240,8 @@ def _setting(row, key):
   if key == "jax":
     return row.get("versions", {}).get("jax")
   value = row.get(key)
+  if key == "augment" and value is not None:
+    return ", ".join(f"{name} {x:g}" for name, x in value.items() if x) or "no"
   return value[:12] if key == "weights_sha256" else value
 
 
@@ -270,7 +274,9 @@ def _mixed(rows):
   for r in rows:
     cells.setdefault((r["variant"], r["task"]), []).append(r)
   for (variant, task), part in cells.items():
-    if keys := differ(part, ("epochs", "optimiser", "batch_size")):
+    if keys := differ(part, (
+        "epochs", "optimiser", "batch_size", *rows_lib.TRAINING,
+        *(rows_lib.SETTING if part[0]["protocol"] == "final" else ()))):
       found.append(f"Seeds of {variant} on {task} differ in more than the "
                    f"seed: {', '.join(keys)}.")
   return found

@@ -23,12 +23,15 @@ from ttc_jax.runs.inputs import Base
 from ttc_jax.runs.plan import Run
 from ttc_jax.runs.workdir import Row
 
-# Values of a row that are the run's configuration.
-_OF_CONFIG = ("backbone", "image_size", "normalisation", "dtype",
-              "frozen_dtype", "optimiser", "warmup_lr", "min_lr", "decay_all",
-              "drop_path", "label_smoothing", "clip_norm", "head_init",
-              "crop_from", "lr", "weight_decay", "epochs", "warmup_epochs",
-              "batch_size", "limit", "few_shot")
+# Values of a row that are the run's configuration: with the method's options
+# all that decide its result (`plan.common_keys`).
+_OF_CONFIG = ("backbone", "gelu", "window", "image_size", "normalisation",
+              "resample", "dtype", "frozen_dtype", "optimiser", "warmup_lr",
+              "min_lr", "decay_all", "drop_path", "label_smoothing",
+              "clip_norm", "head_init", "crop_from", "flip", "smallest_crop",
+              "crop_aspect", "lr", "weight_decay", "epochs", "warmup_epochs",
+              "batch_size", "accumulate", "remat", "limit", "few_shot",
+              "masked_tests")
 
 
 def finish(run: Run, job: train.Job, base: Base, task: tasks.Task,
@@ -96,7 +99,7 @@ def _facts(run, base, task, job):
       **{key: (methods.ADDED | options).get(key) if key in known else None
          for key in ("k", "position", "score", "scale", "adapter_lr",
                      "stage2_lr", "l2")},
-      **{key: c[key] for key in _OF_CONFIG},
+      **{key: c[key] for key in _OF_CONFIG}, "augment": dict(c.augment),
       "stages": [s.name for s in run.method.stages],
       "train_count": len(job.train.labels),
       "device": _device(),
