@@ -108,13 +108,15 @@ def test_a_task_of_one_seed_is_left_out_beside_others_with_more(tmp_path):
 
 @pytest.mark.parametrize("factors, left_out", [
     ((0.001, 0.001), True), ((0.0001, 0.001), True), ((0.001, 0.01), False),
-    ((0.001, None), False), ((None, None), False)])
+    ((0.001, None), False), ((None, None), False),
+    ((0.001, 0.001, 100.0), False), ((0.001, 0.001, 1.0), True)])
 def test_two_variants_without_a_stage_2_tell_nothing_of_a_task(
     factors, left_out, tmp_path):
   found = rows((1.0, 2.0, 3.0))
   for r in found:
     if r["task"] == "v":
       r["stage2_lr"] = factors[r["variant"] == "b"]
+      r["adapter_lr"] = factors[2] if factors[2:] else None
   by_task = claims.differences(results(found, tmp_path), "a", "b")
   assert ("v" not in by_task) == left_out and {"t", "u"} <= by_task.keys()
 
@@ -409,6 +411,10 @@ def test_energy_predicts_if_the_order_is_that_of_accuracy(tmp_path):
   assert "± 0.65" in finding.measured
   two = claims._energy(Results("t", found, ["t", "u"], work))
   assert two.verdict == claims.OPEN
+  # Four equal accuracies have no order.
+  equal = [r | {"test_top1": 50} if r["task"] == "v" else r for r in found]
+  assert "2 pairs of task and K: 1.00" in claims._energy(
+      results(equal, tmp_path)).measured
 
 
 @pytest.mark.parametrize("value, tasks, expected", [
@@ -426,8 +432,126 @@ def test_a_table_says_what_each_variant_tried(tmp_path):
   assert table.header[-1] == "tried" and table.header[4] == "mean of 3"
   assert {line[0]: line[-1] for line in table.lines} == {
       "a": "0 to 2", "b": "0"}
+  # What was never run on a task has tried nothing there, and no seeds.
+  one = experiments.accuracy(results([r for r in found if (
+      r["variant"], r["task"]) not in (("a", "u"), ("a", "v"))], tmp_path))
+  assert {line[0]: line[-1] for line in one.lines} == {"a": "2", "b": "0"}
   setting = results(found, tmp_path).setting
   assert "on val: 0.1, 0.2; factors of stage 2: 0.01, 1." in setting
+
+
+def test_a_table_says_how_many_seeds_a_variant_has(tmp_path):
+  found = [*rows((1.0, 2.0, 3.0)), *rows((1.0, 2.0), tasks="w")]
+  table = experiments.accuracy(results(found, tmp_path))
+  column = table.header.index("seeds")
+  assert {line[column] for line in table.lines} == {"2 to 3"}
+
+
+def test_what_failed_is_named_and_decides_nothing(tmp_path):
+  """The survivors tell nothing of a method that diverges."""
+  work, found = WorkDir(tmp_path), rows((2.0, 2.2, 1.8))
+  failed = [dict(run=f"run{i}", task=task, variant="a", protocol=protocol,
+                 seed=seed, error="the loss is NaN")
+            for i, (task, seed, protocol) in enumerate((
+                ("t", 2, "final"), ("u", 1, "final"), ("u", 2, "final"),
+                ("v", 2, "val")))]
+  for failure in failed:
+    work.write_failure(failure)
+  # A later run has made the first one good; that on val is no test.
+  found = [r for r in found if (r["variant"], r["task"]) != ("a", "u")
+           or r["seed"] == 0]
+  lost = experiments.failures(work, found)
+  assert experiments.lost(lost) == "a on u, seeds 1 and 2"
+  judged = claims.better("a", "b", 1.0)(
+      Results("t", found, ["t", "v"], work, lost))
+  assert judged.verdict == claims.OPEN
+  assert judged.measured.endswith("; failed: a on u, seeds 1 and 2")
+  table = experiments.accuracy(Results("t", found, ["t"], work, lost))
+  assert "Failed, so in no number here: a on u, seeds 1 and 2." in table.notes
+  other = claims.better("b", "c", 1.0)(Results(
+      "t", [*found, *rows((1.0, 1.1), ("b", "c"))], ["t", "u", "v"], work,
+      lost))
+  assert "failed" not in other.measured
+
+
+def test_a_directory_names_what_failed_in_it(workdir):
+  WorkDir(workdir).write_failure(dict(
+      run="x", task="t<i>", variant="layernorm", protocol="final", seed=7,
+      error="the loss is NaN"))
+  text = page.markdown([page.gather(workdir)], {})
+  assert text.count("ailed") == 2 and "seed 7" in text
+
+
+@pytest.mark.parametrize("devices, named", [
+    (("1 x NVIDIA H200", "1 x cpu (AMD)"), True),
+    (("1 x cpu (Intel)", "1 x cpu (AMD)"), True),
+    (("1 x cpu", "1 x cpu (AMD)"), False), ((None, "1 x cpu"), False),
+    (("1 x cpu (AMD)", "1 x cpu (AMD)"), False)])
+def test_devices_that_differ_are_named(devices, named, tmp_path):
+  found = [r | dict(device=devices[r["variant"] == "b"]) if r["task"] == "u"
+           else r for r in rows((1.0, 2.0))]
+  measured = claims.better("a", "b")(results(found, tmp_path)).measured
+  assert measured.endswith("; on several kinds of device: u") == named
+
+
+def test_settings_of_an_earlier_grid_are_not_counted(workdir):
+  """Rows of val of other images or epochs say nothing of the search."""
+  work = WorkDir(workdir)
+  for i, (epochs, digest) in enumerate(((5, "a"), (20, "b"), (20, "a"))):
+    work.write_row(row(
+        "layernorm", "t<i>", 0, None, protocol="val", val_top1=50.0, lr=0.1 * i,
+        run=f"val{i}", epochs=epochs, data_digest=digest, finished=f"202{i}"))
+  table, = page.gather(workdir).shown["table3"][1]
+  assert {line[0]: line[-1] for line in table.lines}["layernorm"] == "0 to 1"
+
+
+def test_the_mean_of_shifted_sets_is_that_of_the_claims(tmp_path):
+  """Of tasks, however many test sets they have."""
+  from ttc_jax.experiments import table6
+  found = [row("ttc", task, 0, 1.0, tests={
+      f"d{i}": {"top1": x} for i, x in enumerate(values)})
+           for task, values in (("t", (90.0, 10.0, 20.0, 30.0)),
+                                ("u", (90.0, 80.0)))]
+  line, = table6.draw(results(found, tmp_path))[0].lines
+  assert line[-1] == "50.0" == f"{np.mean([*map(claims._others, found)]):.1f}"
+
+
+@pytest.mark.parametrize("tasks, seeds, lines", [
+    ("t", 1, []), ("tu", 1, ["two tasks"]), ("t", 2, ["two seeds of a task"]),
+    ("tu", 2, ["two tasks", "two seeds of a task"])])
+def test_figure_3_shows_the_pairs_that_there_are(
+    tasks, seeds, lines, tmp_path):
+  work = WorkDir(tmp_path)
+  found = [row("ttc", t, s, 50) for t in tasks for s in range(seeds)]
+  for r in found:  # the last blocks of a Swin, of two widths
+    work.write_measure(r["run"], "channels", {
+        "sites": {"mlp": {"8": [1, 2], "9": [3, 4]}},
+        "widths": {"mlp": {"8": 8, "9": 16}}})
+  from ttc_jax.experiments import fig3
+  table = fig3._overlaps(Results("t", found, [*tasks], work))
+  assert [line[0].removeprefix("ttc: ") for line in table.lines] == lines
+  assert table.header[2:] == ["8", "9"]
+  assert ("by chance 0.19" in table.notes[0]) == bool(lines)
+
+
+def test_figures_are_of_seeds_that_all_their_lines_have(tmp_path):
+  """Also where the first run that finished is of another seed."""
+  work, found = WorkDir(tmp_path), []
+  for i, (variant, seed) in enumerate((
+      ("layernorm", 1), ("ttc", 0), ("layernorm", 0))):
+    found.append(row(variant, "t", seed, 50, finished=f"202{i}"))
+    work.write_measure(found[-1]["run"], "norms", {
+        "norms": ["norm"], "gamma": [float(seed)], "beta": [0.0]})
+    points = {when: [[seed, seed]] for when in ("before", "after")}
+    work.write_measure(found[-1]["run"], "separation", {
+        "silhouette": {"before": 0.0, "after": 0.0},
+        "centroid": {"before": 0.0, "after": 0.0}, "points": points,
+        "labels": [0]})
+  from ttc_jax.experiments import fig2, fig7
+  _, scatter = fig2.draw(Results("t", found, ["t"], work))
+  assert {line[2] for line in scatter.numbers.lines} == {"0"}
+  moved, = fig7.draw(Results("t", found, ["t"], work))
+  assert {line[4] for line in moved.numbers.lines} == {"0"}
 
 
 def test_a_table_says_that_it_is_of_few_images(tmp_path):
@@ -435,6 +559,10 @@ def test_a_table_says_that_it_is_of_few_images(tmp_path):
   setting = results(found, tmp_path).setting
   assert ("; only the first 1,064 images of each split; only 16 training "
           "images a class; ") in setting
+  crops = [r | dict(flip=True, smallest_crop=0.08, augment=dict(
+      mixup=0.8, erasing=0.0)) for r in rows((1.0,))]
+  assert ("; trained with flips, crops of 0.08 of the area and more, mixup 0.8; "
+          ) in results(crops, tmp_path).setting
 
 
 @pytest.mark.parametrize("chosen, said", [

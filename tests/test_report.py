@@ -483,20 +483,25 @@ def test_a_work_directory_without_a_row_is_an_error(tmp_path):
   with pytest.raises(UserError, match="no finished run in"):
     report.collect([str(tmp_path)])
   WorkDir(tmp_path).write_row({"run": "x"})
-  with pytest.raises(UserError, match="row of x has no 'task'"):
+  with pytest.raises(UserError, match="row of x has no good 'task'"):
     report.collect([str(tmp_path)])
 
 
 @pytest.mark.parametrize("change, key", [
     ({"test_top1": None}, "test_top1"), ({"test_top1": "50"}, "test_top1"),
-    ({"protocol": "val"}, "val_top1"), ({"protocol": []}, "protocol")])
-def test_a_row_without_its_accuracy_is_an_error(change, key, tmp_path):
+    ({"protocol": "val"}, "val_top1"), ({"protocol": []}, "protocol"),
+    ({"protocol": "best"}, "protocol"), ({"group": "Nature"}, "group"),
+    ({"tests": [50.0]}, "tests"), ({"tests": {"test": 50.0}}, "tests"),
+    ({"task": 1}, "task"), ({"weights_sha256": None}, "weights_sha256"),
+    ({"finished": 2026}, "finished"), ({"seconds_train": "1"}, "seconds_train"),
+    ({"augment": 0.8}, "augment")])
+def test_a_row_of_another_form_is_an_error(change, key, tmp_path):
   good = row("a", "ttc", 0, 50.0) | {
       "run": "x", "val_top1": None, "dtype": "float32", "epochs": 1}
   WorkDir(tmp_path / "good").write_row(good)
   assert report.collect([str(tmp_path / "good")]) == [good]
   WorkDir(tmp_path / "bad").write_row(good | change)
-  with pytest.raises(UserError, match=f"row of x has no '{key}'"):
+  with pytest.raises(UserError, match=f"row of x has no good '{key}'"):
     report.collect([str(tmp_path / "bad")])
 
 

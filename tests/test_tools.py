@@ -1,6 +1,8 @@
 """The tools of the repository."""
+import json
 import os
 import runpy
+import shutil
 import types
 
 from absl import flags
@@ -36,6 +38,35 @@ def test_the_kills_aim_at_states_and_bundles(tmp_path, monkeypatch):
   bundles.put(workdir.store, workdir.bundle_name("run"),
               bundles.Bundle(arrays, {}, {}))
   assert any(seen) and not writing(str(workdir))
+
+
+def test_saving_evidence_loses_no_row(tmp_path, monkeypatch):
+  """Where a work directory is new, the rows of earlier ones are kept."""
+  with fresh_flags():
+    tool = types.SimpleNamespace(
+        **runpy.run_path(str(ROOT / "tools" / "evidence.py")))
+    flags.FLAGS(["evidence.py", f"--workdir={tmp_path / 'runs'}"])
+    names = tool.save.__globals__
+    monkeypatch.setitem(names, "FOLDER", str(tmp_path))
+    file = tmp_path / "swin.jsonl"
+    tool.save("swin")
+    assert not file.exists()  # no such work directory
+
+    def saved(seed):
+      place = tool.workdir("swin")
+      place.write_row({"run": f"run{seed}", "seed": seed})
+      place.write_measure(f"run{seed}", "norms", {"gamma": [1.0]})
+      place.write_failure({"run": f"bad{seed}", "error": "NaN"})
+      tool.save("swin")
+      shutil.rmtree(str(place))
+      return file.read_text().splitlines()
+    saved(0)
+    lines = [json.loads(line) for line in saved(1)]
+  assert [x["row"]["seed"] for x in lines if "row" in x] == [0, 1]
+  assert all(x["measures"] == {"norms": {"gamma": [1.0]}}
+             for x in lines if "row" in x)
+  assert [x["file"] for x in lines if "file" in x] == [
+      f"runs/bad{seed}/failure.json" for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,11 @@
   python tools/evidence.py save      # while it runs, or after
   python tools/evidence.py page      # docs/evidence.md, of what was saved
 
-Finished rows, measures, plans and Table 4 lie in docs/evidence/SET.jsonl; `run`
-puts them into the work directory first, so nothing is run twice, on whatever
-machine, and a killed command goes on. SET is one backbone with its tasks.
+Finished rows, measures, failures, plans and Table 4 lie in
+docs/evidence/SET.jsonl; `run` and `save` put them into the work directory
+first, so nothing is run twice or lost, on whatever machine, and a killed
+command goes on. To throw runs away, take their lines out of that file too.
+`page` is always of all sets. SET is one backbone with its tasks.
 `--only=SET,...` runs some; `--tasks=N` the first N tasks of each, to have every
 experiment on these before the others; `--until=HOURS` starts no further
 experiment after that time. `--at_once=6` runs the tasks of all sets beside one
@@ -118,12 +120,19 @@ def restore(name: str, place: WorkDir) -> None:
 
 
 def save(name: str) -> None:
-  """Writes what a work directory has to show to docs/evidence."""
+  """Writes what a work directory has to show to docs/evidence, beside what
+  that has already."""
   place = workdir(name)
+  if not place.exists():
+    return
+  restore(name, place)
   os.makedirs(FOLDER, exist_ok=True)
   lines = [{"row": row, "measures": place.measures(row["run"])}
            for row in place.rows()]
   kept = [file for file in place.store.names("") if file.startswith("plan-")]
+  kept += [f"runs/{failure['run']}/failure.json"
+           for failure in place.failures()
+           if place.row(failure["run"]) is None]
   kept += [f"{place.experiment(experiment)}/{experiment}.json"
            for experiment in place.experiments()
            if not experiments.trains(experiment)]
@@ -138,8 +147,8 @@ def page() -> None:
   """Writes docs/evidence.md, its introduction first, and README's table."""
   docs = os.path.join(FOLDER, os.pardir)
   with tempfile.TemporaryDirectory() as scratch:
-    places = [WorkDir(os.path.join(scratch, name)) for name in _ONLY.value]
-    for name, place in zip(_ONLY.value, places, strict=True):
+    places = [WorkDir(os.path.join(scratch, name)) for name in SETS]
+    for name, place in zip(SETS, places, strict=True):
       restore(name, place)
     sections = [evidence.gather(str(place)) for place in places
                 if place.experiments()]

@@ -113,9 +113,10 @@ def _conclude_experiment(session: Session) -> None:
   """Writes the tables and pictures of an experiment, prints the tables."""
   from ttc_jax import experiments
   name, config = session.config.experiment, session.config
+  rows = session.rows()
   shown = experiments.show(name, experiments.Results(
-      experiments.title(name), session.rows(),
-      [*session.tasks, *session.missing], session.workdir,
+      experiments.title(name), rows, [*session.tasks, *session.missing],
+      session.workdir, experiments.failures(session.workdir, rows),
       (config, session.base)))
   for one in shown:
     if isinstance(one, experiments.Grid):

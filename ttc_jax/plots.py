@@ -103,7 +103,8 @@ def by_task(table: tables.Table, interval: bool = False) -> Figure:
   and in the colour of the first run line that it is compared with; published
   lines without such a run are left out.
   """
-  places = {x.name: i for i, x in enumerate(table.lines) if x.kind == "run"}
+  places = {x.name: i for i, x in enumerate(
+      x for x in table.lines if x.kind in ("run", "theirs"))}
   across = range(len(table.columns))
   figure, axes = subplots(figsize=(max(7, 0.55 * len(across) + 3), 5))
   for line in table.lines:

@@ -1,11 +1,11 @@
 """The evidence as one page: claims with verdicts, then tables and figures."""
 from collections.abc import Mapping, Sequence
-import contextlib
 import html
 import io
 import os
 import re
 from typing import NamedTuple
+import urllib.parse
 import zlib
 
 from ttc_jax import experiments, files
@@ -48,38 +48,27 @@ def gather(workdir: str) -> Section:
   rows = rows_lib.of(workdir)
   finals = rows_lib.latest(rows_lib.of_one_setting(
       [r for r in rows if r["protocol"] == "final"]))
-  rows = [*finals, *(r for r in rows if r["protocol"] != "final")]
+  rows = [*finals, *rows_lib.of_one_setting(
+      [r for r in rows if r["protocol"] != "final"], searched=True)]
+  failed = experiments.failures(place, rows)
   plans = place.experiments()
   shown = {}
   for name, planned in plans.items():
-    with _reading(workdir, experiments.title(name)):
-      if drawn := _drawn(name, planned, rows, place):
-        shown[name] = experiments.title(name), drawn
+    if drawn := _drawn(name, planned, rows, place, failed):
+      shown[name] = experiments.title(name), drawn
   if not plans or not rows and not shown:
     raise UserError(f"'{workdir}' has no finished run of an experiment: start "
                     "configs/paper.py with that --workdir first")
   tasks = dict.fromkeys([*(
       task for planned in plans.values() for task in planned),
       *(r["task"] for r in rows)])
-  results = Results(place.name, rows, [*tasks], place)
-  with _reading(workdir, "setting"):
+  results = Results(place.name, rows, [*tasks], place, failed)
+  with experiments.reading(workdir, "setting"):
     str(results.setting)  # the page will show it
   return Section(place.name, results, shown)
 
 
-@contextlib.contextmanager
-def _reading(workdir, what):
-  """Says what was read when a row or a measure turns out to be another's."""
-  try:
-    yield
-  except (LookupError, TypeError, ValueError, AttributeError) as e:
-    raise UserError(
-        f"'{workdir}': '{what}' cannot be told: a row or a measure in runs/ "
-        f"has not the form that this program writes ({type(e).__name__}: {e}); "
-        "remove it and start the experiment again") from e
-
-
-def _drawn(name, planned, rows, place):
+def _drawn(name, planned, rows, place, failed):
   """What an experiment shows by now; the setting is its section's."""
   if not experiments.trains(name):
     return experiments.read(name, place)
@@ -93,11 +82,17 @@ def _drawn(name, planned, rows, place):
     return []
   # Also those of an earlier plan.
   tasks = dict.fromkeys([*planned, *(r["task"] for r in mine)])
-  results = Results(experiments.title(name), mine, [*tasks], place)
-  return [x if isinstance(x, Picture) else x._replace(
-      notes=[note for note in x.notes if note != results.setting])
+  results = Results(experiments.title(name), mine, [*tasks], place, failed)
+  return [_without(x, results.setting)
           for x in experiments.show(name, results)
           if (x.numbers if isinstance(x, Picture) else x).lines]
+
+
+def _without(one, note):
+  """A table or picture without one of its notes."""
+  if isinstance(one, Picture):
+    return one._replace(numbers=_without(one.numbers, note))
+  return one._replace(notes=[x for x in one.notes if x != note])
 
 
 Told = tuple[str, str, str, Finding]  # source, claim, section, finding
@@ -108,7 +103,7 @@ def findings(sections: Sequence[Section]) -> list[Told]:
   told = []
   for claim in CLAIMS:
     for section in sections:
-      with _reading(section.results.workdir, claim.text):
+      with experiments.reading(section.results.workdir, claim.text):
         if (claim.domains == (set(section.shown) == {"table6"})
             and (found := claim.judge(section.results))):
           told.append((claim.source, claim.text, section.name, found))
@@ -222,7 +217,8 @@ def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
           out.append(grid.markdown(_under(title, one)).strip())
         else:
           path = pictures[f"{section.name}/{name}-{i}"]
-          out.append(f"![{title}]({path})")
+          out.append(f"![{title}]({urllib.parse.quote(path)})")
+          out += map(formats.in_markdown, one.numbers.notes)
   return "\n\n".join(out) + "\n"
 
 
@@ -264,7 +260,7 @@ def page(sections: Sequence[Section]) -> str:
     for title, shown in section.shown.values():
       body.append(f"<h3>{_text(title)}</h3>")
       body += [_table(_under(title, one)) if isinstance(one, Grid)
-               else _svg(one) for one in shown]
+               else _svg(one) + _notes(one.numbers) for one in shown]
   return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
           "<meta name=viewport content='width=device-width'>"
           f"<title>ttc_jax: evidence</title><style>{_STYLE}</style></head>"
@@ -290,10 +286,12 @@ def _table(one):
   head = "".join(f"<th>{_text(x)}" for x in one.header)
   body = "\n".join("<tr>" + "".join(f"<td>{_text(x)}" for x in line) + "</tr>"
                    for line in one.lines)
-  notes = "<br>".join(map(_text, one.notes))
   title = f"<p>{_text(one.sentence)}</p>" if one.title else ""
-  return (f"{title}<table><tr>{head}</tr>\n{body}</table>"
-          f"<p class=note>{notes}</p>")
+  return f"{title}<table><tr>{head}</tr>\n{body}</table>{_notes(one)}"
+
+
+def _notes(one):
+  return f"<p class=note>{'<br>'.join(map(_text, one.notes))}</p>"
 
 
 def _svg(picture):

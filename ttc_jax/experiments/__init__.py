@@ -12,7 +12,8 @@ Every other file here is an experiment: `experiments/NAME.py` has
 `configs/paper.py:NAME` runs one; runs and stages are shared with others in the
 same work directory, because a name stands for the same values everywhere.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import copy
 import importlib
 import os
@@ -23,7 +24,7 @@ import ml_collections
 import numpy as np
 
 from ttc_jax import files, report
-from ttc_jax.errors import check_known
+from ttc_jax.errors import UserError, check_known
 from ttc_jax.report import formats, grid, tables
 from ttc_jax.report.grid import Grid
 from ttc_jax.runs.inputs import Base
@@ -90,18 +91,21 @@ class Results(NamedTuple):
     rows: the finished runs, of all protocols.
     tasks: names of the tasks, also of those without a run.
     workdir: where the measures are.
+    failed: runs of the test set that failed, as `failures` returns them.
     session: `(config, base)` of the session, for what is drawn without runs.
   """
   title: str
   rows: Sequence[Row]
   tasks: Sequence[str]
   workdir: WorkDir
+  failed: Sequence[Mapping[str, Any]] = ()
   session: tuple[ml_collections.ConfigDict, Base] | None = None
 
   def final(self, variant: str, task: str | None = None) -> list[Row]:
-    """Returns a variant's rows of the test set, of one task or all."""
-    return [r for r in self.rows if r["protocol"] == "final"
-            and r["variant"] == variant and task in (None, r["task"])]
+    """Returns a variant's rows of the test set, of one task or all, by seed."""
+    return sorted((r for r in self.rows if r["protocol"] == "final"
+                   and r["variant"] == variant and task in (None, r["task"])),
+                  key=lambda r: r["seed"])
 
   def measured(self, name: str, variant: str,
                task: str | None = None) -> list[dict[str, Any]]:
@@ -109,6 +113,13 @@ class Results(NamedTuple):
     found = (self.workdir.measure(r["run"], name)
              for r in self.final(variant, task))
     return [x for x in found if x is not None]
+
+  def by_seed(self, name: str, variant: str,
+              task: str) -> dict[int, dict[str, Any]]:
+    """Returns {seed: measure} of the variant's runs of a task."""
+    found = {r["seed"]: self.workdir.measure(r["run"], name)
+             for r in self.final(variant, task)}
+    return {seed: x for seed, x in found.items() if x is not None}
 
   @property
   def variants(self) -> list[str]:
@@ -127,14 +138,20 @@ class Results(NamedTuple):
     tried = [r for r in self.rows if r["protocol"] == "val"]
     said = [f"learning rates tried on val: {values('lr', tried) or 'none'}"]
     for what, key in _FACTORS.items():
-      if found := [r[key] for r in tried if r.get(key) not in (None, 1)]:
-        said.append(f"factors of {what}: {_listed([*found, 1.0])}")
+      by_variant: dict[str, set[float]] = {}
+      for r in tried:
+        by_variant.setdefault(r["variant"], set()).add(
+            1.0 if r.get(key) is None else r[key])
+      if found := [x for of in by_variant.values() if len(of) > 1 for x in of]:
+        said.append(f"factors of {what}: {_listed(found)}")
     jax = _listed(r.get("versions", {}).get("jax", "?") for r in self.rows)
     files = {f"{r['weights']} (sha256 {r['weights_sha256'][:12]})"
              for r in self.rows}
     few = [f"only the first {n:,} images of each split" if key == "limit" else
            f"only {n} training images a class" for key in ("limit", "few_shot")
            for n in sorted({r[key] for r in self.rows if r.get(key)})]
+    few += [f"trained with {x}" for x in sorted({*map(
+        _augmentation, self.rows)} - {""})]
     return (f"{values('backbone')} at {values('image_size')} px, weights "
             f"{', '.join(sorted(files))}, {values('dtype')}, "
             f"{_listed(r.get('device', '?') for r in self.rows)}, JAX {jax}, "
@@ -143,8 +160,38 @@ class Results(NamedTuple):
             f"{'; '.join(said)}.")
 
 
+def failures(workdir: WorkDir, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+  """Returns the runs of the test set that failed, as `WorkDir.failures` does.
+
+  Without those whose task, variant and seed have a row: they were made good.
+  """
+  keys = ("task", "variant", "seed", "protocol")
+  done = {tuple(r[key] for key in keys) for r in rows}
+  return [f for f in workdir.failures() if f.get("protocol") == "final"
+          and tuple(map(f.get, keys)) not in done]
+
+
+def lost(failed: Sequence[Mapping[str, Any]]) -> str:
+  """Says which runs failed: "ttc on gtsrb, seeds 0 and 2"; "" for none."""
+  seeds: dict[tuple, list[str]] = {}
+  for f in failed:
+    seeds.setdefault((f["variant"], f["task"]), []).append(str(f["seed"]))
+  return "; ".join(
+      f"{variant} on {task}, seed{'s' * (len(of) > 1)} {' and '.join(of)}"
+      for (variant, task), of in seeds.items())
+
+
 # Factors on the learning rate, and their keys in rows.
 _FACTORS = {"stage 2": "stage2_lr", "the map": "adapter_lr"}
+
+
+def _augmentation(row):
+  """What a row states of it; "" for none, and where it states nothing."""
+  return ", ".join([
+      *["flips"] * row.get("flip", False),
+      *(f"crops of {row[key]:g} of the area and more"
+        for key in ("smallest_crop",) if row.get(key, 1) < 1),
+      *(f"{name} {x:g}" for name, x in row.get("augment", {}).items() if x)])
 
 
 def _listed(values):
@@ -258,8 +305,25 @@ def settled(given: Mapping[str, Mapping[str, Any]],
 
 
 def show(name: str, results: Results) -> list[Grid | Picture]:
-  """Returns what an experiment shows of its finished runs."""
-  return load(name).draw(results)
+  """Returns what an experiment shows of its finished runs.
+
+  Raises:
+    UserError: a row or a measure has not the form that this program writes.
+  """
+  with reading(results.workdir, title(name)):
+    return load(name).draw(results)
+
+
+@contextlib.contextmanager
+def reading(workdir: WorkDir, what: str) -> Iterator[None]:
+  """Says what was read when a row or a measure turns out to be another's."""
+  try:
+    yield
+  except (LookupError, TypeError, ValueError, AttributeError) as e:
+    raise UserError(
+        f"'{workdir}': '{what}' cannot be told: a row or a measure in runs/ "
+        f"has not the form that this program writes ({type(e).__name__}: {e}); "
+        "remove it and start the experiment again") from e
 
 
 def write(name: str, shown: Sequence[Grid | Picture],
@@ -317,26 +381,34 @@ def accuracy(results: Results,
     mine = results.final(variant)
     means = report.by_seed(shown, variant)
     tried = [sum(r["task"] == task for r in results.rows if (
-        r["protocol"], r["variant"]) == ("val", variant)) for task in tasks]
+        r["protocol"], r["variant"]) == ("val", variant))
+             for task in {r["task"] for r in mine}]
     lines.append([
         (labels or {}).get(variant, variant),
         *(cell([r["test_top1"] for r in results.final(variant, task)])
           for task in tasks),
         *([cell(means)] if len(tasks) > 1 else []),
         *([f"{paper[variant]}" if variant in paper else "-"] if paper else []),
-        *formats.counts(mine)[:2], _rates(mine),
+        *formats.counts(mine)[:2],
+        _from_to([len({r["seed"] for r in results.final(variant, task)})
+                  for task in {r["task"] for r in mine}]), _rates(mine),
         _from_to(tried) + (f"; an end on {edges}" if (
             edges := sum(_at_an_end(results, variant, task)
                          for task in tasks)) else "")])
   finished = len({r["task"] for r in shown})
   header = ["", *tasks, *([f"mean of {finished}"] if len(tasks) > 1 else []),
-            *(["paper"] if paper else []), "module", "norm", "lr", "tried"]
+            *(["paper"] if paper else []), "module", "norm", "seeds", "lr",
+            "tried"]
   under = ["Top-1 (%) on the test set at the last epoch; the learning rate was "
            "chosen on val, for this variant or the one whose settings it "
-           "has. ±: standard deviation over seeds. Columns module, norm: tuned "
+           "has. ±: standard deviation over seeds; a mean over tasks is of the "
+           "seeds that all tasks have. Columns module, norm: tuned "
            "parameters; tried: how many settings the variant itself had on "
            "val, by task; \"an end on 1\": on one task the best was the "
            "smallest or the largest of them.", results.setting]
+  if failed := lost([f for f in results.failed
+                     if f["variant"] in results.variants]):
+    under.append(f"Failed, so in no number here: {failed}.")
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")

@@ -14,7 +14,7 @@ MEASURES = {variant: ("channels",) for variant in VARIANTS}
 
 
 def draw(results: Results) -> list[Grid | Picture]:
-  """Returns the table of overlaps, and the picture of the first seed."""
+  """Returns the table of overlaps, and the picture of the lowest seed."""
   shown: list[Grid | Picture] = [_overlaps(results)]
   if any(results.measured("channels", "ttc", t) for t in results.tasks):
     shown.append(_picture(results))
@@ -36,37 +36,46 @@ def overlap(one: dict, other: dict) -> list[float]:
 def overlaps(results: Results, variant: str) -> tuple[list, list, float] | None:
   """Returns (overlaps by block of pairs of tasks, of pairs of seeds, chance).
 
-  All pairs of runs: one run of each task tells too little. None where fewer
-  than two tasks or seeds were measured.
+  All pairs of runs: one run of each task tells too little. A list is empty
+  where fewer than two tasks or seeds were measured; None if both are. Chance is
+  the mean of K / D over the blocks.
   """
   runs = [[_sets(x) for x in results.measured("channels", variant, task)]
           for task in results.tasks]
   tasks = [overlap(a, b) for one, other in itertools.combinations(runs, 2)
            for a in one for b in other]
   seeds = [overlap(a, b) for r in runs for a, b in itertools.combinations(r, 2)]
-  if not tasks or not seeds:
+  if not tasks and not seeds:
     return None
   first = results.measured("channels", variant)[0]
-  site, blocks = next(iter(first["sites"].items()))
-  block, channels = next(iter(blocks.items()))
-  return tasks, seeds, len(channels) / first["widths"][site][block]
+  chance = np.mean([len(channels) / first["widths"][site][block]
+                    for site, blocks in first["sites"].items()
+                    for block, channels in blocks.items()])
+  return tasks, seeds, float(chance)
 
 
 def _overlaps(results):
   lines, chance = [], float("nan")
-  for variant in VARIANTS:
+  places = {variant: sorted(_sets(found[0])) for variant in VARIANTS
+            if (found := results.measured("channels", variant))}
+  columns = sorted({place for of in places.values() for place in of})
+  for variant in places:
     if found := overlaps(results, variant):
-      tasks, seeds, chance = found
-      lines += [[f"{variant}: {name}", f"{np.mean(values):.2f}",
-                 *(f"{x:.2f}" for x in np.mean(values, 0))]
-                for name, values in (("two tasks", tasks),
-                                     ("two seeds of a task", seeds))]
-  blocks = max((len(x) for x in lines), default=2) - 2
+      *parts, chance = found
+      for name, values in zip(("two tasks", "two seeds of a task"), parts,
+                              strict=True):
+        if values:
+          shares = dict(zip(places[variant], np.mean(values, 0), strict=True))
+          lines.append([f"{variant}: {name}", f"{np.mean(values):.2f}",
+                        *(f"{shares[at]:.2f}" if at in shares else "-"
+                          for at in columns)])
+  sites = len({site for site, _ in columns})
   return Grid(f"{results.title}: shared channels",
-              ["", "mean", *map(str, range(blocks))],
-              [[*x, *["-"] * (blocks + 2 - len(x))] for x in lines],
-              [f"Share of the K channels; by chance {chance:.2f}. Columns: "
-               "blocks.", results.setting])
+              ["", "mean", *(f"{site} {block}" if sites > 1 else str(block)
+                             for site, block in columns)], lines,
+              [f"Share of the K channels; by chance {chance:.2f}, the mean of "
+               "K / D over the blocks. Columns: blocks." if lines else
+               "One run alone: there is no pair to compare.", results.setting])
 
 
 def _picture(results):
@@ -91,5 +100,6 @@ def _picture(results):
     ax.set_ylabel(f"block {block}", rotation=0, labelpad=30)
     ax.grid(visible=False)
   axes[-1, 0].set_xlabel("channel")
-  return Picture(figure, Grid(results.title,
-                              ["task", "site", "block", "channel"], numbers))
+  return Picture(figure, Grid(
+      results.title, ["task", "site", "block", "channel"], numbers,
+      ["The channels that `ttc` chose, of one seed a task."]))

@@ -25,9 +25,12 @@ def draw(results: Results) -> list[Grid | Picture]:
   wide = 0.8 / len(VARIANTS)
   for i, (variant, values) in enumerate(found.items()):
     axes.bar(np.arange(len(values)) + i * wide,
-             [np.mean(v) if v else np.nan for v in values], wide, label=variant)
+             [np.mean(v) if v else np.nan for v in values], wide, label=variant,
+             yerr=[np.std(v, ddof=1) if len(v) > 1 else np.nan for v in values],
+             capsize=2)
   axes.set_xticks(np.arange(len(results.tasks)) + 0.4 - wide / 2,
                   [plots.label(t) for t in results.tasks])
   axes.set_ylabel("JS divergence x 100 (nats)")
   figure.legend(frameon=False, ncols=len(VARIANTS), loc="outside upper center")
-  return [table, Picture(figure, table)]
+  return [table, Picture(figure, table._replace(notes=[
+      "Means over seeds; bars: ± one standard deviation."]))]

@@ -14,8 +14,11 @@ NAMES = {"layernorm": "after stage 1", "ttc": "after stage 2"}
 def draw(results: Results) -> list[Grid | Picture]:
   """Returns the picture: gamma above, beta below, a column per task."""
   from ttc_jax import plots  # an extra
-  tasks = [t for t in results.tasks
-           if all(results.measured("norms", v, t) for v in NAMES)]
+  measured = {v: {t: results.by_seed("norms", v, t) for t in results.tasks}
+              for v in NAMES}
+  seeds = {t: sorted(set.intersection(*(set(of[t]) for of in measured.values())))
+           for t in results.tasks}
+  tasks = [t for t in results.tasks if seeds[t]]
   figure, axes = plots.subplots(
       2, max(1, len(tasks)), squeeze=False, sharex=True,
       figsize=(4 * max(1, len(tasks)), 5))
@@ -24,17 +27,22 @@ def draw(results: Results) -> list[Grid | Picture]:
     axes[0, j].set_title(plots.label(task))
     for i, leaf in enumerate(("gamma", "beta")):
       for variant, name in NAMES.items():
-        found = results.measured("norms", variant, task)
-        mean = np.mean([x[leaf] for x in found], 0)
+        found = [measured[variant][task][seed] for seed in seeds[task]]
+        moved = np.array([x[leaf] for x in found])
+        mean, deviation = moved.mean(0), moved.std(0, ddof=len(found) > 1)
         # The second line often covers the first one.
-        axes[i, j].plot(mean, "o-" if variant == "layernorm" else ".--",
-                        markersize=4, label=name)
-        numbers += [[task, name, leaf, norm, f"{x:.4g}"] for norm, x in zip(
-            found[0]["norms"], mean, strict=True)]
+        axes[i, j].errorbar(
+            range(len(mean)), mean, deviation, markersize=4, label=name,
+            fmt="o-" if variant == "layernorm" else ".--", elinewidth=0.8)
+        numbers += [[task, name, leaf, norm, f"{x:.4g}", f"{s:.2g}"]
+                    for norm, x, s in zip(found[0]["norms"], mean, deviation,
+                                          strict=True)]
       axes[i, 0].set_ylabel(f"mean |change of {leaf}|")
     axes[1, j].set_xlabel("LayerNorm, from input to output")
   if tasks:
     axes[0, 0].legend(frameon=False, fontsize=8)
-  return [Picture(figure, Grid(results.title,
-                               ["task", "when", "leaf", "norm", "change"],
-                               numbers))]
+  return [Picture(figure, Grid(
+      results.title,
+      ["task", "when", "leaf", "norm", "change", "deviation"], numbers,
+      ["Means over the seeds that both stages have; bars: ± one standard "
+       "deviation."]))]

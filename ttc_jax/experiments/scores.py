@@ -57,7 +57,7 @@ def _removal(results):
       "with the first order's", ["", "task", "signed", "squared", "first block",
                             "last block"], lines,
       [f"16 channels of every block, {', '.join(map(str, sorted(counts)))} "
-       "training images, the first seed; mean over blocks. squared: both "
+       "training images, the lowest seed; mean over blocks. squared: both "
        "squared, as in Eq. 6.", results.setting])
 
 
@@ -86,4 +86,4 @@ def _scatter(results):
     ax.set_ylabel("true change of the loss")
   return [Picture(figure, Grid(
       "Removing a channel", ["variant", "task", "block", "predicted", "true"],
-      numbers))]
+      numbers, ["A point is a channel, its colour the block; one seed."]))]

@@ -71,4 +71,4 @@ def draw(results: Results) -> list[Grid | Picture]:
   axes[0, 0].legend(frameon=False, fontsize=7)
   return [accuracy(results), Picture(figure, Grid(
       results.title, ["task", "norms", "score", "K", "top-1", "deviation"],
-      numbers))]
+      numbers, ["Means over seeds; bars: ± one standard deviation."]))]

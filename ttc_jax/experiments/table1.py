@@ -15,6 +15,15 @@ PAPER = {"full": 65.6, "linear": 52.9, "bias": 62.1, "adapter": 71.4,
          "ttc": 74.8}
 
 
+_NOTES = {
+    "adapter": "adapter is AdaptFormer's, beside the MLP; the paper's has as "
+               "many parameters and, as its number tells, stands after it.",
+    "vpt_deep": "vpt_deep and vpt_shallow have 10 prompts on every task; VPT, "
+                "whose number the paper prints, chose how many."}
+
+
 def draw(results: Results) -> list[Grid]:
   """Returns the table."""
-  return [accuracy(results, PAPER)]
+  return [accuracy(results, PAPER, notes=[
+      note for variant, note in _NOTES.items()
+      if variant in results.variants])]

@@ -18,6 +18,6 @@ PAPER = {"ttc": 78.4}
 
 def draw(results: Results) -> list[Grid]:
   """Returns the table."""
-  labels = {r["variant"]: f"ttc (D/8 = {r['k']})"
+  labels = {r["variant"]: f"ttc (K = {r['k']})"
             for r in results.final("ttc")}
   return [accuracy(results, PAPER, labels, notes=[OTHER_MEAN])]

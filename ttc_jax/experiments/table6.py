@@ -48,7 +48,8 @@ def draw(results: Results) -> list[Grid]:
       ["", *(f"{t}: {n}" for t, n in columns), "mean of shifted"], lines,
       ["Top-1 (%) at the last epoch; the learning rate was chosen on "
        "validation images of the training domain. ±: standard deviation over "
-       "seeds.", *notes])]
+       "seeds. mean of shifted: of each task's further test sets, then of "
+       "the tasks.", *notes])]
 
 
 def _printed(method, task, name):
@@ -64,10 +65,14 @@ def _values(results, variant, task, name):
 
 
 def _means(results, variant, places):
-  """The mean over test sets for each seed that has all."""
-  by_seed: dict[int, list[float]] = {}
+  """The mean over tasks, of each the mean over its test sets, for each seed
+  that has all."""
+  by_seed: dict[int, dict[str, list[float]]] = {}
   for task, name in places:
     for r in results.final(variant, task):
       if name in (found := rows_lib.test_sets(r)):
-        by_seed.setdefault(r["seed"], []).append(found[name])
-  return [float(np.mean(v)) for v in by_seed.values() if len(v) == len(places)]
+        by_seed.setdefault(r["seed"], {}).setdefault(task, []).append(
+            found[name])
+  return [float(np.mean([*map(np.mean, of.values())]))
+          for of in by_seed.values()
+          if sum(map(len, of.values())) == len(places)]

@@ -13,6 +13,7 @@ from ttc_jax.errors import UserError, printable
 from ttc_jax.runs import workdir as workdir_lib
 from ttc_jax.runs.workdir import Row, WorkDir
 
+GROUPS = ("Natural", "Specialized", "Structured", "Other")
 SCORE = {"val": "val_top1", "final": "test_top1"}
 
 # The facts of a variant that its task, seed and tuned setting do not change.
@@ -29,10 +30,17 @@ TRAINING = ("accumulate", "warmup_epochs", "warmup_lr", "min_lr", "decay_all",
 _BEFORE = {"frozen_dtype": "float32", "stage2_lr": 1.0}
 # Nobody knows what it was in a row that does not state it.
 _UNKNOWN = frozenset({"resample", "gelu", "window", "masked_tests", *TRAINING})
-_NEEDED = ("task", "group", "method", "variant", "protocol", "seed", "lr",
-           "weight_decay", "val_top1", "test_top1", "module_params",
-           "norm_params", "head_params", "backbone", "image_size", "weights",
-           "weights_sha256")
+_NUMBER = (int, float)
+# What every row has, and what it may have, with its type.
+_NEEDED = {
+    **dict.fromkeys(("task", "group", "method", "variant", "protocol",
+                     "backbone", "weights", "weights_sha256"), str),
+    **dict.fromkeys(("seed", "image_size", "module_params", "norm_params",
+                     "head_params"), int),
+    **dict.fromkeys(("lr", "weight_decay"), _NUMBER),
+    **dict.fromkeys(("val_top1", "test_top1"), (*_NUMBER, type(None)))}
+_OPTIONAL = {"finished": str, "seconds_train": _NUMBER, "options": dict,
+             "versions": dict, "tests": (dict, type(None)), "augment": dict}
 # What is tuned for a variant, by a search or by hand.
 SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
 
@@ -70,7 +78,8 @@ def of(workdir: str) -> list[Row]:
   The list is empty before the first finished run.
 
   Raises:
-    UserError: neither exists, or a row lacks a key or its accuracy.
+    UserError: neither exists, or a row lacks a key or its accuracy, or has
+      them in another form.
   """
   place = WorkDir(workdir)
   if not place.exists() and not os.path.isfile(workdir):
@@ -78,14 +87,29 @@ def of(workdir: str) -> list[Row]:
                     "--workdir was, or what it printed last")
   rows = place.rows() if place.exists() else read(workdir)
   for row in rows:
-    lacking = [key for key in _NEEDED if key not in row] or [
-        key for key in [SCORE.get(str(row["protocol"]), "protocol")]
-        if not isinstance(row[key], (int, float))]
-    if lacking:
+    if wrong := next(_wrong(row), None):
       raise UserError(
-          f"'{workdir}': the row of {row['run']} has no {lacking[0]!r}, so "
+          f"'{workdir}': the row of {row['run']} has no good {wrong!r}, so "
           "this program did not write it; remove it")
   return rows
+
+
+def _wrong(row):
+  """Yields the keys of a row that have not the form they should."""
+  for key, kind in (_NEEDED | {
+      key: kind for key, kind in _OPTIONAL.items() if key in row}).items():
+    if not isinstance(row.get(key, ...), kind):  # a missing one may not be None
+      yield key
+  if row["group"] not in GROUPS:
+    yield "group"
+  accuracy = SCORE.get(row["protocol"])
+  if accuracy is None:
+    yield "protocol"
+  elif row[accuracy] is None:
+    yield accuracy
+  if not all(isinstance(x, dict) and isinstance(x.get("top1"), _NUMBER)
+             for x in (row.get("tests") or {}).values()):
+    yield "tests"
 
 
 def merge(found: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -176,7 +200,7 @@ def latest(rows: Sequence[Row]) -> list[Row]:
   return list(found.values())
 
 
-def of_one_setting(rows: Sequence[Row]) -> list[Row]:
+def of_one_setting(rows: Sequence[Row], searched: bool = False) -> list[Row]:
   """Returns the rows that can be compared; warns of those left out.
 
   The newest row of a task tells which images count, and the newest one of a
@@ -184,10 +208,12 @@ def of_one_setting(rows: Sequence[Row]) -> list[Row]:
 
   Args:
     rows: of one protocol, the newest last.
+    searched: their settings are what a search tries, so they may differ.
   """
   for kind, keys in ((("task",), ("data_digest",)),
                      (("task", "variant"),
-                      (*_OF_A_VARIANT, *TRAINING, *SETTING))):
+                      (*_OF_A_VARIANT, *TRAINING,
+                       *(() if searched else SETTING)))):
     newest = {tuple(r[k] for k in kind): r for r in rows}
     kept = []
     for row in rows:

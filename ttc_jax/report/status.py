@@ -181,12 +181,13 @@ def _seconds_left(expected, done, failed):
   times: dict[str, list[float]] = {}
   for (_, variant), rows in done.items():
     times.setdefault(variant, []).extend(
-        r["seconds_train"] + (r["seconds_test"] or 0) for r in rows.values())
-  if not expected or not times:
+        r["seconds_train"] + (r.get("seconds_test") or 0)
+        for r in rows.values() if "seconds_train" in r)
+  if not expected or not any(times.values()):
     return None
   overall = np.mean(sum(times.values(), []))
   left = 0.0
   for pair, runs in expected.items():
     todo = runs.runs - len(done.get(pair, ())) - len(failed.get(pair, ()))
-    left += max(0, todo) * float(np.mean(times.get(pair[1], overall)))
+    left += max(0, todo) * float(np.mean(times.get(pair[1]) or overall))
   return left

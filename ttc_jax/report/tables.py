@@ -12,7 +12,6 @@ from ttc_jax.report import rows as rows_lib
 from ttc_jax.report.rows import Row
 from ttc_jax.vtab import rows as vtab
 
-GROUPS = ("Natural", "Specialized", "Structured", "Other")
 PARTS = ("module", "norm", "head")
 _WHAT = {
     "final": "Top-1 (%) on the test set, last epoch, trained on train and val",
@@ -152,8 +151,9 @@ def columns(groups: Mapping[str, str],
   """
   order = {name: i for i, name in enumerate(vtab.ROWS)}
   tasks = sorted(groups, key=lambda t: (
-      GROUPS.index(groups[t]), order.get(vtab.canonical(t), len(order))))
-  parts = {g: tuple(t for t in tasks if groups[t] == g) for g in GROUPS}
+      rows_lib.GROUPS.index(groups[t]), order.get(vtab.canonical(t), len(order))))
+  parts = {g: tuple(t for t in tasks if groups[t] == g)
+           for g in rows_lib.GROUPS}
   parts = {g: part for g, part in parts.items() if part}
   found = [Column(name, ((name,),), groups[t]) for t in tasks
            for name in (t, *(f"{t}/{test}"

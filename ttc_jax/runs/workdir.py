@@ -294,7 +294,8 @@ class WorkDir:
   def rows(self) -> list[Row]:
     """Reads the rows of all finished runs, the earliest first."""
     found = filter(None, map(self.row, self._runs()))
-    return sorted(found, key=lambda row: (row.get("finished", ""), row["run"]))
+    return sorted(found, key=lambda row: (
+        str(row.get("finished", "")), row["run"]))
 
   def write_row(self, row: Row) -> Row:
     """Writes the row of a run, then results.jsonl anew.
@@ -319,16 +320,15 @@ class WorkDir:
       written = found
 
   def failures(self) -> list[dict[str, Any]]:
-    """Reads {"run", "task", "variant", "error"} of the runs that failed."""
+    """Reads {"run", "task", "variant", "protocol", "seed", "error"} of the runs
+    that failed; those of earlier releases lack protocol and seed."""
     return [failure for run in self._runs()
             if (failure := self._read(f"runs/{run}/failure.json"))
             and failure.get("run") == run]
 
-  def write_failure(self, run: str, task: str, variant: str,
-                    error: str) -> None:
-    """Notes why a run failed."""
-    self.store.write(f"runs/{run}/failure.json", _json({
-        "run": run, "task": task, "variant": variant, "error": error}))
+  def write_failure(self, failure: Mapping[str, Any]) -> None:
+    """Notes why a run failed, as `failures` returns it."""
+    self.store.write(f"runs/{failure['run']}/failure.json", _json(failure))
 
   @property
   def curve_seconds(self) -> float:
