@@ -31,6 +31,29 @@ def data(tmp_path):
   return tmp_path
 
 
+def test_folders_of_domains_are_no_classes(data):
+  """Where the pictures lie in a folder for each domain."""
+  for domain in NAMES:
+    for label, name in enumerate(("dog", "cat")):
+      folder = data / "kinds" / domain / name
+      folder.mkdir(parents=True)
+      Image.new("RGB", (8, 8), (9, 9, label)).save(folder / "a.png")
+  assert "kinds" not in tasks.names(str(data))
+  with pytest.raises(UserError, match=r"its tasks of domains are named: "
+                     r"task=kinds/from_cartoon and so on, 6 in all"):
+    tasks.in_data(str(data))
+  with pytest.raises(UserError, match="kinds/except_photo"):
+    tasks.find("kinds/from_paint", str(data))
+
+
+def test_a_domain_without_the_list_of_all_its_images_names_it(data):
+  for name in NAMES:
+    (data / "kinds" / f"{name}.txt").unlink()
+  with pytest.raises(UserError, match="has cartoon_train.txt and "
+                     "cartoon_test.txt, but no cartoon.txt, the list of all"):
+    tasks.find("kinds/from_photo", str(data))
+
+
 def names_of(task, split):
   source = task.sources[split]
   return [source.read(i).getpixel((0, 0)) for i in range(source.count)]

@@ -1,6 +1,6 @@
 """Domains: the same classes in several kinds of pictures, as in PACS.
 
-DATA/TASK has, for two domains or more, the lists DOMAIN.txt (all images),
+DATA/TASK has, for two domains or more, the lists DOMAIN.txt (all its images),
 DOMAIN_train.txt and DOMAIN_test.txt, with lines `relative/path label`, and
 perhaps classes.txt. Then there are, beside a task TASK that its other lists may
 make,
@@ -46,8 +46,13 @@ def nested(data: str | None) -> tuple[str, ...]:
   if data is None or not os.path.isdir(files.expand(data)):
     return ()
   data = files.expand(data)
-  return tuple(f"{task}/{how}_{domain}" for task in sorted(os.listdir(data))
-               for domain in domains(os.path.join(data, task))
+  return tuple(name for task in sorted(os.listdir(data))
+               for name in nested_in(task, os.path.join(data, task)))
+
+
+def nested_in(task: str, path: str) -> tuple[str, ...]:
+  """Returns the names of the tasks that the folder of one makes."""
+  return tuple(f"{task}/{how}_{domain}" for domain in domains(path)
                for how in ("from", "except"))
 
 
@@ -63,6 +68,28 @@ def domains(path: str) -> tuple[str, ...]:
       and {file.replace("_train.txt", end) for end in ("_test.txt", ".txt")}
       <= found)
   return tuple(known) if len(known) > 1 else ()
+
+
+def hint(name: str, data: str | None) -> str | None:
+  """Says how a folder's domains are named, or which list one lacks."""
+  if data is None or not os.path.isdir(files.expand(data)):
+    return None
+  if not name:
+    found = nested(data)
+    return found and (f"; its tasks of domains are named: task={found[0]} and "
+                      f"so on, {len(found)} in all") or None
+  task = name.partition("/")[0]
+  base = os.path.join(files.expand(data), task)
+  if domains(base):
+    return f"; domains of {base}: {', '.join(nested_in(task, base))}"
+  lists = set(os.listdir(base)) if os.path.isdir(base) else set()
+  for file in sorted(lists):
+    domain = file.removesuffix("_train.txt")
+    if domain != file and f"{domain}_test.txt" in lists and (
+        f"{domain}.txt" not in lists):
+      return (f"; {base} has {domain}_train.txt and {domain}_test.txt, but no "
+              f"{domain}.txt, the list of all images of that domain")
+  return None
 
 
 def load(name: str, data: str) -> Task:

@@ -16,7 +16,7 @@ import unicodedata
 import numpy as np
 
 from ttc_jax import errors, files
-from ttc_jax.tasks import Task, division, images
+from ttc_jax.tasks import Task, division, domains, images
 from ttc_jax.tasks import folder as folder_format
 
 # What is taken for a picture; its content decides how it is decoded.
@@ -104,9 +104,12 @@ def _name(folder: str) -> str:
 # --- What is a task -----------------------------------------------------------
 
 def is_task(folder: str) -> bool:
-  """Tells whether two folders or more hold pictures, and none is in lists."""
+  """Tells whether two folders or more hold pictures, and none is in lists.
+
+  Folders that lists of `domains` name are domains, not classes.
+  """
   folder = files.expand(folder)
-  if folder_format.is_task(folder):
+  if folder_format.is_task(folder) or domains.domains(folder):
     return False
   classes = _class_names(_parts(folder)["train"])
   if _are_splits(classes):
