@@ -8,7 +8,11 @@ method= takes names; without it, the three of Big Vision and every method:
   bv_full, bv_linear   full fine-tuning and linear probing by its recipe. Any
                        name of ttc_jax/experiments may follow "bv_", as bv_ttc
   fewshot_lsr          its closed-form probe; l2 is chosen on val200
-  full, linear, ttc    and so on: as configs/paper.py trains them, without crops
+  full, linear, ttc    and so on: with the epochs of configs/paper.py, AdamW and
+                       a grid of their own that both stages share, uncropped
+
+epochs= are those of one stage of the last kind. Other arguments: task, data,
+backbone, weights, size, normalisation.
 
 The recipe is that of google-research/big_vision, configs/transfer.py: SGD with
 momentum 0.9, gradients clipped to a norm of 1, no weight decay, a head that

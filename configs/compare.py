@@ -9,6 +9,9 @@ grid, whose values are ten times lower or more.
 
   python -m ttc_jax.main --config=configs/compare.py:\
 task=dtd10,rsscn7,data=DIR --workdir=DIR
+
+epochs= are those of one stage. Other arguments: backbone, weights, size,
+normalisation; method= takes some of the methods.
 """
 import os
 

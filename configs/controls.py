@@ -11,6 +11,9 @@ one trains on 1000 and is tested once for each seed:
 
   python -m ttc_jax.main --config=configs/controls.py:\
 task=digits,sprites_location --workdir=DIR
+
+epochs= are those of one stage. Other arguments: data, backbone, weights, size,
+normalisation.
 """
 import os
 

@@ -6,7 +6,9 @@ task=caltech101,method=ttc,backbone=vit_b16,data=DIR,weights=FILE
 task=vtab runs all 19 tasks, task=fgvc the five of FGVC, and without task=
 those that the data holds run. data= is a folder of tasks in lists, of pictures
 (CLASS/NAME.jpg) or of VTAB's data sets, a zip file, hf:NAME or tfds:NAME.
-few_shot=N trains on N images of each class. protocol is
+few_shot=N trains on N images of each class. size= is the side of the images in
+pixels, 224 by default. runlocal is for a quick try of the machinery: a small
+model of random weights, 32 px, two epochs on 64 images. protocol is
 
   val, final, select     what is trained on and reported (config.protocol);
                          select has the grid of OSU-MLB/ViT_PEFT_Vision

@@ -561,8 +561,8 @@ def test_a_table_says_that_it_is_of_few_images(tmp_path):
           "images a class; ") in setting
   crops = [r | dict(flip=True, smallest_crop=0.08, augment=dict(
       mixup=0.8, erasing=0.0)) for r in rows((1.0,))]
-  assert ("; trained with flips, crops of 0.08 of the area and more, mixup 0.8; "
-          ) in results(crops, tmp_path).setting
+  assert ("; trained with flips, crops of 0.08 of the area and more, mixup "
+          "0.8; ") in results(crops, tmp_path).setting
 
 
 @pytest.mark.parametrize("chosen, said", [

@@ -334,6 +334,21 @@ def test_another_configuration_needs_another_work_directory(finished):
   assert "Traceback" not in refused.stderr
 
 
+def test_measures_can_be_added_to_a_finished_work_directory(
+    finished, tmp_path):
+  """Nothing trains for them: they are taken of the bundle."""
+  workdir, args, _ = finished
+  copy = shutil.copytree(workdir, tmp_path / "work")
+  row, = rows(copy)
+  assert f"--workdir={workdir}" in args
+  added = run_command("main", *args, f"--workdir={copy}",
+                      "--config.measures=channels", "--config.eval_every=2")
+  assert added.returncode == 0, added.stderr
+  assert rows(copy) == [row]
+  blocks, = WorkDir(copy).measure(row["run"], "channels")["sites"].values()
+  assert [*blocks] == [str(block) for block in range(DEPTH)]
+
+
 def test_a_key_that_a_later_version_adds_is_no_other_configuration(tmp_path):
   place = WorkDir(tmp_path / "work")
   usual = {"lr": 1.0, "new": 2, "grid": {"lr": [], "new": []}}
@@ -764,6 +779,13 @@ def test_pixels_are_normalised_as_the_weights_or_the_user_say(
     (dict(per_task={"colour": dict(lr=1.0)}),
      "unknown task in config.per_task 'colour': did you mean colours"),
     (dict(backbone="vit_s0"), "unknown backbone 'vit_s0'"),
+    # Before weights and data are read, which may be a download.
+    (dict(score="tailor", data="nowhere", weights="nowhere.npz"),
+     "unknown score 'tailor': did you mean taylor"),
+    (dict(k=385, backbone="vit_s16", weights="nowhere.npz"),
+     "config.k is 385; it selects among the 384 channels"),
+    (dict(measures=("norm",), data="nowhere", weights="nowhere.npz"),
+     "unknown measure"),
 ])
 def test_bad_input_is_refused_before_any_work(
     data, weights, tmp_path, changes, message):

@@ -98,8 +98,9 @@ class Fitted:
 
   Attributes:
     classes: names, by label.
-    history: a record for each epoch: stage, epoch, loss, images_per_second,
-      and val_top1 where there are validation images.
+    history: a record for each epoch: stage, epoch, loss, images_per_second.
+      Every `eval_every` epochs and at the last one of a stage it has val_top1
+      too, where there are validation images.
     scores: {site: {block: (D,)}} by which channels were selected; empty for
       methods that select none.
     channels: {site: {block: (K,) indices}}, likewise.

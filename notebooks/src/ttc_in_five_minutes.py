@@ -78,8 +78,8 @@ for name, result in results.items():
 # %% [markdown]
 # ## Adapt
 #
-# The method `ttc` runs all steps: it aligns (with the same seed, so it repeats
-# the stage above), scores the channels, and adapts.
+# The method `ttc` runs all steps: it aligns (its first stage is the very one
+# above, so it is taken from there), scores the channels, and adapts.
 
 # %%
 result = results["ttc"] = tune("ttc")

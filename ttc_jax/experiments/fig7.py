@@ -16,8 +16,8 @@ def draw(results: Results) -> list[Grid | Picture]:
   from ttc_jax import plots  # an extra
   measured = {v: {t: results.by_seed("norms", v, t) for t in results.tasks}
               for v in NAMES}
-  seeds = {t: sorted(set.intersection(*(set(of[t]) for of in measured.values())))
-           for t in results.tasks}
+  seeds = {t: sorted(set.intersection(
+      *(set(of[t]) for of in measured.values()))) for t in results.tasks}
   tasks = [t for t in results.tasks if seeds[t]]
   figure, axes = plots.subplots(
       2, max(1, len(tasks)), squeeze=False, sharex=True,

@@ -151,7 +151,8 @@ def columns(groups: Mapping[str, str],
   """
   order = {name: i for i, name in enumerate(vtab.ROWS)}
   tasks = sorted(groups, key=lambda t: (
-      rows_lib.GROUPS.index(groups[t]), order.get(vtab.canonical(t), len(order))))
+      rows_lib.GROUPS.index(groups[t]),
+      order.get(vtab.canonical(t), len(order))))
   parts = {g: tuple(t for t in tasks if groups[t] == g)
            for g in rows_lib.GROUPS}
   parts = {g: part for g, part in parts.items() if part}

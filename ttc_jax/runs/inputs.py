@@ -103,19 +103,21 @@ class Inputs:
     return self._sized[name, *how]
 
 
+def _fields(config):
+  """What a configuration says of a backbone's fields."""
+  said = {field: config[field] for field in ("gelu", "window")
+          if config[field]}
+  return {"dtype": jnp.dtype(config.dtype), **said}
+
+
 def load_base(config) -> Base:
   """Reads the weights and puts them on every device."""
-  fields = {"dtype": jnp.dtype(config.dtype)}
-  for field in ("gelu", "window"):
-    if config[field]:
-      fields[field] = config[field]
+  fields = _fields(config)
   if not config.weights:
     raise UserError(
         f"{config.backbone or 'a run'} needs pretrained weights: add "
         "weights=FILE (.npz or .safetensors), or weights=random to try the "
         "machinery")
-  if config.backbone:  # a wrong name costs no download
-    backbones.make(config.backbone, config.image_size, **fields)
   source = weights.open_source(config.weights)
   name = _name(config.backbone, source)
   module, params = weights.load(name, source, config.image_size, **fields)
@@ -242,6 +244,25 @@ def settled(config, method: methods.Method) -> ml_collections.ConfigDict:
   return config
 
 
+def check_values(config) -> None:
+  """Checks what needs neither weights nor data: a typo costs no download.
+
+  Options of methods are checked where the configuration names the backbone.
+
+  Raises:
+    UserError: with the value to change.
+  """
+  plan.check_config(config)
+  for task in ("", *plan.tasks_set_apart(config)):
+    for variant in plan.variants(config, task).values():
+      for measure in variant.measures:
+        check_known("measure", measure, measures.names())
+      if variant.backbone:
+        methods.load(variant.method, config_lib.resolved(variant),
+                     backbones.make(variant.backbone, variant.image_size,
+                                    **_fields(variant)))
+
+
 def check_runs(config, inputs: Inputs) -> None:
   """Checks, before any long work, that backbones, tasks and values fit.
 
@@ -253,8 +274,6 @@ def check_runs(config, inputs: Inputs) -> None:
       base = inputs.base(variant)
       load_method(resolved(variant, base), base)
       _check_batch_size(variant, task)
-      for measure in variant.measures:
-        check_known("measure", measure, measures.names())
   apart = plan.tasks_set_apart(config)
   known = {*inputs.tasks, *map(vtab.canonical, inputs.tasks), *inputs.missing,
            *vtab.ROWS}

@@ -38,9 +38,9 @@ from ttc_jax.runs.workdir import STAGES, Row, WorkDir
 # Keys that may change between two starts on one work directory.
 _FREE = ("tasks", "seeds", "data", "weights", "cache", "cache_gib",
          "save_seconds", "lease_seconds", "hosts", "plots", "compilation_cache",
-         "keep_stages", "in_memory_gib", "workers")
+         "keep_stages", "in_memory_gib", "workers", "measures", "eval_every")
 # Likewise, where experiments share a work directory.
-_FREE_OF_EXPERIMENTS = ("experiment", "variants", "measures", "method")
+_FREE_OF_EXPERIMENTS = ("experiment", "variants", "method")
 # Between looks at what other processes have done: each twice the last.
 _POLL_SECONDS = (1.0, 30.0)
 
@@ -72,7 +72,7 @@ class Session:
     self.workdir = WorkDir(workdir, config.lease_seconds, hosts.shared)
     self.stages = checkpoint.Stages(
         self.workdir.store, self.workdir.claims, STAGES)
-    plan.check_config(config)
+    inputs.check_values(config)
     cost.counter()  # which every row needs, after its training
     compilation.start(config.compilation_cache)
     self.inputs = inputs.Inputs(config)
@@ -82,7 +82,7 @@ class Session:
     kept = _kept_keys(config, self.base)
     # Earlier versions did not note what a config.json beside the weights says.
     self.workdir.adopt(kept, _json(default()) | {
-        "weights_part": "", "weights_config": kept["weights_config"]})
+        "weights_part": "", "weights_config": kept["weights_config"]}, _FREE)
     self.done: dict[str, Row] = {}
     self.failed: dict[str, str] = {}
     self._planned: dict[str, plan.Run] = {}

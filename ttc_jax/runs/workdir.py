@@ -22,7 +22,14 @@ number of processes may read and write it at the same time, without locks: a
 run is claimed, a row is created once, every other file is replaced as a whole,
 and one that is damaged costs what it holds, with a warning.
 """
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 import contextlib
 import json
 import os
@@ -154,14 +161,15 @@ class WorkDir:
     """Whether a command has used the directory."""
     return self.exists() and self.store.read("config.json") is not None
 
-  def adopt(self, config: Mapping[str, Any],
-            usual: Mapping[str, Any]) -> None:
+  def adopt(self, config: Mapping[str, Any], usual: Mapping[str, Any],
+            free: Collection[str] = ()) -> None:
     """Creates the directory for a configuration, or checks that it is of it.
 
     Args:
       config: JSON of all keys that no later start may change.
       usual: the default of a key that one side lacks: the directory may be of
         another version, or of an experiment.
+      free: keys of an earlier version that may change by now.
 
     Raises:
       UserError: the directory cannot be used, or is of another configuration.
@@ -173,7 +181,7 @@ class WorkDir:
       why = "it is a file" if os.path.isfile(f"{self}") else e
       raise UserError(f"work directory '{self}' cannot be used: {why}; give "
                       "another --workdir") from e
-    for key in sorted(config.keys() | old.keys()):
+    for key in sorted((config.keys() | old.keys()) - {*free}):
       there, here = (_whole(x.get(key), usual.get(key)) for x in (old, config))
       if there != here:
         raise UserError(
