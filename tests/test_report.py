@@ -556,6 +556,20 @@ def test_seeds_that_train_otherwise_are_no_seeds_of_one_variant(change, caplog):
     assert rows_lib.merge({"one": [one], "two": [two]}) == [one, two]
 
 
+def test_settings_that_a_search_tries_are_compared_as_one_variant(caplog):
+  """They are among the options of the method too."""
+  tried = [row("a", "ttc", 0, None, protocol="val", val_top1=50.0, run=f"{x}",
+               stage2_lr=x, options={"k": 3, "stage2_lr": x})
+           for x in (0.1, 1.0)]
+  assert rows_lib.of_one_setting(tried, searched=True) == tried
+  other = tried[0] | {"options": {"k": 4, "stage2_lr": 0.1}, "run": "k4"}
+  assert rows_lib.of_one_setting([other, *tried], searched=True) == tried
+  assert "k4 is left out: 1.0 has another options" in caplog.text
+  assert rows_lib.of_one_setting(tried) == tried[1:]
+  one, two = (r | {"task": r["run"]} for r in tried)  # each its own task's
+  assert rows_lib.merge({"one": [one], "two": [two]}) == [one, two]
+
+
 def test_settings_that_a_search_tries_do_not_split_a_variant():
   one, two = ([row("a", "ttc", 0, None, protocol="val", val_top1=50.0, lr=lr,
                    run=f"{lr}")] for lr in (0.1, 0.2))

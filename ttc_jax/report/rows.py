@@ -235,8 +235,11 @@ def differing(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
 
 
 def _fact(row, key):
-  """A fact of a row, also of one that was written before rows stated it."""
+  """A fact of a row, also of one that was written before rows stated it; the
+  options without what is tuned, which is a fact of its own."""
   value = row.get(key)
+  if key == "options":
+    value = {k: v for k, v in (value or {}).items() if k not in SETTING}
   return _BEFORE.get(key) if value is None or (
       not value and key not in _BEFORE) else value
 
