@@ -34,6 +34,7 @@ from ttc_jax import (
 )
 from ttc_jax import config as config_lib
 from ttc_jax.backbones import vit as vit_lib
+from ttc_jax.evidence import claims
 
 sys.path.append(str(ROOT / "tools"))
 import docs_pages  # noqa: E402
@@ -265,6 +266,19 @@ def test_every_key_is_on_its_page_with_a_meaning():
 def test_the_page_of_evidence_has_its_introduction():
   page = (ROOT / "docs" / "evidence.md").read_text()
   assert (ROOT / "docs" / "evidence" / "introduction.md").read_text() in page
+
+
+def test_the_claims_of_readme_and_the_page_are_those_that_are_judged():
+  """The slow test below compares every number too."""
+  texts = {claim.text for claim in claims.CLAIMS}
+  readme = PAGES["README.md"]
+  table = readme[readme.index("<!-- claims -->"):
+                 readme.index("<!-- /claims -->")].splitlines()
+  told = [line.split("|")[1].strip() for line in table if line[:2] == "| "][1:]
+  page = (ROOT / "docs" / "evidence.md").read_text()
+  told += re.findall(r"^\| (?:Table|Fig|Eq|beyond)[^|]* \| ([^|]+) \| [^|]+ \| "
+                     r"[^|]+ \| [^|]+ \|$", page, re.MULTILINE)
+  assert len(told) > 50 and set(told) <= texts
 
 
 @pytest.mark.slow

@@ -449,37 +449,38 @@ def test_a_table_says_how_many_seeds_a_variant_has(tmp_path):
 
 def test_what_failed_is_named_and_decides_nothing(tmp_path):
   """The survivors tell nothing of a method that diverges."""
-  work, found = WorkDir(tmp_path), rows((2.0, 2.2, 1.8))
-  failed = [dict(run=f"run{i}", task=task, variant="a", protocol=protocol,
-                 seed=seed, error="the loss is NaN")
-            for i, (task, seed, protocol) in enumerate((
-                ("t", 2, "final"), ("u", 1, "final"), ("u", 2, "final"),
-                ("v", 2, "val")))]
-  for failure in failed:
-    work.write_failure(failure)
-  # A later run has made the first one good; that on val is no test.
-  found = [r for r in found if (r["variant"], r["task"]) != ("a", "u")
-           or r["seed"] == 0]
-  lost = experiments.failures(work, found)
-  assert experiments.lost(lost) == "a on u, seeds 1 and 2"
-  judged = claims.better("a", "b", 1.0)(
-      Results("t", found, ["t", "v"], work, lost))
+  work = WorkDir(tmp_path)
+  found = [r for r in rows((2.0, 2.2, 1.8)) if r["variant"] == "b"
+           or r["task"] == "t" or (r["task"], r["seed"]) == ("u", 0)]
+  for r in found:
+    work.write_row(r)
+  for run, task, variant in (
+      ("t-a-final-s2-0a", "t", "a"),   # a later run has made it good
+      ("u-a-final-s10-0a", "u", "a"), ("u-a-final-s2-0b", "u", "a"),
+      ("u-a-val-s0-0a", "u", "a"),     # of one setting: others were better
+      ("v-a-val-s0-0a", "v", "a"), ("v-a-val-s0-0b", "v", "a"),
+      ("t-c-final-s0-0a", "t", "c"),   # of which nothing else is known
+      ("of another program", "t", "a"), ("t-a-final-s9-0a", "t", None)):
+    work.write_failure(run, task, variant, "the loss is NaN")
+  failed = experiments.failures(work)
+  said = ("a on u (seed 2, 10), a on v (all settings)")
+  assert experiments.lost(failed) == f"{said}, c on t (seed 0)"
+  whole = Results("t", found, ["t", "u", "v"], work, failed)
+  judged = claims.better("a", "b", 1.0)(whole)
   assert judged.verdict == claims.OPEN
-  assert judged.measured.endswith("; failed: a on u, seeds 1 and 2")
-  table = experiments.accuracy(Results("t", found, ["t"], work, lost))
-  assert "Failed, so in no number here: a on u, seeds 1 and 2." in table.notes
-  other = claims.better("b", "c", 1.0)(Results(
-      "t", [*found, *rows((1.0, 1.1), ("b", "c"))], ["t", "u", "v"], work,
-      lost))
-  assert "failed" not in other.measured
+  assert judged.measured.endswith(f"; failed: {said}")
+  assert whole.setting.endswith(f"{said}, c on t (seed 0).")
+  more = [*found, *rows((1.0, 1.1), ("b", "d"))]
+  other = claims.better("b", "d", 1.0)(whole._replace(rows=more))
+  assert other.verdict == claims.SUPPORTED
 
 
-def test_a_directory_names_what_failed_in_it(workdir):
-  WorkDir(workdir).write_failure(dict(
-      run="x", task="t<i>", variant="layernorm", protocol="final", seed=7,
-      error="the loss is NaN"))
+def test_a_page_names_what_failed_once_with_its_setting(workdir):
+  WorkDir(workdir).write_failure("x-final-s7-0a", "t<i>", "ttc_map", "NaN")
   text = page.markdown([page.gather(workdir)], {})
-  assert text.count("ailed") == 2 and "seed 7" in text
+  assert text.count("Failed, so in no number: ttc_map on t\\<i> (seed 7).") == 1
+  # Tables of experiments without that variant do not.
+  assert text.count("ttc_map") == 1
 
 
 @pytest.mark.parametrize("devices, named", [
@@ -552,6 +553,31 @@ def test_figures_are_of_seeds_that_all_their_lines_have(tmp_path):
   assert {line[2] for line in scatter.numbers.lines} == {"0"}
   moved, = fig7.draw(Results("t", found, ["t"], work))
   assert {line[4] for line in moved.numbers.lines} == {"0"}
+
+
+def test_the_bars_of_figure_4_are_of_the_same_seeds(tmp_path):
+  work, found = WorkDir(tmp_path), []
+  for variant, seed in (("layernorm", 1), ("layernorm", 0), ("ssf", 0)):
+    found.append(row(variant, "t", seed, 50))
+    work.write_measure(found[-1]["run"], "divergence", {"js": 0.1 + seed})
+  from ttc_jax.experiments import fig4
+  table, bars = fig4.draw(Results("t", found, ["t"], work))
+  assert dict(table.lines)["layernorm"] == dict(table.lines)["ssf"] == "10.0"
+  assert bars.numbers.lines == table.lines
+
+
+def test_the_picture_of_figure_3_is_of_one_seed_where_there_is_one(tmp_path):
+  from ttc_jax.experiments import fig3
+  work, found = WorkDir(tmp_path), []
+  for task, seed in (("t", 0), ("t", 1), ("u", 1)):
+    found.append(row("ttc", task, seed, 50))
+    work.write_measure(found[-1]["run"], "channels", {
+        "sites": {"mlp": {"0": [seed]}}, "widths": {"mlp": {"0": 8}}})
+  shown = fig3._picture(Results("t", found, ["t", "u"], work)).numbers
+  assert {line[1] for line in shown.lines} == {"1"}
+  assert shown.notes == ["The channels that `ttc` chose; seed 1."]
+  apart = fig3._picture(Results("t", [found[0], found[2]], ["t", "u"], work))
+  assert "each task with its lowest seed" in apart.numbers.notes[0]
 
 
 def test_a_table_says_that_it_is_of_few_images(tmp_path):

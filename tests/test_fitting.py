@@ -238,6 +238,13 @@ def test_the_score_is_computed_once(source, monkeypatch):
       importance.top_k(found.scores["attention"][1], 4))
 
 
+def test_a_wrong_option_costs_no_reading_of_weights():
+  with pytest.raises(UserError, match="config.k is 385; it selects among the "
+                     "384 channels"):
+    ttc_jax.fit(*pictures(), weights="nowhere.npz", backbone="vit_s16", k=385,
+                image_size=32)
+
+
 def test_programs_are_kept_where_the_command_line_keeps_them(source, tmp_path):
   """Also in a process where JAX has compiled before; "none": nowhere."""
   code = f"""

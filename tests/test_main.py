@@ -344,6 +344,7 @@ def test_measures_can_be_added_to_a_finished_work_directory(
   added = run_command("main", *args, f"--workdir={copy}",
                       "--config.measures=channels", "--config.eval_every=2")
   assert added.returncode == 0, added.stderr
+  assert "colours  ttc  seed" not in added.stdout  # the line of a run
   assert rows(copy) == [row]
   blocks, = WorkDir(copy).measure(row["run"], "channels")["sites"].values()
   assert [*blocks] == [str(block) for block in range(DEPTH)]

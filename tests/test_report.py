@@ -494,7 +494,10 @@ def test_a_work_directory_without_a_row_is_an_error(tmp_path):
     ({"tests": [50.0]}, "tests"), ({"tests": {"test": 50.0}}, "tests"),
     ({"task": 1}, "task"), ({"weights_sha256": None}, "weights_sha256"),
     ({"finished": 2026}, "finished"), ({"seconds_train": "1"}, "seconds_train"),
-    ({"augment": 0.8}, "augment")])
+    ({"augment": 0.8}, "augment"), ({"augment": {"mixup": "a"}}, "augment"),
+    ({"epochs": [1]}, "epochs"), ({"flip": []}, "flip"),
+    ({"device": ["cpu"]}, "device"), ({"versions": {"jax": []}}, "versions"),
+    ({"weights_reading": []}, "weights_reading"), ({"dtype": []}, "dtype")])
 def test_a_row_of_another_form_is_an_error(change, key, tmp_path):
   good = row("a", "ttc", 0, 50.0) | {
       "run": "x", "val_top1": None, "dtype": "float32", "epochs": 1}
@@ -571,8 +574,22 @@ def test_settings_that_a_search_tries_are_compared_as_one_variant(caplog):
 
 
 def test_settings_that_a_search_tries_do_not_split_a_variant():
-  one, two = ([row("a", "ttc", 0, None, protocol="val", val_top1=50.0, lr=lr,
-                   run=f"{lr}")] for lr in (0.1, 0.2))
-  assert rows_lib.merge({"one": one, "two": two})[0]["variant"] == "ttc (one)"
-  two[0]["seed"] = 1
+  def tried(seed, *rates):
+    return [row("a", "ttc", seed, None, protocol="val", val_top1=50.0, lr=lr,
+                run=f"{seed}{lr}") for lr in rates]
+  one, two = tried(0, 0.1, 0.2), tried(1, 0.2, 0.3)
   assert rows_lib.merge({"one": one, "two": two}) == [*one, *two]
+  # One rate in each was set by hand.
+  one, two = tried(0, 0.1), tried(1, 0.2)
+  assert [r["variant"] for r in rows_lib.merge({"one": one, "two": two})] == [
+      "ttc (one)", "ttc (two)"]
+
+
+def test_an_older_row_does_not_hide_what_others_tell():
+  """Neither of another variant nor as the newest one."""
+  one, two = (row("a", "ttc", s, 50.0, run=f"{s}", flip=s == 0) for s in (0, 1))
+  old = row("a", "linear", 0, 40.0, run="old")
+  merged = rows_lib.merge({"one": [one], "two": [two], "three": [old]})
+  assert [r["variant"] for r in merged] == ["ttc (one)", "ttc (two)", "linear"]
+  silent = row("a", "ttc", 2, 50.0, run="silent")
+  assert rows_lib.of_one_setting([one, two, silent]) == [two, silent]

@@ -30,10 +30,8 @@ def workdir(tmp_path):
   rows += [row("a", "ttc", 0, 60.0, run="final", **times(20.0, 20.0)),
            row("a", "ttc", 7, 60.0, run="of another plan", **times(1.0, 1.0)),
            row("a", "my-linear", 1, 1.0, run="mended", **times(4.0, 1.0))]
-  for run, task, why in (("mended", "a", "it diverged"),
-                         ("bad", "b/c", "the loss is NaN")):
-    place.write_failure(
-        {"run": run, "task": task, "variant": "my-linear", "error": why})
+  place.write_failure("mended", "a", "my-linear", "it diverged")
+  place.write_failure("bad", "b/c", "my-linear", "the loss is NaN")
   for r in rows:
     place.write_row(r)
   for run in (AT_WORK, "b-c-ttc-val-s0-0123abcd", "final"):

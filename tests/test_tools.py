@@ -56,7 +56,7 @@ def test_saving_evidence_loses_no_row(tmp_path, monkeypatch):
       place = tool.workdir("swin")
       place.write_row({"run": f"run{seed}", "seed": seed})
       place.write_measure(f"run{seed}", "norms", {"gamma": [1.0]})
-      place.write_failure({"run": f"bad{seed}", "error": "NaN"})
+      place.write_failure(f"bad{seed}", "t", "ttc", "NaN")
       tool.save("swin")
       shutil.rmtree(str(place))
       return file.read_text().splitlines()

@@ -213,7 +213,7 @@ def default() -> ml_collections.ConfigDict:
   c.keep_stages = False       # else deleted when a task's runs are done
   c.limit = 0                 # images of each split, 0: all
   c.plots = False             # accuracy against parameters, beside the table
-  c.cache = ""                # of decoded images; empty: ~/.cache/ttc_jax
+  c.cache = ""                # decoded images; empty: ~/.cache/ttc_jax/images
   c.cache_gib = 8.0           # larger splits are decoded as they stream
   # Training sets up to this size are on every device; larger ones are read
   # chunk by chunk, in the same order.

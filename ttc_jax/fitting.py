@@ -250,6 +250,7 @@ def fit(images: Any, labels: Sequence[Any] | None = None, *, weights: str,
     RunError: training diverged.
   """
   config = _config(method, backbone, weights, image_size, seed, settings)
+  inputs.check_method(config)
   compilation.keep(config.compilation_cache)
   with compilation.precision(config.matmul_precision):
     return _fit(config, images, labels, val, classes, seed, progress)

@@ -113,10 +113,11 @@ def _conclude_experiment(session: Session) -> None:
   """Writes the tables and pictures of an experiment, prints the tables."""
   from ttc_jax import experiments
   name, config = session.config.experiment, session.config
-  rows = session.rows()
+  tasks = [*session.tasks, *session.missing]
   shown = experiments.show(name, experiments.Results(
-      experiments.title(name), rows, [*session.tasks, *session.missing],
-      session.workdir, experiments.failures(session.workdir, rows),
+      experiments.title(name), session.rows(), tasks, session.workdir,
+      [f for f in experiments.failures(session.workdir)
+       if f.task in tasks and f.variant in config.variants],
       (config, session.base)))
   for one in shown:
     if isinstance(one, experiments.Grid):

@@ -238,7 +238,7 @@ def better(one: str, other: str, claimed: float = 0.0,
         _device, rows[task])} - {None}) > 1]:
       said += f"; on several kinds of device: {', '.join(mixed)}"
     if failed := experiments.lost([
-        f for f in results.failed if f["variant"] in (one, other)]):
+        f for f in results.failed if f.variant in (one, other)]):
       said += f"; failed: {failed}"
     return Finding(
         f"{name}: {interval(score)} over "
@@ -314,10 +314,10 @@ def _costs(results):
 def _overlap(results):
   """Judges whether tasks choose other channels: overlap beside chance."""
   from ttc_jax.experiments import fig3
-  found = fig3.overlaps(results, "ttc")
-  if not found or not found[0] or not found[1]:
+  pairs, repeated, chance = fig3.overlaps(results, "ttc")
+  if not pairs or not repeated:
     return None
-  tasks, seeds, chance = np.mean(found[0]), np.mean(found[1]), found[2]
+  tasks, seeds = np.mean(pairs), np.mean(repeated)
   return Finding(
       f"two tasks share {tasks:.2f} of their channels, two seeds of one task "
       f"{seeds:.2f}, chance is {chance:.2f} (supported if two seeds share 0.05 "

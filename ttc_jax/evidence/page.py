@@ -50,7 +50,7 @@ def gather(workdir: str) -> Section:
       [r for r in rows if r["protocol"] == "final"]))
   rows = [*finals, *rows_lib.of_one_setting(
       [r for r in rows if r["protocol"] != "final"], searched=True)]
-  failed = experiments.failures(place, rows)
+  failed = experiments.failures(place)
   plans = place.experiments()
   shown = {}
   for name, planned in plans.items():
@@ -82,7 +82,8 @@ def _drawn(name, planned, rows, place, failed):
     return []
   # Also those of an earlier plan.
   tasks = dict.fromkeys([*planned, *(r["task"] for r in mine)])
-  results = Results(experiments.title(name), mine, [*tasks], place, failed)
+  results = Results(experiments.title(name), mine, [*tasks], place,
+                    [f for f in failed if f.variant in variants])
   return [_without(x, results.setting)
           for x in experiments.show(name, results)
           if (x.numbers if isinstance(x, Picture) else x).lines]

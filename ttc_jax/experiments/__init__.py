@@ -12,12 +12,13 @@ Every other file here is an experiment: `experiments/NAME.py` has
 `configs/paper.py:NAME` runs one; runs and stages are shared with others in the
 same work directory, because a name stands for the same values everywhere.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import copy
 import importlib
 import os
 import pkgutil
+import re
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -83,6 +84,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+class Failure(NamedTuple):
+  """A run of the test set that failed, or for seed None a whole search."""
+  task: str
+  variant: str
+  seed: int | None
+
+
 class Results(NamedTuple):
   """What an experiment is drawn from.
 
@@ -91,14 +99,14 @@ class Results(NamedTuple):
     rows: the finished runs, of all protocols.
     tasks: names of the tasks, also of those without a run.
     workdir: where the measures are.
-    failed: runs of the test set that failed, as `failures` returns them.
+    failed: what `failures` returns, of the variants that are shown.
     session: `(config, base)` of the session, for what is drawn without runs.
   """
   title: str
   rows: Sequence[Row]
   tasks: Sequence[str]
   workdir: WorkDir
-  failed: Sequence[Mapping[str, Any]] = ()
+  failed: Sequence[Failure] = ()
   session: tuple[ml_collections.ConfigDict, Base] | None = None
 
   def final(self, variant: str, task: str | None = None) -> list[Row]:
@@ -121,6 +129,12 @@ class Results(NamedTuple):
              for r in self.final(variant, task)}
     return {seed: x for seed, x in found.items() if x is not None}
 
+  def common_seeds(self, name: str, variants: Iterable[str],
+                   task: str) -> list[int]:
+    """Returns the seeds that all variants with a measure of a task have."""
+    found = [of for v in variants if (of := self.by_seed(name, v, task))]
+    return sorted(set.intersection(*map(set, found))) if found else []
+
   @property
   def variants(self) -> list[str]:
     """Names of the variants with a run of the test set."""
@@ -129,9 +143,12 @@ class Results(NamedTuple):
 
   @property
   def setting(self) -> str:
-    """A sentence on backbone, size, device, epochs, seeds and grid."""
+    """Sentences on backbone, size, device, epochs, seeds and grid, and on what
+    failed."""
+    failed = f"Failed, so in no number: {lost(self.failed)}." * bool(
+        self.failed)
     if not self.rows:
-      return "No finished run yet."
+      return f"No finished run yet. {failed}".rstrip()
 
     def values(key, rows=self.rows):
       return _listed(r[key] for r in rows)
@@ -157,28 +174,42 @@ class Results(NamedTuple):
             f"{_listed(r.get('device', '?') for r in self.rows)}, JAX {jax}, "
             f"epochs of a stage {values('epochs')}, seeds {values('seed')}"
             f"{''.join(f'; {x}' for x in few)}; "
-            f"{'; '.join(said)}.")
+            f"{'; '.join(said)}. {failed}").rstrip()
 
 
-def failures(workdir: WorkDir, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-  """Returns the runs of the test set that failed, as `WorkDir.failures` does.
-
-  Without those whose task, variant and seed have a row: they were made good.
-  """
-  keys = ("task", "variant", "seed", "protocol")
-  done = {tuple(r[key] for key in keys) for r in rows}
-  return [f for f in workdir.failures() if f.get("protocol") == "final"
-          and tuple(map(f.get, keys)) not in done]
+_RUN = re.compile(r".*-(?P<protocol>val|final)-s(?P<seed>\d+)-[0-9a-f]+")
 
 
-def lost(failed: Sequence[Mapping[str, Any]]) -> str:
-  """Says which runs failed: "ttc on gtsrb, seeds 0 and 2"; "" for none."""
-  seeds: dict[tuple, list[str]] = {}
+def failures(workdir: WorkDir) -> list[Failure]:
+  """Returns the failed runs of the test set that no later one made good, and
+  the searches on val that found no setting, so that nothing was tested."""
+  found: dict[tuple, Failure] = {}
+  rows = workdir.rows()
+  tested = {(r["task"], r["variant"], r["seed"]) for r in rows
+            if r["protocol"] == "final"}
+  settled = {(r["task"], r["variant"]) for r in rows}
+  for given in workdir.failures():
+    task, variant = given.get("task"), given.get("variant")
+    # Earlier versions told protocol and seed in the name alone.
+    name = _RUN.fullmatch(given["run"])
+    if not name or not isinstance(task, str) or not isinstance(variant, str):
+      continue
+    final = name["protocol"] == "final"
+    one = Failure(task, variant, int(name["seed"]) if final else None)
+    if one not in tested and (final or one[:2] not in settled):
+      found[one] = one
+  return sorted(found, key=lambda f: (f.variant, f.task, f.seed or 0))
+
+
+def lost(failed: Sequence[Failure]) -> str:
+  """Says what failed: "ttc on gtsrb (seed 0, 2), ssf on dtd (all settings)"."""
+  seeds: dict[tuple, list[int | None]] = {}
   for f in failed:
-    seeds.setdefault((f["variant"], f["task"]), []).append(str(f["seed"]))
-  return "; ".join(
-      f"{variant} on {task}, seed{'s' * (len(of) > 1)} {' and '.join(of)}"
-      for (variant, task), of in seeds.items())
+    seeds.setdefault((f.variant, f.task), []).append(f.seed)
+  return ", ".join(
+      f"{variant} on {task} (" + (
+          "all settings" if None in of else f"seed {', '.join(map(str, of))}")
+      + ")" for (variant, task), of in seeds.items())
 
 
 # Factors on the learning rate, and their keys in rows.
@@ -187,11 +218,13 @@ _FACTORS = {"stage 2": "stage2_lr", "the map": "adapter_lr"}
 
 def _augmentation(row):
   """What a row states of it; "" for none, and where it states nothing."""
-  return ", ".join([
-      *["flips"] * row.get("flip", False),
-      *(f"crops of {row[key]:g} of the area and more"
-        for key in ("smallest_crop",) if row.get(key, 1) < 1),
-      *(f"{name} {x:g}" for name, x in row.get("augment", {}).items() if x)])
+  said = ["flips"] if row.get("flip") else []
+  if row.get("crop_from"):
+    said.append(f"crops of images of {row['crop_from']} px")
+  if row.get("smallest_crop", 1) < 1:
+    said.append(f"crops of {row['smallest_crop']:g} of the area and more")
+  said += [f"{name} {x:g}" for name, x in row.get("augment", {}).items() if x]
+  return ", ".join(said)
 
 
 def _listed(values):
@@ -406,9 +439,6 @@ def accuracy(results: Results,
            "parameters; tried: how many settings the variant itself had on "
            "val, by task; \"an end on 1\": on one task the best was the "
            "smallest or the largest of them.", results.setting]
-  if failed := lost([f for f in results.failed
-                     if f["variant"] in results.variants]):
-    under.append(f"Failed, so in no number here: {failed}.")
   if paper:
     under.append("paper: Zhao et al., 2023, ViT-B/16 of ImageNet-21K at 224 px "
                  "on VTAB-1K, as printed or derived from its text.")

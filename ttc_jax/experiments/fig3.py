@@ -14,7 +14,7 @@ MEASURES = {variant: ("channels",) for variant in VARIANTS}
 
 
 def draw(results: Results) -> list[Grid | Picture]:
-  """Returns the table of overlaps, and the picture of the lowest seed."""
+  """Returns the table of overlaps, and the picture of one seed."""
   shown: list[Grid | Picture] = [_overlaps(results)]
   if any(results.measured("channels", "ttc", t) for t in results.tasks):
     shown.append(_picture(results))
@@ -33,25 +33,23 @@ def overlap(one: dict, other: dict) -> list[float]:
   return [len(one[at] & other[at]) / len(one[at]) for at in sorted(one)]
 
 
-def overlaps(results: Results, variant: str) -> tuple[list, list, float] | None:
+def overlaps(results: Results, variant: str) -> tuple[list, list, float]:
   """Returns (overlaps by block of pairs of tasks, of pairs of seeds, chance).
 
   All pairs of runs: one run of each task tells too little. A list is empty
-  where fewer than two tasks or seeds were measured; None if both are. Chance is
-  the mean of K / D over the blocks.
+  where fewer than two tasks or seeds were measured. Chance is the mean of K / D
+  over the blocks; NaN where nothing was measured.
   """
   runs = [[_sets(x) for x in results.measured("channels", variant, task)]
           for task in results.tasks]
   tasks = [overlap(a, b) for one, other in itertools.combinations(runs, 2)
            for a in one for b in other]
   seeds = [overlap(a, b) for r in runs for a, b in itertools.combinations(r, 2)]
-  if not tasks and not seeds:
-    return None
-  first = results.measured("channels", variant)[0]
-  chance = np.mean([len(channels) / first["widths"][site][block]
-                    for site, blocks in first["sites"].items()
-                    for block, channels in blocks.items()])
-  return tasks, seeds, float(chance)
+  shares = [len(channels) / first["widths"][site][block]
+            for first in results.measured("channels", variant)[:1]
+            for site, blocks in first["sites"].items()
+            for block, channels in blocks.items()]
+  return tasks, seeds, float(np.mean(shares)) if shares else float("nan")
 
 
 def _overlaps(results):
@@ -60,15 +58,14 @@ def _overlaps(results):
             if (found := results.measured("channels", variant))}
   columns = sorted({place for of in places.values() for place in of})
   for variant in places:
-    if found := overlaps(results, variant):
-      *parts, chance = found
-      for name, values in zip(("two tasks", "two seeds of a task"), parts,
-                              strict=True):
-        if values:
-          shares = dict(zip(places[variant], np.mean(values, 0), strict=True))
-          lines.append([f"{variant}: {name}", f"{np.mean(values):.2f}",
-                        *(f"{shares[at]:.2f}" if at in shares else "-"
-                          for at in columns)])
+    *parts, chance = overlaps(results, variant)
+    for name, values in zip(("two tasks", "two seeds of a task"), parts,
+                            strict=True):
+      if values:
+        shares = dict(zip(places[variant], np.mean(values, 0), strict=True))
+        lines.append([f"{variant}: {name}", f"{np.mean(values):.2f}",
+                      *(f"{shares[at]:.2f}" if at in shares else "-"
+                        for at in columns)])
   sites = len({site for site, _ in columns})
   return Grid(f"{results.title}: shared channels",
               ["", "mean", *(f"{site} {block}" if sites > 1 else str(block)
@@ -80,8 +77,11 @@ def _overlaps(results):
 
 def _picture(results):
   from ttc_jax import plots  # an extra
-  runs = {task: found[0] for task in results.tasks
-          if (found := results.measured("channels", "ttc", task))}
+  found = {task: of for task in results.tasks
+           if (of := results.by_seed("channels", "ttc", task))}
+  common = set.intersection(*map(set, found.values()))
+  seeds = {task: min(common or of) for task, of in found.items()}
+  runs = {task: found[task][seed] for task, seed in seeds.items()}
   places = sorted({(site, int(block)) for found in runs.values()
                    for site, blocks in found["sites"].items()
                    for block in blocks})
@@ -94,12 +94,14 @@ def _picture(results):
       channels = found["sites"][site][str(block)]
       ax.scatter(channels, [y] * len(channels), marker="|", s=12,
                  color=f"C{y % 10}", linewidths=0.8)
-      numbers += [[task, site, str(block), str(c)] for c in channels]
+      numbers += [[task, str(seeds[task]), site, str(block), str(c)]
+                  for c in channels]
     ax.set_yticks(range(len(runs)), [plots.label(t) for t in runs], fontsize=6)
     ax.set_ylim(-0.7, len(runs) - 0.3)
     ax.set_ylabel(f"block {block}", rotation=0, labelpad=30)
     ax.grid(visible=False)
   axes[-1, 0].set_xlabel("channel")
   return Picture(figure, Grid(
-      results.title, ["task", "site", "block", "channel"], numbers,
-      ["The channels that `ttc` chose, of one seed a task."]))
+      results.title, ["task", "seed", "site", "block", "channel"], numbers,
+      [f"The channels that `ttc` chose; seed {min(common)}." if common else
+       "The channels that `ttc` chose, of each task with its lowest seed."]))

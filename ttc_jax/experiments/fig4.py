@@ -14,13 +14,17 @@ MEASURES = {variant: ("divergence",) for variant in VARIANTS}
 def draw(results: Results) -> list[Grid | Picture]:
   """Returns the table and the picture."""
   from ttc_jax import plots  # an extra
-  found = {v: [[100 * x["js"] for x in results.measured("divergence", v, task)]
+  seeds = {task: results.common_seeds("divergence", VARIANTS, task)
+           for task in results.tasks}
+  found = {v: [[100 * x["js"] for seed, x in results.by_seed(
+      "divergence", v, task).items() if seed in seeds[task]]
                for task in results.tasks] for v in VARIANTS}
   table = Grid(
       f"{results.title}: divergence x 100 (nats)", ["", *results.tasks],
       [[v, *map(cell, values)] for v, values in found.items()],
-      ["Mean over at most 500 test images; ±: standard deviation over seeds. "
-       "layernorm has half of the epochs of the others.", results.setting])
+      ["Mean over at most 500 test images; ±: standard deviation over the "
+       "seeds that all lines have. layernorm has half of the epochs of the "
+       "others.", results.setting])
   figure, axes = plots.subplots(figsize=(7, 3.5))
   wide = 0.8 / len(VARIANTS)
   for i, (variant, values) in enumerate(found.items()):
@@ -33,4 +37,4 @@ def draw(results: Results) -> list[Grid | Picture]:
   axes.set_ylabel("JS divergence x 100 (nats)")
   figure.legend(frameon=False, ncols=len(VARIANTS), loc="outside upper center")
   return [table, Picture(figure, table._replace(notes=[
-      "Means over seeds; bars: ± one standard deviation."]))]
+      "Means over seeds; lines on bars: ± one standard deviation."]))]

@@ -16,9 +16,9 @@ def draw(results: Results) -> list[Grid | Picture]:
   from ttc_jax import plots  # an extra
   measured = {v: {t: results.by_seed("norms", v, t) for t in results.tasks}
               for v in NAMES}
-  seeds = {t: sorted(set.intersection(
-      *(set(of[t]) for of in measured.values()))) for t in results.tasks}
-  tasks = [t for t in results.tasks if seeds[t]]
+  seeds = {t: results.common_seeds("norms", NAMES, t) for t in results.tasks}
+  tasks = [t for t in results.tasks
+           if seeds[t] and all(measured[v][t] for v in NAMES)]
   figure, axes = plots.subplots(
       2, max(1, len(tasks)), squeeze=False, sharex=True,
       figsize=(4 * max(1, len(tasks)), 5))

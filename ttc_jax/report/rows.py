@@ -30,6 +30,8 @@ TRAINING = ("accumulate", "warmup_epochs", "warmup_lr", "min_lr", "decay_all",
 _BEFORE = {"frozen_dtype": "float32", "stage2_lr": 1.0}
 # Nobody knows what it was in a row that does not state it.
 _UNKNOWN = frozenset({"resample", "gelu", "window", "masked_tests", *TRAINING})
+# What is tuned for a variant, by a search or by hand.
+SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
 _NUMBER = (int, float)
 # What every row has, and what it may have, with its type.
 _NEEDED = {
@@ -39,10 +41,19 @@ _NEEDED = {
                      "head_params"), int),
     **dict.fromkeys(("lr", "weight_decay"), _NUMBER),
     **dict.fromkeys(("val_top1", "test_top1"), (*_NUMBER, type(None)))}
-_OPTIONAL = {"finished": str, "seconds_train": _NUMBER, "options": dict,
-             "versions": dict, "tests": (dict, type(None)), "augment": dict}
-# What is tuned for a variant, by a search or by hand.
-SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
+_OPTIONAL = {
+    **dict.fromkeys(("finished", "device", "dtype", "frozen_dtype",
+                     "normalisation", "resample", "optimiser", "head_init",
+                     "gelu", "data_digest", "weights_reading",
+                     "matmul_precision"), (str, type(None))),
+    **dict.fromkeys((
+        "epochs", "limit", "few_shot", "batch_size", "accumulate",
+        "warmup_epochs", "warmup_lr", "min_lr", "clip_norm", "drop_path",
+        "label_smoothing", "crop_from", "smallest_crop", "crop_aspect",
+        "window", "decay_all", "flip", "masked_tests", "seconds_train",
+        *SETTING), (*_NUMBER, type(None))),
+    **dict.fromkeys(("options", "versions", "augment"), dict),
+    "tests": (dict, type(None))}
 
 
 def read(path: str) -> list[Row]:
@@ -107,9 +118,13 @@ def _wrong(row):
     yield "protocol"
   elif row[accuracy] is None:
     yield accuracy
-  if not all(isinstance(x, dict) and isinstance(x.get("top1"), _NUMBER)
-             for x in (row.get("tests") or {}).values()):
-    yield "tests"
+  for key, holds in (
+      ("tests", lambda x: isinstance(x, dict)
+       and isinstance(x.get("top1"), _NUMBER)),
+      ("versions", lambda x: isinstance(x, str)),
+      ("augment", lambda x: isinstance(x, _NUMBER))):
+    if not all(map(holds, (row.get(key) or {}).values())):
+      yield key
 
 
 def merge(found: Mapping[str, Sequence[Row]]) -> list[Row]:
@@ -137,21 +152,26 @@ def _apart(placed):
   """Returns the variants that must be split by work directory."""
   homes: dict[tuple, set[str]] = {}
   facts: dict[tuple, dict[str, set[str]]] = {}
-  told = {key for key in (*_OF_A_VARIANT, "data_digest", *TRAINING, *SETTING)
-          if key not in _UNKNOWN or all(key in row for _, row in placed)}
   for workdir, row in placed:
-    variant, task, final = (
-        row["variant"], row["task"], row["protocol"] == "final")
-    homes.setdefault((variant, task, row["protocol"], row["seed"]),
-                     set()).add(workdir)
-    for what, keys in (((variant,), _OF_A_VARIANT),
-                       ((variant, task), ("data_digest", *TRAINING)),
-                       ((variant, task, final), SETTING if final else ())):
-      facts.setdefault(what, {}).setdefault(workdir, set()).add(json.dumps(
-          [_fact(row, key) for key in keys if key in told], sort_keys=True))
-  return ({key[0] for key, where in homes.items() if len(where) > 1} |
-          {key[0] for key, by_workdir in facts.items()
-           if len(set(map(frozenset, by_workdir.values()))) > 1})
+    variant, task, protocol = row["variant"], row["task"], row["protocol"]
+    homes.setdefault((variant, task, protocol, row["seed"]), set()).add(workdir)
+    mine = {(variant, key): _fact(row, key) for key in _OF_A_VARIANT
+            if _is_known(row, key)}
+    mine |= {(variant, key, task): _fact(row, key)
+             for key in ("data_digest", *TRAINING) if _is_known(row, key)}
+    mine[variant, protocol, task] = [_fact(row, key) for key in SETTING]
+    for what, fact in mine.items():
+      facts.setdefault(what, {}).setdefault(workdir, set()).add(
+          json.dumps(fact, sort_keys=True))
+
+  def differ(what, by_workdir):
+    told = [*by_workdir.values()]
+    if what[1] == "val" and any(len(tried) > 1 for tried in told):
+      return False  # a search tries several settings
+    return len(set(map(frozenset, told))) > 1
+  return ({what[0] for what, where in homes.items() if len(where) > 1} |
+          {what[0] for what, by_workdir in facts.items()
+           if differ(what, by_workdir)})
 
 
 def protocols(rows: Sequence[Row]) -> list[str]:
@@ -203,8 +223,8 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 def of_one_setting(rows: Sequence[Row], searched: bool = False) -> list[Row]:
   """Returns the rows that can be compared; warns of those left out.
 
-  The newest row of a task tells which images count, and the newest one of a
-  task and variant which settings.
+  The newest row of a task that tells it says which images count, and the newest
+  one of a task and variant which settings.
 
   Args:
     rows: of one protocol, the newest last.
@@ -214,24 +234,25 @@ def of_one_setting(rows: Sequence[Row], searched: bool = False) -> list[Row]:
                      (("task", "variant"),
                       (*_OF_A_VARIANT, *TRAINING,
                        *(() if searched else SETTING)))):
-    newest = {tuple(r[k] for k in kind): r for r in rows}
+    newest = {(*(r[k] for k in kind), key): r for r in rows for key in keys
+              if _is_known(r, key)}
     kept = []
     for row in rows:
-      other = newest[tuple(row[k] for k in kind)]
-      if apart := differing([row, other], keys):
+      others = {key: newest[(*(row[k] for k in kind), key)] for key in keys
+                if _is_known(row, key)}
+      if apart := [key for key, other in others.items()
+                   if _fact(row, key) != _fact(other, key)]:
         logging.warning("%s is left out: %s has another %s", row["run"],
-                        other["run"], apart[0])
+                        others[apart[0]]["run"], apart[0])
       else:
         kept.append(row)
     rows = kept
   return [*rows]
 
 
-def differing(rows: Sequence[Row], keys: Sequence[str]) -> list[str]:
-  """Returns the facts in which rows differ, as far as all of them are known."""
-  return [key for key in keys if len({json.dumps(
-      _fact(row, key), sort_keys=True) for row in rows
-      if key in row or key not in _UNKNOWN}) > 1]
+def _is_known(row, key):
+  """Whether a row tells a fact, by itself or by not stating it."""
+  return key in row or key not in _UNKNOWN
 
 
 def _fact(row, key):

@@ -257,10 +257,18 @@ def check_values(config) -> None:
     for variant in plan.variants(config, task).values():
       for measure in variant.measures:
         check_known("measure", measure, measures.names())
-      if variant.backbone:
-        methods.load(variant.method, config_lib.resolved(variant),
-                     backbones.make(variant.backbone, variant.image_size,
-                                    **_fields(variant)))
+      check_method(variant)
+
+
+def check_method(config) -> None:
+  """Checks the options of a method, where the backbone is named.
+
+  Raises:
+    UserError: with the value to change.
+  """
+  if config.backbone:
+    methods.load(config.method, config_lib.resolved(config), backbones.make(
+        config.backbone, config.image_size, **_fields(config)))
 
 
 def check_runs(config, inputs: Inputs) -> None:

@@ -284,9 +284,7 @@ class Session:
       if parallel.spans_hosts() and isinstance(error, DataError):
         raise  # the other hosts, which read other images, do not know
       self.failed[run.name] = str(error)
-      self.workdir.write_failure({
-          "run": run.name, "task": run.task, "variant": run.variant,
-          "protocol": run.protocol, "seed": run.seed, "error": str(error)})
+      self.workdir.write_failure(run.name, run.task, run.variant, str(error))
     return True
 
   def _to_measure(self, run: plan.Run) -> list[str]:

@@ -328,15 +328,16 @@ class WorkDir:
       written = found
 
   def failures(self) -> list[dict[str, Any]]:
-    """Reads {"run", "task", "variant", "protocol", "seed", "error"} of the runs
-    that failed; those of earlier releases lack protocol and seed."""
+    """Reads {"run", "task", "variant", "error"} of the runs that failed."""
     return [failure for run in self._runs()
             if (failure := self._read(f"runs/{run}/failure.json"))
             and failure.get("run") == run]
 
-  def write_failure(self, failure: Mapping[str, Any]) -> None:
-    """Notes why a run failed, as `failures` returns it."""
-    self.store.write(f"runs/{failure['run']}/failure.json", _json(failure))
+  def write_failure(self, run: str, task: str, variant: str,
+                    error: str) -> None:
+    """Notes why a run failed."""
+    self.store.write(f"runs/{run}/failure.json", _json({
+        "run": run, "task": task, "variant": variant, "error": error}))
 
   @property
   def curve_seconds(self) -> float:
