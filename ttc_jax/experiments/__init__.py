@@ -198,7 +198,8 @@ def failures(workdir: WorkDir) -> list[Failure]:
     one = Failure(task, variant, int(name["seed"]) if final else None)
     if one not in tested and (final or one[:2] not in settled):
       found[one] = one
-  return sorted(found, key=lambda f: (f.variant, f.task, f.seed or 0))
+  return sorted(found.values(),
+                key=lambda f: (f.variant, f.task, f.seed or 0))
 
 
 def lost(failed: Sequence[Failure]) -> str:
@@ -348,7 +349,7 @@ def show(name: str, results: Results) -> list[Grid | Picture]:
 
 
 @contextlib.contextmanager
-def reading(workdir: WorkDir, what: str) -> Iterator[None]:
+def reading(workdir: WorkDir | str, what: str) -> Iterator[None]:
   """Says what was read when a row or a measure turns out to be another's."""
   try:
     yield

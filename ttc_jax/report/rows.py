@@ -5,6 +5,7 @@ Work directories are only read; runs may go on in them.
 from collections.abc import Mapping, Sequence
 import json
 import os
+from typing import Any
 
 from absl import logging
 import numpy as np
@@ -34,14 +35,14 @@ _UNKNOWN = frozenset({"resample", "gelu", "window", "masked_tests", *TRAINING})
 SETTING = ("lr", "weight_decay", "stage2_lr", "adapter_lr", "scale", "l2")
 _NUMBER = (int, float)
 # What every row has, and what it may have, with its type.
-_NEEDED = {
+_NEEDED: dict[str, Any] = {
     **dict.fromkeys(("task", "group", "method", "variant", "protocol",
                      "backbone", "weights", "weights_sha256"), str),
     **dict.fromkeys(("seed", "image_size", "module_params", "norm_params",
                      "head_params"), int),
     **dict.fromkeys(("lr", "weight_decay"), _NUMBER),
     **dict.fromkeys(("val_top1", "test_top1"), (*_NUMBER, type(None)))}
-_OPTIONAL = {
+_OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("finished", "device", "dtype", "frozen_dtype",
                      "normalisation", "resample", "optimiser", "head_init",
                      "gelu", "data_digest", "weights_reading",
@@ -155,8 +156,9 @@ def _apart(placed):
   for workdir, row in placed:
     variant, task, protocol = row["variant"], row["task"], row["protocol"]
     homes.setdefault((variant, task, protocol, row["seed"]), set()).add(workdir)
-    mine = {(variant, key): _fact(row, key) for key in _OF_A_VARIANT
-            if _is_known(row, key)}
+    mine: dict[tuple, Any] = {
+        (variant, key): _fact(row, key) for key in _OF_A_VARIANT
+        if _is_known(row, key)}
     mine |= {(variant, key, task): _fact(row, key)
              for key in ("data_digest", *TRAINING) if _is_known(row, key)}
     mine[variant, protocol, task] = [_fact(row, key) for key in SETTING]
