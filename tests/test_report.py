@@ -525,6 +525,24 @@ def test_rows_of_another_setting_are_not_compared(change, caplog):
   assert rows_lib.of_one_setting(old) == old
 
 
+@pytest.mark.parametrize("apart", [
+    dict(splits=["trainval", "train", "val"]), dict(stages=["supernet"]),
+    dict(image_size=32)])
+def test_runs_that_read_other_splits_have_other_digests(apart):
+  """NOAH's, which hold out validation images, and those of another size."""
+  old = row("a", "ttc", 0, 50.0, data_digest="a", splits=["trainval"])
+  new = row("a", "noah", 0, 50.0, run="noah", data_digest="b") | apart
+  assert rows_lib.of_one_setting([old, new]) == [old, new]
+  changed = new | {"run": "changed", "data_digest": "c", "variant": "other"}
+  assert rows_lib.of_one_setting([old, new, changed]) == [old, changed]
+  # Searches and tests read others; their digests tell nothing of each other.
+  val = row("b", "ttc", 0, None, protocol="val", val_top1=1.0, data_digest="v")
+  final = row("b", "ttc", 0, 50.0, data_digest="f")
+  other = row("b", "ttc", 1, 50.0, data_digest="f", run="other")
+  merged = rows_lib.merge({"one": [val, final], "two": [other]})
+  assert {r["variant"] for r in merged} == {"ttc"}
+
+
 def test_rows_of_earlier_releases_are_compared_with_those_that_state_more():
   old = row("a", "ttc", 0, 50.0, run="old")
   new = row("a", "ttc", 1, 50.0, run="new", frozen_dtype="float32",

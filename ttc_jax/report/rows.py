@@ -54,6 +54,7 @@ _OPTIONAL: dict[str, Any] = {
         "window", "decay_all", "flip", "masked_tests", "seconds_train",
         *SETTING), (*_NUMBER, type(None))),
     **dict.fromkeys(("options", "versions", "augment"), dict),
+    **dict.fromkeys(("stages", "splits"), list),
     "tests": (dict, type(None))}
 
 
@@ -159,8 +160,9 @@ def _apart(placed):
     mine: dict[tuple, Any] = {
         (variant, key): _fact(row, key) for key in _OF_A_VARIANT
         if _is_known(row, key)}
-    mine |= {(variant, key, task): _fact(row, key)
-             for key in ("data_digest", *TRAINING) if _is_known(row, key)}
+    mine |= {(variant, key, task): _fact(row, key) for key in TRAINING
+             if _is_known(row, key)}
+    mine[variant, "data_digest", task, protocol] = _fact(row, "data_digest")
     mine[variant, protocol, task] = [_fact(row, key) for key in SETTING]
     for what, fact in mine.items():
       facts.setdefault(what, {}).setdefault(workdir, set()).add(
@@ -225,22 +227,23 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 def of_one_setting(rows: Sequence[Row], searched: bool = False) -> list[Row]:
   """Returns the rows that can be compared; warns of those left out.
 
-  The newest row of a task that tells it says which images count, and the newest
-  one of a task and variant which settings.
+  The newest row of a task that tells it says which images count (among those
+  that read the same splits at the same size), and the newest one of a task and
+  variant which settings.
 
   Args:
     rows: of one protocol, the newest last.
     searched: their settings are what a search tries, so they may differ.
   """
-  for kind, keys in ((("task",), ("data_digest",)),
-                     (("task", "variant"),
+  for kind, keys in ((_reads, ("data_digest",)),
+                     (lambda row: (row["task"], row["variant"]),
                       (*_OF_A_VARIANT, *TRAINING,
                        *(() if searched else SETTING)))):
-    newest = {(*(r[k] for k in kind), key): r for r in rows for key in keys
+    newest = {(kind(r), key): r for r in rows for key in keys
               if _is_known(r, key)}
     kept = []
     for row in rows:
-      others = {key: newest[(*(row[k] for k in kind), key)] for key in keys
+      others = {key: newest[kind(row), key] for key in keys
                 if _is_known(row, key)}
       if apart := [key for key, other in others.items()
                    if _fact(row, key) != _fact(other, key)]:
@@ -250,6 +253,14 @@ def of_one_setting(rows: Sequence[Row], searched: bool = False) -> list[Row]:
         kept.append(row)
     rows = kept
   return [*rows]
+
+
+def _reads(row):
+  """What of a task a run reads, of which its digest is: NOAH's search reads the
+  parts of the training images too."""
+  apart = ("train" in row["splits"] if "splits" in row
+           else "supernet" in row.get("stages", ()))  # in older rows
+  return row["task"], row["image_size"], apart
 
 
 def _is_known(row, key):

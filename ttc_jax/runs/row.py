@@ -19,6 +19,7 @@ from ttc_jax import (
   trees,
 )
 from ttc_jax.model import trim_head
+from ttc_jax.runs import job as job_lib
 from ttc_jax.runs.inputs import Base
 from ttc_jax.runs.plan import Run
 from ttc_jax.runs.workdir import Row
@@ -101,6 +102,7 @@ def _facts(run, base, task, job):
                      "stage2_lr", "l2")},
       **{key: c[key] for key in _OF_CONFIG}, "augment": dict(c.augment),
       "stages": [s.name for s in run.method.stages],
+      "splits": [*job_lib.split_names(run.protocol, run.method)],
       "train_count": len(job.train.labels),
       "device": _device(),
       "versions": hardware.versions(), "run": run.name}
