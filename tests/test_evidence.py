@@ -14,6 +14,7 @@ from ttc_jax.experiments import Grid, Results, selection
 from ttc_jax.report import grid
 from ttc_jax.report import rows as rows_lib
 from ttc_jax.runs.workdir import Expected, WorkDir
+from ttc_jax.vtab import rows as vtab
 
 
 def row(variant, task, seed, top1, **more):
@@ -289,6 +290,51 @@ def test_an_experiment_shows_no_empty_table(tmp_path):
     work.write_row(r)
   work.write_plan({"t": {}}, {}, "scores")
   assert "scores" not in page.gather(str(work)).shown
+
+
+def test_a_claim_of_the_paper_without_a_run_stands_on_the_page_too(workdir):
+  section = page.gather(workdir)
+  lines = page.lines_of([section])
+  # One work directory: every claim stands once, measured or not.
+  assert {line[1] for line in lines} >= {
+      c.text for c in claims.CLAIMS if not c.ours}
+  assert len({line[1] for line in lines}) == len(lines)
+  unmeasured = [line for line in lines if line[2] == "-"]
+  assert all(line[4] == claims.OPEN and line[3] for line in unmeasured)
+  assert "VPT's prompts are tokens" in page.markdown([section], {})
+  assert "s tasks were not run" in page.page([section])
+
+
+def test_claims_about_groups_and_swins_are_of_their_rows(tmp_path):
+  found = [r | dict(group=group, backbone=backbone)
+           for group, backbone, tasks in (("Natural", "vit_b16", "tuv"),
+                                          ("Structured", "swin_b", "wxy"))
+           for r in rows((1.0, 1.2, 1.1), ("ttc", "full"), tasks)]
+  whole = Results("t", found, [*"tuvwxy"], WorkDir(tmp_path))
+  by_text = {claim.text: claim.judge(whole) for claim in claims.CLAIMS
+             if "full tuning" in claim.text}
+  over = {text: found.gain.found.tasks for text, found in by_text.items()
+          if found}
+  assert over == {"TTC is above full tuning.": 6,
+                  "TTC is above full tuning on Natural tasks.": 3,
+                  "TTC is above full tuning on Structured tasks.": 3,
+                  "On a Swin TTC is above full tuning.": 3}
+
+
+@pytest.mark.parametrize("gains, tasks, verdict", [
+    ([1.0] * 18 + [-1.0], 19, claims.SUPPORTED),
+    ([1.0] * 17 + [-1.0, 0.0], 19, claims.NOT_SUPPORTED),
+    ([1.0] * 18, 18, claims.OPEN)])
+def test_wins_are_counted_on_all_of_vtab(gains, tasks, verdict, tmp_path):
+  names = [*vtab.ROWS][:tasks]
+  found = [row(v, task, 0, 50 + (gain if v == "ttc" else 0))
+           for task, gain in zip(names, gains, strict=True)
+           for v in ("ttc", "full")]
+  judge = claims.wins("ttc", "full", 18)
+  finding = judge(Results("t", found, names, WorkDir(tmp_path)))
+  assert finding.verdict == verdict
+  assert f"on {gains.count(1.0)} of {tasks} tasks" in finding.measured
+  assert judge(results(rows((1.0,), ("ttc", "full")), tmp_path)) is None
 
 
 @pytest.mark.parametrize("experiment, measure", [

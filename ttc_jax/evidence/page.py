@@ -111,6 +111,17 @@ def findings(sections: Sequence[Section]) -> list[Told]:
   return told
 
 
+def lines_of(sections: Sequence[Section]) -> list[list[str]]:
+  """Returns the lines of the table of claims, also of those not measured."""
+  told = findings(sections)
+  measured = {text for _, text, *_ in told}
+  return [[source, text, name, found.measured, found.verdict]
+          for source, text, name, found in told] + [
+              [claim.source, claim.text, "-", claim.lacking, OPEN]
+              for claim in CLAIMS
+              if claim.text not in measured and not claim.ours]
+
+
 def apart(told: Sequence[Told]) -> tuple[list[Told], list[Told]]:
   """Returns the paper's claims with their controls, and our own questions."""
   ours = {claim.text for claim in CLAIMS if claim.ours}
@@ -201,9 +212,7 @@ def markdown(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
     pictures: {"SECTION/EXPERIMENT-NUMBER": path of the drawn picture}, and
       "claims" and "questions" for those of `forest`.
   """
-  lines = [["", "claim", "on", "measured", "verdict"]] + [
-      [source, text, name, found.measured, found.verdict]
-      for source, text, name, found in findings(sections)]
+  lines = [["", "claim", "on", "measured", "verdict"], *lines_of(sections)]
   out = ["# Evidence", _RULE, *(
       f"![{title}]({pictures[name]})" for name, title in (
           ("claims", forest.TITLE), ("questions", forest.QUESTIONS))
@@ -275,11 +284,10 @@ def _text(value):
 def _claims(sections):
   lines = ["<table class=claims><tr><th>paper<th>claim<th>on<th>measured"
            "<th>verdict</tr>"]
-  for source, text, name, found in findings(sections):
-    kind = found.verdict.replace(" ", "-")
-    cells = "".join(f"<td>{_text(x)}" for x in (
-        source, text, name, found.measured))
-    lines.append(f"<tr>{cells}<td class={kind}>{_text(found.verdict)}</tr>")
+  for *start, verdict in lines_of(sections):
+    cells = "".join(f"<td>{_text(x)}" for x in start)
+    lines.append(f"<tr>{cells}<td class={verdict.replace(' ', '-')}>"
+                 f"{_text(verdict)}</tr>")
   return "\n".join([*lines, "</table>"])
 
 
