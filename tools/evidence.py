@@ -68,7 +68,7 @@ SETS = {
     "domains": (("pacs/from_photo", "pacs/from_cartoon",
                  "pacs/from_art_painting", "pacs/except_photo"),
                 "backbone=vit_ti16,size=64,epochs=50,method=linear,layernorm,"
-                "layernorm_2x,ttc,ttc_random,lora,ssf", ("table6",)),
+                "layernorm_2x,ttc,ttc_random,lora,ssf,noah", ("table6",)),
     "domains_s14": (("pacs/from_photo",),
                     "backbone=vit_s14,weights={weights},size=56,"
                     "normalisation=imagenet,epochs=50,method=layernorm,"

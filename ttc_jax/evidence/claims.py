@@ -249,7 +249,8 @@ def better(one: str, other: str, claimed: float = 0.0,
     each = ", ".join(f"{task} {np.mean([*x.values()]):+.1f}"
                      for task, x in by_task.items())
     said = f"; the paper has {claimed:+.1f}" if claimed else ""
-    rows = {task: results.final(one, task) + results.final(other, task)
+    rows = {task: [r for variant in (one, other)
+                   for r in results.final(variant, task) if where(r)]
             for task in by_task}
     if without := [task for task in by_task if any(map(_idle, rows[task]))]:
       said += f"; val200 chose no stage 2 on {', '.join(without)}"

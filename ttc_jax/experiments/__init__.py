@@ -18,7 +18,6 @@ import copy
 import importlib
 import os
 import pkgutil
-import re
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -27,9 +26,10 @@ import numpy as np
 from ttc_jax import files, report
 from ttc_jax.errors import UserError, check_known
 from ttc_jax.report import formats, grid, tables
+from ttc_jax.report import rows as rows_lib
 from ttc_jax.report.grid import Grid
 from ttc_jax.runs.inputs import Base
-from ttc_jax.runs.workdir import Row, WorkDir
+from ttc_jax.runs.workdir import Row, WorkDir, parts_of
 
 BOTH = "both stages"  # as many epochs as TTC's two stages together
 # Methods of one stage train for as long as both stages of TTC; `layernorm` is
@@ -177,9 +177,6 @@ class Results(NamedTuple):
             f"{'; '.join(said)}. {failed}").rstrip()
 
 
-_RUN = re.compile(r".*-(?P<protocol>val|final)-s(?P<seed>\d+)-[0-9a-f]+")
-
-
 def failures(workdir: WorkDir) -> list[Failure]:
   """Returns the failed runs of the test set that no later one made good, and
   the searches on val that found no setting, so that nothing was tested."""
@@ -190,12 +187,12 @@ def failures(workdir: WorkDir) -> list[Failure]:
   settled = {(r["task"], r["variant"]) for r in rows}
   for given in workdir.failures():
     task, variant = given.get("task"), given.get("variant")
-    # Earlier versions told protocol and seed in the name alone.
-    name = _RUN.fullmatch(given["run"])
-    if not name or not isinstance(task, str) or not isinstance(variant, str):
+    parts = parts_of(given["run"])
+    if not parts or not isinstance(task, str) or not isinstance(variant, str):
       continue
-    final = name["protocol"] == "final"
-    one = Failure(task, variant, int(name["seed"]) if final else None)
+    _, protocol, seed = parts
+    final = protocol == "final"
+    one = Failure(task, variant, seed if final else None)
     if one not in tested and (final or one[:2] not in settled):
       found[one] = one
   return sorted(found.values(),
@@ -224,8 +221,7 @@ def _augmentation(row):
     said.append(f"crops of images of {row['crop_from']} px")
   if row.get("smallest_crop", 1) < 1:
     said.append(f"crops of {row['smallest_crop']:g} of the area and more")
-  said += [f"{name} {x:g}" for name, x in row.get("augment", {}).items() if x]
-  return ", ".join(said)
+  return ", ".join(filter(None, [*said, rows_lib.augmentation(row)]))
 
 
 def _listed(values):
@@ -413,10 +409,11 @@ def accuracy(results: Results,
   lines = []
   for variant in results.variants:
     mine = results.final(variant)
+    own = {r["task"] for r in mine}
     means = report.by_seed(shown, variant)
     tried = [sum(r["task"] == task for r in results.rows if (
         r["protocol"], r["variant"]) == ("val", variant))
-             for task in {r["task"] for r in mine}]
+             for task in own]
     lines.append([
         (labels or {}).get(variant, variant),
         *(cell([r["test_top1"] for r in results.final(variant, task)])
@@ -425,7 +422,7 @@ def accuracy(results: Results,
         *([f"{paper[variant]}" if variant in paper else "-"] if paper else []),
         *formats.counts(mine)[:2],
         _from_to([len({r["seed"] for r in results.final(variant, task)})
-                  for task in {r["task"] for r in mine}]), _rates(mine),
+                  for task in own]), _rates(mine),
         _from_to(tried) + (f"; an end on {edges}" if (
             edges := sum(_at_an_end(results, variant, task)
                          for task in tasks)) else "")])

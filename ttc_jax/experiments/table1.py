@@ -16,8 +16,8 @@ PAPER = {"full": 65.6, "linear": 52.9, "bias": 62.1, "adapter": 71.4,
 
 
 _NOTES = {
-    "adapter": "adapter is AdaptFormer's, beside the MLP; the paper's has one "
-               "in each block too, by its number of parameters after the MLP.",
+    "adapter": "adapter is AdaptFormer's, beside the MLP; the paper's stands "
+               "after the MLP, as its number of parameters suggests.",
     "vpt_deep": "vpt_deep and vpt_shallow have 10 prompts on every task; VPT, "
                 "whose number the paper prints, chose how many."}
 

@@ -295,6 +295,13 @@ def by_seed(rows: Sequence[Row], variant: str) -> list[float]:
           if len(s) == len(tasks)]
 
 
+def augmentation(row: Row) -> str:
+  """Says what `config.augment` was: "mixup 0.8, cutmix 1"; "" for nothing, and
+  of older rows, which do not state it."""
+  return ", ".join(f"{name} {x:g}"
+                   for name, x in row.get("augment", {}).items() if x)
+
+
 def test_sets(row: Row) -> dict[str, float]:
   """Returns {test set: top-1 in percent}; the first one is `test_top1`."""
   return {name: found["top1"]

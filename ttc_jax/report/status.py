@@ -4,7 +4,6 @@ Its plan says which runs to expect. Without a plan, the runs that exist are
 reported.
 """
 from collections.abc import Mapping, Sequence
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +11,9 @@ import numpy as np
 from ttc_jax.errors import UserError, printable
 from ttc_jax.report import formats
 from ttc_jax.report import rows as rows_lib
-from ttc_jax.runs.workdir import Expected, Row, WorkDir, stem
+from ttc_jax.runs.workdir import Expected, Row, WorkDir, parts_of, stem
 
 Pair = tuple[str, str]  # (task, variant)
-_RUN = re.compile(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+")
 
 
 class Running(NamedTuple):
@@ -169,8 +167,8 @@ def _running(place, run, pairs: Sequence[Pair], expected):
   by_stem = {stem(task, variant): (task, variant)
              for task, variant in pairs}
   record = (place.curve(run) or [{}])[-1]
-  name = _RUN.fullmatch(run)
-  pair = by_stem.get(name[1]) if name else None
+  parts = parts_of(run)
+  pair = by_stem.get(parts[0]) if parts else None
   epochs = expected[pair].epochs if pair in expected and "loss" in record else (
       None)
   return Running(run, pair, record, epochs)

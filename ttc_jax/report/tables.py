@@ -242,7 +242,7 @@ def _setting(row, key):
     return row.get("versions", {}).get("jax")
   value = row.get(key)
   if key == "augment" and value is not None:
-    return ", ".join(f"{name} {x:g}" for name, x in value.items() if x) or "no"
+    return rows_lib.augmentation(row) or "no"
   return value[:12] if key == "weights_sha256" else value
 
 

@@ -96,6 +96,12 @@ def stem(task: str, variant: str) -> str:
                   for name in (task, variant))
 
 
+def parts_of(run: str) -> tuple[str, str, int] | None:
+  """Returns (stem, protocol, seed) of a run's name; None for another name."""
+  name = re.fullmatch(r"(.+)-(val|final)-s(\d+)-[0-9a-f]+", run)
+  return (name[1], name[2], int(name[3])) if name else None
+
+
 class WorkDir:
   """Reads and writes one work directory.
 

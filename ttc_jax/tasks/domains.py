@@ -76,8 +76,8 @@ def hint(name: str, data: str | None) -> str | None:
     return None
   if not name:
     found = nested(data)
-    return found and (f"; its tasks of domains are named: task={found[0]} and "
-                      f"so on, {len(found)} in all") or None
+    return (f"; its tasks of domains are named: task={found[0]} and so on, "
+            f"{len(found)} in all") if found else None
   task = name.partition("/")[0]
   base = os.path.join(files.expand(data), task)
   if domains(base):
